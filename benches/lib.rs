@@ -1,0 +1,1 @@
+//! Models of random weights that the benchmarks run on.

@@ -1,0 +1,51 @@
+//! Argument checks that backends share, so that the same mistake gets the same line everywhere.
+
+use crate::{Attend, Error, Result};
+
+/// Fails unless `found == expected`.
+pub fn width(op: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::shape(op, format_args!("expected rows of width {expected}, found {found}")))
+}
+
+/// Fails if an id is not below `entries`.
+pub fn ids(op: &'static str, ids: &[u32], entries: usize) -> Result<()> {
+    match ids.iter().find(|id| **id as usize >= entries) {
+        None => Ok(()),
+        Some(id) => Err(Error::shape(op, format_args!("expected ids below {entries}, found {id}"))),
+    }
+}
+
+/// Fails if a row is not below `available`.
+pub fn rows(op: &'static str, rows: &[usize], available: usize) -> Result<()> {
+    match rows.iter().find(|row| **row >= available) {
+        None => Ok(()),
+        Some(row) => Err(Error::shape(op, format_args!("expected rows below {available}, found {row}"))),
+    }
+}
+
+/// Fails if spans reach past the rows, or the heads do not divide the width.
+pub fn spans(op: &'static str, attend: Attend<'_>, shape: [usize; 2]) -> Result<()> {
+    let [rows, width] = shape;
+    if attend.heads == 0 || width % attend.heads != 0 {
+        let message = format_args!("expected a width that {} heads divide, found {width}", attend.heads);
+        return Err(Error::shape(op, message));
+    }
+    match attend.spans.iter().find(|span| span.start.checked_add(span.len).is_none_or(|end| end > rows)) {
+        None => Ok(()),
+        Some(span) => {
+            Err(Error::shape(op, format_args!("expected spans within {rows} rows, found {span:?}")))
+        }
+    }
+}
+
+/// Fails unless there is one cache per span.
+pub fn caches(attend: Attend<'_>, caches: usize) -> Result<()> {
+    if caches == attend.spans.len() {
+        return Ok(());
+    }
+    let message = format_args!("expected one cache per span, found {caches} for {}", attend.spans.len());
+    Err(Error::shape("attend", message))
+}

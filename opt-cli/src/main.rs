@@ -1,0 +1,2 @@
+//! The `opt` command.
+fn main() {}
