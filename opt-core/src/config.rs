@@ -164,7 +164,7 @@ impl OptConfig {
                 vec![self.max_position_embeddings + POSITION_OFFSET, hidden],
             ),
         ];
-        let mut norm = |shapes: &mut Vec<(String, Vec<usize>)>, name: String| {
+        let norm = |shapes: &mut Vec<(String, Vec<usize>)>, name: String| {
             if self.layer_norm_elementwise_affine {
                 shapes.push((format!("{name}.weight"), vec![hidden]));
                 shapes.push((format!("{name}.bias"), vec![hidden]));
