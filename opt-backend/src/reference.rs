@@ -1,6 +1,6 @@
 use crate::{
-    Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm, HostVector,
-    Info, NormParams, Readback, Result, check, ready,
+    Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm,
+    HostVector, Info, NormParams, Readback, Result, check, ready,
 };
 use half::f16;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, Axis, s};
