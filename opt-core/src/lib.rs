@@ -1,13 +1,48 @@
-//! core
+//! OPT language models (arXiv 2205.01068) for Rust programs: one checkpoint, several backends, the same answer.
+//!
+//! ```
+//! use opt_core::{Opt, generation::GenerationConfig};
+//!
+//! let opt = Opt::open("../models/opt-novels")?;
+//! let settings = GenerationConfig::default().max_new_tokens(16).do_sample(true).top_p(0.9).seed(7);
+//! for token in opt.stream("The old house stood", &settings)? {
+//!     print!("{}", token?.text);
+//! }
+//! # Ok::<(), opt_core::Error>(())
+//! ```
+//!
+//! [`Opt`] is the front door. Behind it: a [`checkpoint`] is read and handed, tensor by tensor, to a backend; the
+//! decoder runs on it behind the object-safe [`engine::Engine`]; [`generation`] decides, as a pure state machine,
+//! what to run next. Everything is usable on its own.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod decoder;
+mod driver;
 mod error;
+mod opt;
 mod progress;
+mod request;
+mod score;
+mod session;
+mod stream;
 
+pub mod backends;
 pub mod checkpoint;
 pub mod config;
+pub mod engine;
 pub mod generation;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 
+pub use decoder::Decoder;
 pub use error::{Error, ErrorKind, Result};
+pub use opt::{Load, Opt};
+pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, ndarray};
 pub use progress::{CancelToken, Progress, ProgressFn};
+pub use request::{Generated, GeneratedSequence, Prompt, Request};
+pub use score::{ScoreInput, Scored};
+pub use session::Session;
+pub use stream::{StreamToken, TokenStream};

@@ -1,0 +1,224 @@
+//! The OPT decoder (arXiv 2205.01068; transformers' `modeling_opt.py`), written once for every backend.
+//!
+//! Rows are tokens. The rows of all sequences of a batch lie end to end, and spans say whose they are; only
+//! attention looks at them, since everything else works row by row.
+
+use crate::{
+    Result,
+    checkpoint::Checkpoint,
+    config::{LAYER_NORM_EPS, OptConfig, POSITION_OFFSET},
+};
+use ndarray::Array3;
+use opt_backend::{Activation, Attend, Backend, DType, NormParams, Span, Then};
+
+/// The weights of a model, where `B` keeps them.
+#[derive(Debug)]
+pub struct Decoder<B: Backend> {
+    heads: usize,
+    pre_norm: bool,
+    activation: Activation,
+    embed_tokens: B::Table,
+    embed_positions: B::Table,
+    project_in: Option<B::Linear>,
+    layers: Vec<Layer<B>>,
+    final_layer_norm: Option<B::Norm>,
+    project_out: Option<B::Linear>,
+    /// `None` where the head is the token table.
+    lm_head: Option<B::Table>,
+}
+
+#[derive(Debug)]
+struct Layer<B: Backend> {
+    attn_norm: B::Norm,
+    q: B::Linear,
+    k: B::Linear,
+    v: B::Linear,
+    out: B::Linear,
+    ffn_norm: B::Norm,
+    fc1: B::Linear,
+    fc2: B::Linear,
+}
+
+/// What a forward pass hands out of its inside, beside its result.
+pub(crate) struct Trace<'a, B: Backend> {
+    /// Called with the state before each layer: the embeddings, then the output of each layer but the last.
+    pub(crate) hidden: Option<&'a mut dyn FnMut(&B::Tensor)>,
+    /// Receives the attention weights of each layer: for each span, `[heads, rows, positions]`.
+    pub(crate) attentions: Option<&'a mut Vec<Vec<Array3<f32>>>>,
+    /// Called before each layer with its index; an error ends the pass.
+    pub(crate) before_layer: &'a mut dyn FnMut(usize) -> Result<()>,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Token embeddings `[rows, word_embed_proj_dim]`.
+    pub(crate) fn embed(&self, backend: &B, ids: &[u32]) -> Result<B::Tensor> {
+        Ok(backend.gather(&self.embed_tokens, ids)?)
+    }
+
+    /// Runs the decoder over embedded tokens at the given positions.
+    ///
+    /// With caches (one per span) each sequence continues what its cache holds. `wanted` names the rows of which
+    /// the result is needed, `None` being all; for the others the last layer only feeds the caches. Returns what the
+    /// LM head sees, `[wanted, word_embed_proj_dim]`.
+    pub(crate) fn forward(
+        &self,
+        b: &B,
+        embedded: B::Tensor,
+        positions: &[u32],
+        spans: &[Span],
+        mut caches: Option<&mut [&mut B::Cache]>,
+        wanted: Option<&[usize]>,
+        trace: Trace<'_, B>,
+    ) -> Result<B::Tensor> {
+        let Trace { mut hidden, mut attentions, before_layer } = trace;
+        let rows: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
+        let mut h = match &self.project_in {
+            Some(project) => b.linear(&embedded, project, Then::Nothing)?,
+            None => embedded,
+        };
+        h = b.add_gathered(h, &self.embed_positions, &rows)?;
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            before_layer(index)?;
+            if let Some(see) = &mut hidden {
+                see(&h);
+            }
+            // Attention: h = h + out(attend(q, k, v)), normalised before or after.
+            let x = if self.pre_norm { Some(b.layer_norm(&h, &layer.attn_norm)?) } else { None };
+            let [q, k, v] = b.qkv(x.as_ref().unwrap_or(&h), &layer.q, &layer.k, &layer.v)?;
+            let attend = Attend { heads: self.heads, layer: index, spans };
+            let mut mixed = match &mut attentions {
+                None => b.attend(q, k, v, attend, caches.as_deref_mut())?,
+                Some(attentions) => {
+                    let (mixed, weights) = b.attention_weights(q, k, v, attend, caches.as_deref_mut())?;
+                    attentions.push(weights);
+                    mixed
+                }
+            };
+            // From here on rows no longer mix, so that after the last attention unwanted ones need not be computed.
+            if let (Some(wanted), true) = (wanted, index + 1 == self.layers.len()) {
+                mixed = b.take_rows(&mixed, wanted)?;
+                h = b.take_rows(&h, wanted)?;
+            }
+            h = b.linear(&mixed, &layer.out, Then::Add(h))?;
+            if !self.pre_norm {
+                h = b.layer_norm(&h, &layer.attn_norm)?;
+            }
+            // Feed-forward: h = h + fc2(activation(fc1(h))), normalised before or after.
+            let x = if self.pre_norm { Some(b.layer_norm(&h, &layer.ffn_norm)?) } else { None };
+            let wide = b.linear(x.as_ref().unwrap_or(&h), &layer.fc1, Then::Activate(self.activation))?;
+            h = b.linear(&wide, &layer.fc2, Then::Add(h))?;
+            if !self.pre_norm {
+                h = b.layer_norm(&h, &layer.ffn_norm)?;
+            }
+        }
+
+        if let Some(norm) = &self.final_layer_norm {
+            h = b.layer_norm(&h, norm)?;
+        }
+        if let Some(project) = &self.project_out {
+            h = b.linear(&h, project, Then::Nothing)?;
+        }
+        Ok(h)
+    }
+
+    /// The LM head, `[vocab_size, word_embed_proj_dim]`.
+    pub(crate) fn head(&self) -> &B::Table {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Hands the weights of a checkpoint to a backend one by one, to be held as `dtype`.
+    ///
+    /// `taken` is told each tensor's name before it is taken; an error from it ends the loading.
+    pub(crate) fn load(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        taken: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<Self> {
+        let config: &OptConfig = checkpoint.config();
+        let (hidden, embed) = (config.hidden_size, config.word_embed_proj_dim);
+        let mut loader = Loader { backend, checkpoint, dtype, taken };
+        let positions = config.max_position_embeddings + POSITION_OFFSET;
+        Ok(Self {
+            heads: config.num_attention_heads,
+            pre_norm: config.do_layer_norm_before,
+            activation: config.activation()?,
+            embed_tokens: loader.table("embed_tokens", [config.vocab_size, embed])?,
+            embed_positions: loader.table("embed_positions", [positions, hidden])?,
+            project_in: config
+                .has_projections()
+                .then(|| loader.linear("project_in", [hidden, embed], false))
+                .transpose()?,
+            layers: (0..config.num_hidden_layers).map(|i| loader.layer(i, config)).collect::<Result<_>>()?,
+            final_layer_norm: config
+                .has_final_layer_norm()
+                .then(|| loader.norm("final_layer_norm", config))
+                .transpose()?,
+            project_out: config
+                .has_projections()
+                .then(|| loader.linear("project_out", [embed, hidden], false))
+                .transpose()?,
+            lm_head: (!config.tie_word_embeddings)
+                .then(|| loader.table("lm_head", [config.vocab_size, embed]))
+                .transpose()?,
+        })
+    }
+}
+
+/// Takes tensors out of a checkpoint; each is released once the backend has its own copy.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    dtype: DType,
+    taken: &'a mut dyn FnMut(&str) -> Result<()>,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&mut self, index: usize, config: &OptConfig) -> Result<Layer<B>> {
+        let (hidden, ffn, bias) = (config.hidden_size, config.ffn_dim, config.enable_bias);
+        let layer = format!("layers.{index}");
+        let attention = format!("{layer}.self_attn");
+        Ok(Layer {
+            q: self.linear(&format!("{attention}.q_proj"), [hidden, hidden], bias)?,
+            k: self.linear(&format!("{attention}.k_proj"), [hidden, hidden], bias)?,
+            v: self.linear(&format!("{attention}.v_proj"), [hidden, hidden], bias)?,
+            out: self.linear(&format!("{attention}.out_proj"), [hidden, hidden], bias)?,
+            attn_norm: self.norm(&format!("{layer}.self_attn_layer_norm"), config)?,
+            fc1: self.linear(&format!("{layer}.fc1"), [ffn, hidden], bias)?,
+            fc2: self.linear(&format!("{layer}.fc2"), [hidden, ffn], bias)?,
+            ffn_norm: self.norm(&format!("{layer}.final_layer_norm"), config)?,
+        })
+    }
+
+    fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<B::Table> {
+        let name = format!("{name}.weight");
+        (self.taken)(&name)?;
+        let rows = self.checkpoint.tensor(&name, &shape)?;
+        Ok(self.backend.new_table(rows.matrix()?, self.dtype)?)
+    }
+
+    fn linear(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<B::Linear> {
+        let weight_name = format!("{name}.weight");
+        (self.taken)(&weight_name)?;
+        let weight = self.checkpoint.tensor(&weight_name, &shape)?;
+        let bias = bias.then(|| self.checkpoint.tensor(&format!("{name}.bias"), &shape[..1])).transpose()?;
+        let bias = bias.as_ref().map(|bias| bias.vector()).transpose()?;
+        Ok(self.backend.new_linear(weight.matrix()?, bias, self.dtype)?)
+    }
+
+    fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {
+        let width = config.hidden_size;
+        let affine = config.layer_norm_elementwise_affine;
+        let mut part = |part: &str| {
+            affine.then(|| self.checkpoint.tensor(&format!("{name}.{part}"), &[width])).transpose()
+        };
+        let (weight, bias) = (part("weight")?, part("bias")?);
+        Ok(self.backend.new_norm(NormParams {
+            width,
+            eps: LAYER_NORM_EPS,
+            weight: weight.as_ref().map(|w| w.vector()).transpose()?,
+            bias: bias.as_ref().map(|b| b.vector()).transpose()?,
+        })?)
+    }
+}

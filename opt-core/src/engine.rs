@@ -1,0 +1,184 @@
+//! A model on a backend, behind an object-safe interface.
+//!
+//! Inside, [`crate::Decoder`] is generic over its backend; [`Engine`] hides which one it is, so that generation,
+//! scoring and serving compile once and an application chooses its backend at run time.
+
+mod cache;
+mod local;
+
+pub use cache::KvCache;
+pub use local::LocalEngine;
+pub(crate) use local::check_vocabulary;
+
+use crate::{CancelToken, ProgressFn, Result, config::OptConfig};
+use ndarray::{Array2, Array3, ArrayView2};
+use opt_backend::{CacheDType, Counts, Info, MaybeSend, MaybeSync, TargetScore, TopK};
+use std::{future::Future, pin::Pin};
+
+/// A boxed future; `Send` everywhere but on wasm32.
+#[cfg(not(target_arch = "wasm32"))]
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+/// A boxed future; `Send` everywhere but on wasm32.
+#[cfg(target_arch = "wasm32")]
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// A model that can be run. One engine may be used from many threads at once.
+pub trait Engine: MaybeSend + MaybeSync {
+    /// The model's shape.
+    fn config(&self) -> &OptConfig;
+
+    /// What the backend found on this machine.
+    fn info(&self) -> Info;
+
+    /// Default bodies called and transfers made so far.
+    fn counts(&self) -> Counts;
+
+    /// An empty cache for one sequence.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Backend`] where the backend cannot hold it so, or is out of memory.
+    fn new_cache(&self, dtype: CacheDType) -> Result<KvCache>;
+
+    /// Runs new tokens of any number of sequences as one ragged batch; one output per sequence, in order.
+    ///
+    /// If it fails, every cache holds what it held before.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Prompt`] for ids outside the vocabulary, embeddings of another width, or positions past
+    /// the context; [`crate::ErrorKind::Cancelled`]; [`crate::ErrorKind::Backend`].
+    fn forward<'a>(&'a self, batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>>;
+
+    /// [`Engine::forward`], waiting for it.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn forward_blocking(&self, batch: Forward<'_>) -> Result<Vec<Output>> {
+        opt_backend::block_on(self.forward(batch))
+    }
+}
+
+/// One batch.
+#[derive(Default)]
+pub struct Forward<'a> {
+    /// The sequences; their lengths may differ.
+    pub sequences: Vec<Sequence<'a>>,
+    /// Ends the work between layers.
+    pub cancel: Option<&'a CancelToken>,
+    /// Is told of each layer before it is run, and can end the work there.
+    pub watch: Option<&'a mut ProgressFn<'a>>,
+}
+
+/// The new tokens of one sequence and what is wanted of them.
+pub struct Sequence<'a> {
+    /// What to run.
+    pub input: Input<'a>,
+    /// What came before; receives the new keys and values. Without one the sequence begins and ends here.
+    pub cache: Option<&'a mut KvCache>,
+    /// What to compute from the last rows.
+    pub want: Want<'a>,
+    /// Which hidden states to hand out.
+    pub hidden: Hidden,
+    /// Whether to hand out attention weights, which is slow.
+    pub attentions: bool,
+}
+
+impl<'a> Sequence<'a> {
+    /// Token ids without a cache, of which nothing is wanted yet.
+    pub fn new(ids: &'a [u32]) -> Self {
+        let input = Input::Ids(ids);
+        Self { input, cache: None, want: Want::Nothing, hidden: Hidden::None, attentions: false }
+    }
+
+    /// Sets what is wanted of the last rows.
+    #[must_use]
+    pub fn want(mut self, want: Want<'a>) -> Self {
+        self.want = want;
+        self
+    }
+}
+
+/// What a sequence is given as.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// Token ids.
+    Ids(&'a [u32]),
+    /// Embeddings `[tokens, word_embed_proj_dim]` in the place of the token table's.
+    Embeds(ArrayView2<'a, f32>),
+}
+
+impl Input<'_> {
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        match self {
+            Input::Ids(ids) => ids.len(),
+            Input::Embeds(rows) => rows.nrows(),
+        }
+    }
+
+    /// Whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What is wanted of the last rows of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want<'a> {
+    /// Nothing: only the cache is to be filled.
+    Nothing,
+    /// The logits of the last `rows` rows.
+    Logits {
+        /// How many rows; at most the number of tokens.
+        rows: usize,
+    },
+    /// The `k` largest logits of the last `rows` rows.
+    TopK {
+        /// How many rows.
+        rows: usize,
+        /// How many of each.
+        k: usize,
+    },
+    /// The log-probability of one target for each of the last rows: `targets[i]` follows row
+    /// `tokens - targets.len() + i`.
+    LogProbs {
+        /// The tokens asked about.
+        targets: &'a [u32],
+    },
+}
+
+impl Want<'_> {
+    /// How many of a sequence's last rows are needed.
+    pub fn rows(&self) -> usize {
+        match self {
+            Want::Nothing => 0,
+            Want::Logits { rows } | Want::TopK { rows, .. } => *rows,
+            Want::LogProbs { targets } => targets.len(),
+        }
+    }
+}
+
+/// Which hidden states of a sequence's new tokens to hand out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Hidden {
+    /// None.
+    #[default]
+    None,
+    /// What the LM head sees: after the final LayerNorm and `project_out`, if there are such.
+    Last,
+    /// transformers' `hidden_states`: the embeddings, the output of each layer but the last, and [`Hidden::Last`].
+    All,
+}
+
+/// What came of one sequence.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Output {
+    /// `[rows, vocab_size]` where [`Want::Logits`] asked for them.
+    pub logits: Option<Array2<f32>>,
+    /// One entry a row where [`Want::TopK`] asked for them.
+    pub top_k: Vec<TopK>,
+    /// One entry a target where [`Want::LogProbs`] asked for them.
+    pub log_probs: Vec<TargetScore>,
+    /// Hidden states, each `[tokens, width]`; the last one is `word_embed_proj_dim` wide.
+    pub hidden: Vec<Array2<f32>>,
+    /// For each layer `[heads, tokens, positions]`.
+    pub attentions: Vec<Array3<f32>>,
+}

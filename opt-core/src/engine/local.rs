@@ -1,0 +1,379 @@
+use super::{BoxFuture, Engine, Forward, Hidden, Input, KvCache, Output, Want};
+use crate::{
+    CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result, checkpoint::Checkpoint, config::OptConfig,
+    decoder::Trace,
+};
+use ndarray::{Array2, Array3, s};
+use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
+use std::{ops::Range, sync::Arc};
+
+/// A [`Decoder`] together with the backend that keeps its weights.
+#[derive(Debug)]
+pub struct LocalEngine<B: Backend> {
+    backend: Arc<B>,
+    decoder: Decoder<B>,
+    config: OptConfig,
+}
+
+impl<B: Backend> LocalEngine<B> {
+    /// Takes the weights of a checkpoint over, one tensor at a time, to be held as `dtype`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Checkpoint`] for tensors missing or of another shape, [`ErrorKind::Cancelled`] through `progress`
+    /// or `cancel`, [`ErrorKind::Backend`] if the device cannot hold them.
+    pub fn load(
+        backend: B,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        cancel: Option<&CancelToken>,
+        mut progress: Option<&mut ProgressFn<'_>>,
+    ) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let mut done = 0;
+        let total = config.tensor_shapes().iter().filter(|(_, shape)| shape.len() == 2).count() as u64;
+        let mut taken = |name: &str| {
+            if let Some(cancel) = cancel {
+                cancel.check("loading")?;
+            }
+            if let Some(progress) = &mut progress
+                && progress(Progress::new(name, done, total)).is_break()
+            {
+                return Err(Error::new(ErrorKind::Cancelled, "loading was cancelled"));
+            }
+            done += 1;
+            Ok(())
+        };
+        let decoder = Decoder::load(&backend, checkpoint, dtype, &mut taken)?;
+        taken("")?;
+        Ok(Self { backend: Arc::new(backend), decoder, config })
+    }
+
+    /// Starts the work; what is left to wait for is in the result.
+    fn enqueue(&self, batch: &mut Forward<'_>) -> Result<Pending<'_>> {
+        let backend = &*self.backend;
+        let plan = self.check(batch)?;
+        let embedded = self.embed(batch)?;
+
+        let mut hidden_readbacks = Vec::new();
+        let mut attentions = Vec::new();
+        let any_attentions = batch.sequences.iter().any(|sequence| sequence.attentions);
+        let mut see = |h: &B::Tensor| hidden_readbacks.push(backend.read(h));
+        let keep_all = batch.sequences.iter().any(|sequence| sequence.hidden == Hidden::All);
+        let (cancel, mut watch) = (batch.cancel, batch.watch.take());
+        let layers = self.config.num_hidden_layers as u64;
+        let mut before_layer = |layer: usize| {
+            if let Some(cancel) = cancel {
+                cancel.check("the forward pass")?;
+            }
+            match &mut watch {
+                Some(watch) if watch(Progress::new("layers", layer as u64, layers)).is_break() => {
+                    Err(Error::new(ErrorKind::Cancelled, "the forward pass was cancelled"))
+                }
+                _ => Ok(()),
+            }
+        };
+        let trace = Trace {
+            hidden: if keep_all { Some(&mut see) } else { None },
+            attentions: any_attentions.then_some(&mut attentions),
+            before_layer: &mut before_layer,
+        };
+        let wanted = (plan.wanted.len() < plan.positions.len()).then_some(&plan.wanted[..]);
+        let last = {
+            let mut caches = Caches::new(backend, &mut batch.sequences)?;
+            self.decoder.forward(backend, embedded, &plan.positions, &plan.spans, caches.get(), wanted, trace)?
+        };
+
+        let mut pending = Pending { hidden: hidden_readbacks, attentions, ..Pending::default() };
+        if batch.sequences.iter().any(|sequence| sequence.hidden != Hidden::None) {
+            pending.last = Some(backend.read(&last));
+        }
+        self.apply_head(batch, &plan, last, &mut pending)?;
+        pending.plan = plan;
+        Ok(pending)
+    }
+
+    /// The LM head on the rows that want it, each form of result for all its rows at once.
+    fn apply_head<'s>(
+        &'s self,
+        batch: &Forward<'_>,
+        plan: &BatchPlan,
+        last: B::Tensor,
+        pending: &mut Pending<'s>,
+    ) -> Result<()> {
+        let backend = &*self.backend;
+        let rows_of = |matches: fn(&Want<'_>) -> bool| -> Vec<usize> {
+            let each = batch.sequences.iter().zip(&plan.scored);
+            each.filter(|(sequence, _)| matches(&sequence.want)).flat_map(|(_, rows)| rows.clone()).collect()
+        };
+        let everything = backend.shape(&last)[0];
+        let select = |rows: &[usize], last: &B::Tensor| backend.take_rows(last, rows);
+
+        let rows = rows_of(|want| matches!(want, Want::LogProbs { .. }));
+        if !rows.is_empty() {
+            let each = batch.sequences.iter();
+            let targets: Vec<u32> = each
+                .filter_map(|s| if let Want::LogProbs { targets } = s.want { Some(targets) } else { None })
+                .flatten()
+                .copied()
+                .collect();
+            pending.log_probs = Some(backend.log_probs(&select(&rows, &last)?, self.decoder.head(), &targets));
+        }
+        let rows = rows_of(|want| matches!(want, Want::TopK { .. }));
+        if !rows.is_empty() {
+            let k = batch.sequences.iter().map(|s| if let Want::TopK { k, .. } = s.want { k } else { 0 }).max();
+            let logits = backend.logits(&select(&rows, &last)?, self.decoder.head())?;
+            pending.top_k = Some(backend.top_k(&logits, k.unwrap_or(0)));
+        }
+        let rows = rows_of(|want| matches!(want, Want::Logits { .. }));
+        if !rows.is_empty() {
+            let last = if rows.len() == everything { last } else { select(&rows, &last)? };
+            let logits = backend.logits(&last, self.decoder.head())?;
+            pending.logits = Some(backend.read_owned(logits));
+        }
+        Ok(())
+    }
+
+    /// Token embeddings of all rows.
+    fn embed(&self, batch: &Forward<'_>) -> Result<B::Tensor> {
+        let backend = &*self.backend;
+        let ids = |input: &Input<'_>| if let Input::Ids(ids) = input { ids.to_vec() } else { Vec::new() };
+        let all_ids: Vec<u32> = batch.sequences.iter().flat_map(|s| ids(&s.input)).collect();
+        let rows: usize = batch.sequences.iter().map(|s| s.input.len()).sum();
+        if all_ids.len() == rows {
+            return self.decoder.embed(backend, &all_ids);
+        }
+        // Embeddings from outside are rare and come once a prompt: they are laid between the table's on the host.
+        let table = self.decoder.embed(backend, &all_ids)?;
+        let table = backend.block_on(backend.read_owned(table))?;
+        let mut merged = Array2::zeros((rows, self.config.word_embed_proj_dim));
+        let (mut row, mut from_table) = (0, 0);
+        for sequence in &batch.sequences {
+            let len = sequence.input.len();
+            let mut target = merged.slice_mut(s![row..row + len, ..]);
+            match sequence.input {
+                Input::Embeds(rows) => target.assign(&rows),
+                Input::Ids(_) => {
+                    target.assign(&table.slice(s![from_table..from_table + len, ..]));
+                    from_table += len;
+                }
+            }
+            row += len;
+        }
+        Ok(backend.upload(merged.view())?)
+    }
+
+    /// Checks the batch and lays its rows out.
+    fn check(&self, batch: &Forward<'_>) -> Result<BatchPlan> {
+        let config = &self.config;
+        let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
+        let mut plan = BatchPlan { spans: Span::lay_out(batch.sequences.iter().map(|s| s.input.len())), ..Default::default() };
+        for (sequence, span) in batch.sequences.iter().zip(&plan.spans) {
+            let past = sequence.cache.as_ref().map_or(0, |cache| cache.len());
+            let (len, most) = (span.len, config.max_position_embeddings);
+            if past + len > most {
+                return fail(format!("expected at most {most} positions (the context), found {}", past + len));
+            }
+            match sequence.input {
+                Input::Ids(ids) => check_vocabulary(ids, config.vocab_size)?,
+                Input::Embeds(rows) if rows.ncols() != config.word_embed_proj_dim => {
+                    let (expected, found) = (config.word_embed_proj_dim, rows.ncols());
+                    return fail(format!("expected embeddings of width {expected}, found {found}"));
+                }
+                Input::Embeds(_) => {}
+            }
+            if let Want::LogProbs { targets } = sequence.want {
+                check_vocabulary(targets, config.vocab_size)?;
+            }
+            let rows = sequence.want.rows();
+            if rows > len {
+                return fail(format!("expected to be asked about at most {len} rows, found {rows}"));
+            }
+            plan.positions.extend((past..past + len).map(|p| p as u32));
+            let kept = if sequence.hidden == Hidden::None { rows } else { len };
+            let first = plan.wanted.len();
+            plan.wanted.extend(span.start + len - kept..span.start + len);
+            plan.kept.push(first..first + kept);
+            plan.scored.push(first + kept - rows..first + kept);
+        }
+        Ok(plan)
+    }
+}
+
+/// # Errors
+/// [`ErrorKind::Prompt`] naming the first id that is not below `vocab_size`.
+pub(crate) fn check_vocabulary(ids: &[u32], vocab_size: usize) -> Result<()> {
+    match ids.iter().position(|id| *id as usize >= vocab_size) {
+        None => Ok(()),
+        Some(at) => {
+            let found = format!("expected token ids below the vocabulary size {vocab_size}, found {} at {at}", ids[at]);
+            Err(Error::new(ErrorKind::Prompt, found))
+        }
+    }
+}
+
+/// Which rows are whose.
+#[derive(Default)]
+struct BatchPlan {
+    spans: Vec<Span>,
+    positions: Vec<u32>,
+    /// Rows of which the last hidden state is needed.
+    wanted: Vec<usize>,
+    /// For each sequence, where its rows lie among `wanted`.
+    kept: Vec<Range<usize>>,
+    /// For each sequence, those of them that go through the LM head.
+    scored: Vec<Range<usize>>,
+}
+
+/// Results on their way from the device.
+#[derive(Default)]
+struct Pending<'a> {
+    plan: BatchPlan,
+    /// One per layer, all rows.
+    hidden: Vec<Readback<'a, Array2<f32>>>,
+    /// The wanted rows.
+    last: Option<Readback<'a, Array2<f32>>>,
+    logits: Option<Readback<'a, Array2<f32>>>,
+    top_k: Option<Readback<'a, Vec<TopK>>>,
+    log_probs: Option<Readback<'a, Vec<TargetScore>>>,
+    /// For each layer, for each span.
+    attentions: Vec<Vec<Array3<f32>>>,
+}
+
+impl Pending<'_> {
+    /// Waits for everything and deals it out to the sequences.
+    async fn wait(self, sequences: &[super::Sequence<'_>]) -> Result<Vec<Output>> {
+        let mut layers = Vec::with_capacity(self.hidden.len());
+        for readback in self.hidden {
+            layers.push(readback.await?);
+        }
+        let last = wait(self.last).await?;
+        let mut logits = wait(self.logits).await?;
+        let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
+        let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
+        let scored: usize = sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
+
+        let mut first = 0;
+        let mut outputs = Vec::with_capacity(sequences.len());
+        for (index, sequence) in sequences.iter().enumerate() {
+            let mut output = Output::default();
+            match sequence.want {
+                Want::Nothing => {}
+                Want::Logits { rows } => {
+                    // All rows of one sequence (a long prompt's logits may be large) change hands without a copy.
+                    output.logits = if rows == scored {
+                        logits.take()
+                    } else {
+                        logits.as_ref().map(|logits| logits.slice(s![first..first + rows, ..]).to_owned())
+                    };
+                    first += rows;
+                }
+                Want::TopK { rows, k } => {
+                    output.top_k = top_k.by_ref().take(rows).collect();
+                    for row in &mut output.top_k {
+                        row.ids.truncate(k);
+                        row.logits.truncate(k);
+                    }
+                }
+                Want::LogProbs { targets } => output.log_probs = log_probs.by_ref().take(targets.len()).collect(),
+            }
+            if sequence.hidden == Hidden::All {
+                let rows = self.plan.spans[index].rows();
+                output.hidden = layers.iter().map(|h| h.slice(s![rows.clone(), ..]).to_owned()).collect();
+            }
+            if let (true, Some(last)) = (sequence.hidden != Hidden::None, &last) {
+                output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
+            }
+            if sequence.attentions {
+                output.attentions = self.attentions.iter().map(|spans| spans[index].clone()).collect();
+            }
+            outputs.push(output);
+        }
+        Ok(outputs)
+    }
+}
+
+async fn wait<T>(readback: Option<Readback<'_, T>>) -> Result<Option<T>> {
+    match readback {
+        None => Ok(None),
+        Some(readback) => Ok(Some(readback.await?)),
+    }
+}
+
+/// The caches of a batch: every sequence has one, or none has.
+struct Caches<'a, B: Backend> {
+    caches: Option<Vec<&'a mut B::Cache>>,
+}
+
+impl<'a, B: Backend> Caches<'a, B> {
+    fn new(backend: &B, sequences: &'a mut [super::Sequence<'_>]) -> Result<Self> {
+        if sequences.iter().all(|sequence| sequence.cache.is_none()) {
+            return Ok(Self { caches: None });
+        }
+        let mut caches = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            let Some(cache) = sequence.cache.as_deref_mut() else {
+                let message = "expected a cache for each sequence of the batch or for none";
+                return Err(Error::new(ErrorKind::Option, message));
+            };
+            let len = cache.len();
+            let Some(inner) = cache.downcast::<B>() else {
+                return Err(Error::new(ErrorKind::Option, "expected a cache that this engine's backend made"));
+            };
+            // A pass that failed or was dropped half-way may have left rows of its first layers behind.
+            if backend.cache_len(inner, 0) > len {
+                backend.cache_truncate(inner, len)?;
+            }
+            caches.push(inner);
+        }
+        Ok(Self { caches: Some(caches) })
+    }
+
+    fn get(&mut self) -> Option<&mut [&'a mut B::Cache]> {
+        self.caches.as_deref_mut()
+    }
+}
+
+impl<B: Backend> Engine for LocalEngine<B> {
+    fn config(&self) -> &OptConfig {
+        &self.config
+    }
+
+    fn info(&self) -> Info {
+        self.backend.info()
+    }
+
+    fn counts(&self) -> Counts {
+        self.backend.counters().counts()
+    }
+
+    fn new_cache(&self, dtype: CacheDType) -> Result<KvCache> {
+        let config = &self.config;
+        let spec = CacheSpec {
+            layers: config.num_hidden_layers,
+            heads: config.num_attention_heads,
+            head_dim: config.head_dim(),
+            dtype,
+            capacity_hint: 0,
+        };
+        KvCache::new(Arc::clone(&self.backend), spec)
+    }
+
+    fn forward<'a>(&'a self, mut batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>> {
+        Box::pin(async move {
+            let result = match self.enqueue(&mut batch) {
+                Ok(pending) => pending.wait(&batch.sequences).await,
+                Err(error) => Err(error),
+            };
+            for sequence in &mut batch.sequences {
+                let rows = sequence.input.len();
+                if let Some(cache) = sequence.cache.as_deref_mut() {
+                    match &result {
+                        Ok(_) => cache.grow(rows),
+                        Err(_) => cache.truncate(cache.len())?,
+                    }
+                }
+            }
+            result
+        })
+    }
+}

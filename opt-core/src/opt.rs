@@ -1,0 +1,409 @@
+use crate::{
+    CancelToken, Error, ErrorKind, Generated, Progress, ProgressFn, Prompt, Request, Result, Session, StreamToken,
+    TokenStream,
+    backends::{self, BackendOptions, Chosen},
+    checkpoint::Checkpoint,
+    config::OptConfig,
+    driver::{Active, Driver, Slots},
+    engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
+    generation::{Extras, GenerationConfig, Method, ProcessorChain, StopStrings, Stopping, TokenIds, strategy},
+    prompt::{self, Overflow},
+    stream::Head,
+    tokenizer::Tokenizer,
+};
+use ndarray::Array2;
+use opt_backend::{DType, Info};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// A model with its tokenizer: the front door.
+///
+/// Cheap to clone; one value may be used from many threads at once.
+///
+/// ```
+/// use opt_core::{Opt, generation::GenerationConfig};
+///
+/// let opt = Opt::open("../models/opt-novels")?;
+/// let settings = GenerationConfig::default().max_new_tokens(12);
+/// println!("{}", opt.generate("The old house stood", &settings)?.text());
+/// # Ok::<(), opt_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Opt {
+    engine: Arc<dyn Engine>,
+    tokenizer: Option<Tokenizer>,
+    generation: Arc<GenerationConfig>,
+    warnings: Arc<Vec<String>>,
+}
+
+const _: () = {
+    const fn shared<T: Send + Sync + 'static>() {}
+    const fn owned<T: Send + 'static>() {}
+    shared::<Opt>();
+    owned::<TokenStream>();
+    owned::<Session>();
+};
+
+pub(crate) type EngineMaker = Box<
+    dyn FnOnce(
+            &Checkpoint,
+            DType,
+            Option<&CancelToken>,
+            Option<&mut ProgressFn<'_>>,
+        ) -> Result<Arc<dyn Engine>>
+        + Send,
+>;
+
+/// How to load a model: where to, held how, watched by whom.
+///
+/// ```no_run
+/// use opt_core::{DType, Load, Opt};
+/// let opt = Opt::load("models/opt-125m", Load::default().dtype(DType::BF16))?;
+/// # Ok::<(), opt_core::Error>(())
+/// ```
+#[derive(Default)]
+pub struct Load<'a> {
+    engine: Option<EngineMaker>,
+    dtype: DType,
+    cancel: Option<CancelToken>,
+    progress: Option<&'a mut ProgressFn<'a>>,
+}
+
+impl<'a> Load<'a> {
+    /// Loads on a backend of the caller's.
+    pub fn on<B: opt_backend::Backend>(backend: B) -> Self
+    where
+        B: Send,
+    {
+        let make: EngineMaker = Box::new(move |checkpoint, dtype, cancel, progress| {
+            backends::engine_on(backend, checkpoint, dtype, cancel, progress)
+        });
+        Self { engine: Some(make), ..Self::default() }
+    }
+
+    /// Loads on a backend chosen by name; see [`backends::choose`].
+    pub fn with(chosen: Chosen) -> Self {
+        Self { engine: Some(chosen.0), ..Self::default() }
+    }
+
+    /// Sets how weights are held; f32 unless said otherwise, whatever the file holds.
+    #[must_use]
+    pub fn dtype(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// Lets `cancel` end the loading.
+    #[must_use]
+    pub fn cancel(mut self, cancel: CancelToken) -> Self {
+        self.cancel = Some(cancel);
+        self
+    }
+
+    /// Reports each tensor to `progress`, which can end the loading.
+    #[must_use]
+    pub fn progress(mut self, progress: &'a mut ProgressFn<'a>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl Opt {
+    /// Opens a directory in Hugging Face layout, or a single weights file beside its config.json, on the default
+    /// backend.
+    ///
+    /// # Errors
+    /// Those of [`Opt::load`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::load(path, Load::default())
+    }
+
+    /// Loads a model.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Config`], [`ErrorKind::Checkpoint`] or [`ErrorKind::Tokenizer`], naming
+    /// the file; [`ErrorKind::Cancelled`]; [`ErrorKind::Backend`].
+    pub fn load(path: impl AsRef<Path>, load: Load<'_>) -> Result<Self> {
+        let path = path.as_ref();
+        let checkpoint = Checkpoint::open(path)?;
+        let dir = if path.is_dir() { path.to_owned() } else { path.parent().map_or_else(PathBuf::new, Path::to_owned) };
+        let tokenizer = if Tokenizer::is_in(&dir) { Some(Tokenizer::from_dir(&dir)?) } else { None };
+        let file = dir.join("generation_config.json");
+        let generation = if file.exists() { Some(GenerationConfig::from_file(&file)?) } else { None };
+        Self::assemble(&checkpoint, tokenizer, generation, load)
+    }
+
+    /// Loads a model from a checkpoint at hand (such as one from bytes in memory), with the tokenizer and
+    /// generation_config.json that belong to it.
+    ///
+    /// # Errors
+    /// Those of [`Opt::load`].
+    pub fn assemble(
+        checkpoint: &Checkpoint,
+        tokenizer: Option<Tokenizer>,
+        generation: Option<GenerationConfig>,
+        load: Load<'_>,
+    ) -> Result<Self> {
+        let mut warnings: Vec<String> = checkpoint.validate()?.iter().map(ToString::to_string).collect();
+        let config = checkpoint.config();
+        if let Some(tokenizer) = tokenizer.as_ref().filter(|t| t.vocab_size() > config.vocab_size) {
+            warnings.push(format!(
+                "the tokenizer knows {} tokens, the model {}: some texts will not run",
+                tokenizer.vocab_size(),
+                config.vocab_size
+            ));
+        }
+        let generation = generation.unwrap_or_else(|| {
+            let mut defaults = GenerationConfig::default();
+            defaults.bos_token_id = config.bos_token_id;
+            defaults.pad_token_id = config.pad_token_id;
+            defaults.eos_token_id = config.eos_token_id.map(TokenIds::One);
+            defaults
+        });
+        let make = match load.engine {
+            Some(make) => make,
+            None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
+        };
+        let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
+        let engine = make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
+        Ok(Self { engine, tokenizer, generation: Arc::new(generation), warnings: Arc::new(warnings) })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &OptConfig {
+        self.engine.config()
+    }
+
+    /// The model's generation_config.json, or what config.json says in its place.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
+    /// The tokenizer, if the model came with one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// What was odd but usable when the model was loaded, one line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// What the backend found on this machine.
+    pub fn info(&self) -> Info {
+        self.engine.info()
+    }
+
+    /// The model on its backend, for work that the methods here do not cover.
+    pub fn engine(&self) -> &Arc<dyn Engine> {
+        &self.engine
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] if the model came without one.
+    pub fn require_tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            let message = "expected a model with tokenizer files (tokenizer.json, or vocab.json and merges.txt) for a \
+                           text prompt; found none, so give token ids";
+            Error::new(ErrorKind::Tokenizer, message)
+        })
+    }
+
+    /// Continues a prompt.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Prompt`] and [`ErrorKind::Option`] for what cannot be run, [`ErrorKind::Backend`].
+    pub fn generate(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generated> {
+        let request = Request::new(prompt).config(config.clone());
+        let mut all = self.stream_batch([request])?.collect_all()?;
+        all.pop().ok_or_else(|| Error::new(ErrorKind::Backend, "expected one result, found none"))
+    }
+
+    /// Continues several prompts as one batch, each with its own settings. The results are those of running each
+    /// alone.
+    ///
+    /// # Errors
+    /// As [`Opt::generate`], naming the request.
+    pub fn generate_batch(&self, requests: impl IntoIterator<Item = impl Into<Request>>) -> Result<Vec<Generated>> {
+        self.stream_batch(requests)?.collect_all()
+    }
+
+    /// Continues a prompt, token by token.
+    ///
+    /// ```
+    /// use opt_core::{Opt, generation::GenerationConfig};
+    ///
+    /// let opt = Opt::open("../models/opt-novels")?;
+    /// for token in opt.stream("The river", &GenerationConfig::default().max_new_tokens(8))? {
+    ///     print!("{}", token?.text);
+    /// }
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Opt::generate`]; what fails later is an item of the stream.
+    pub fn stream(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<TokenStream> {
+        self.stream_batch([Request::new(prompt).config(config.clone())])
+    }
+
+    /// Continues several prompts as one batch, token by token.
+    ///
+    /// # Errors
+    /// As [`Opt::generate_batch`].
+    pub fn stream_batch(&self, requests: impl IntoIterator<Item = impl Into<Request>>) -> Result<TokenStream> {
+        let requests: Vec<Request> = requests.into_iter().map(Into::into).collect();
+        let only_one = requests.len() == 1;
+        let mut active = Vec::with_capacity(requests.len());
+        let mut heads = Vec::with_capacity(requests.len());
+        for (index, request) in requests.into_iter().enumerate() {
+            let prepared = self.prepare(request, None);
+            let (request, head) =
+                prepared.map_err(|e| if only_one { e } else { e.at(format_args!("request {}", index + 1)) })?;
+            active.push(request);
+            heads.push(head);
+        }
+        Ok(TokenStream::new(Driver::new(Arc::clone(&self.engine), active), self.tokenizer.clone(), heads))
+    }
+
+    /// Continues several prompts and hands each token to `see`, which can end it all; so can `progress`, which is
+    /// told how far the prompts have been run.
+    ///
+    /// # Errors
+    /// As [`Opt::generate_batch`]; [`ErrorKind::Cancelled`] if `progress` ended it. Ending it from `see` is no error:
+    /// the sequences so far are the result.
+    pub fn generate_with(
+        &self,
+        requests: impl IntoIterator<Item = impl Into<Request>>,
+        mut see: impl FnMut(&StreamToken) -> ControlFlow<()>,
+        mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()> + Send,
+    ) -> Result<Vec<Generated>> {
+        let mut stream = self.stream_batch(requests)?;
+        while let Some(token) = stream.next_watched(&mut progress) {
+            if see(&token?).is_break() {
+                stream.stop(crate::generation::FinishReason::Stop);
+                break;
+            }
+        }
+        stream.collect_all()
+    }
+
+    /// An empty conversation that keeps its cache.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone())
+    }
+
+    /// Logits `[tokens, vocab_size]` of every position of `ids`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Prompt`] for ids that cannot be run, [`ErrorKind::Backend`].
+    pub fn logits(&self, ids: &[u32]) -> Result<Array2<f32>> {
+        let output = self.run_one(Sequence::new(ids).want(Want::Logits { rows: ids.len() }))?;
+        output.logits.ok_or_else(|| Error::new(ErrorKind::Prompt, "expected at least one token, found none"))
+    }
+
+    /// Hidden states of every position of `ids`, as transformers gives them: the embeddings, the output of each layer
+    /// but the last, and the last one after the final LayerNorm and `project_out`; each `[tokens, width]`.
+    ///
+    /// # Errors
+    /// As [`Opt::logits`].
+    pub fn hidden_states(&self, ids: &[u32]) -> Result<Vec<Array2<f32>>> {
+        let mut sequence = Sequence::new(ids);
+        sequence.hidden = Hidden::All;
+        Ok(self.run_one(sequence)?.hidden)
+    }
+
+    /// Attention weights of each layer, `[heads, tokens, tokens]`. Slow: for looking.
+    ///
+    /// # Errors
+    /// As [`Opt::logits`].
+    pub fn attentions(&self, ids: &[u32]) -> Result<Vec<ndarray::Array3<f32>>> {
+        let mut sequence = Sequence::new(ids);
+        sequence.attentions = true;
+        Ok(self.run_one(sequence)?.attentions)
+    }
+
+    fn run_one(&self, sequence: Sequence<'_>) -> Result<Output> {
+        if sequence.input.is_empty() {
+            return Err(Error::new(ErrorKind::Prompt, "expected at least one token, found none"));
+        }
+        let batch = Forward { sequences: vec![sequence], ..Forward::default() };
+        Ok(self.engine.forward_blocking(batch)?.pop().unwrap_or_default())
+    }
+
+    /// Everything a request needs to run. `start` is a cache that holds the first tokens of the prompt.
+    pub(crate) fn prepare(&self, request: Request, start: Option<KvCache>) -> Result<(Active, Head)> {
+        let Request { prompt, config, hooks, assistant, bos, overflow, .. } = request;
+        let config = config.over(&self.generation);
+        let (ids, embeds) = match prompt {
+            Prompt::Text(text) => (self.require_tokenizer()?.encode(&text, bos)?, None),
+            Prompt::Ids(ids) => (ids, None),
+            Prompt::Embeds(rows) => (Vec::new(), Some(rows)),
+        };
+        let context = self.config().max_position_embeddings;
+        let new_tokens = config.max_new_tokens.unwrap_or(20);
+        let bos_id = self.tokenizer.as_ref().filter(|t| t.adds_bos()).and_then(Tokenizer::bos_id);
+        // A prompt that is cut leaves room for what is to be generated; one token of it stays in any case.
+        let limit = match overflow {
+            Overflow::TruncateLeft if ids.len() >= context => context.saturating_sub(new_tokens).max(1),
+            _ => context,
+        };
+        let ids = prompt::fit(ids, limit, overflow, bos_id)?.ids;
+
+        let extras = Extras {
+            top_alternatives: request.top_alternatives,
+            keep_scores: request.keep_scores,
+            keep_logits: request.keep_logits,
+            has_assistant: assistant.is_some(),
+        };
+        let embeds_len = embeds.as_ref().map_or(0, Array2::nrows);
+        let (settings, warnings) = config.resolve(self.config(), &ids, embeds_len, &extras)?;
+        if let Some(assistant) = &assistant {
+            self.check_assistant(assistant, embeds_len)?;
+        }
+        let stop = match &settings.stop_strings[..] {
+            [] => None,
+            strings => {
+                let token_bytes = self.require_tokenizer()?.token_strings().to_shared();
+                Some(StopStrings::new(strings, token_bytes))
+            }
+        };
+        let chain = ProcessorChain::new(&config, &settings, &hooks)?;
+        let stopping = Stopping::new(&settings, stop, &hooks);
+        let head = Head { prompt_ids: ids.clone(), warnings, seed: settings.seed };
+        let max_time = settings.max_time;
+        // Contrastive search looks at the hidden states of the whole prompt, so that a kept cache does not help it.
+        let start = start.filter(|_| !matches!(settings.method, Method::Contrastive { .. }));
+        let strategy =
+            strategy(crate::generation::StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
+        let active = Active {
+            strategy,
+            assistant: assistant.map(|assistant| assistant.engine),
+            embeds,
+            start,
+            cache_dtype: request.cache_dtype,
+            use_cache: config.use_cache.unwrap_or(true),
+            max_time,
+            cancel: request.cancel,
+            slots: Slots::new(),
+        };
+        Ok((active, head))
+    }
+
+    fn check_assistant(&self, assistant: &Opt, embeds_len: usize) -> Result<()> {
+        let (ours, theirs) = (self.config().vocab_size, assistant.config().vocab_size);
+        if ours != theirs {
+            let message = format!("assistant model: expected a vocabulary of {ours} like the target's, found {theirs}");
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        if embeds_len > 0 {
+            let message = "assisted decoding: expected a prompt of token ids, found embeddings";
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        Ok(())
+    }
+}

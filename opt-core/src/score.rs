@@ -1,0 +1,153 @@
+//! How probable a model finds given tokens.
+
+use crate::{
+    CancelToken, Error, ErrorKind, Opt, ProgressFn, Result, driver::MAX_ROWS,
+    engine::{Forward, Sequence, Want},
+    tokenizer::Bos,
+};
+use crate::Progress;
+
+/// Tokens to score: those from `from` on, each given all before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScoreInput {
+    /// All tokens, context first.
+    pub ids: Vec<u32>,
+    /// Index of the first scored token; at least 1, since the first token follows nothing.
+    pub from: usize,
+}
+
+/// The score of one input.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Scored {
+    /// All tokens, context first.
+    pub ids: Vec<u32>,
+    /// For each scored token log p(token | all before it), in nats.
+    pub log_probs: Vec<f32>,
+    /// Their sum.
+    pub log_prob: f64,
+    /// Whether greedy decoding from the context gives just these tokens.
+    pub greedy: bool,
+}
+
+impl ScoreInput {
+    /// All of `ids` but the first.
+    pub fn all(ids: Vec<u32>) -> Self {
+        Self { ids, from: 1 }
+    }
+
+    /// A continuation after a context, tokenized as lm-evaluation-harness does: white space at the end of the context
+    /// belongs to the continuation, and the continuation's tokens are those that the whole text has beyond the
+    /// context's. An empty context is the BOS token.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] for a model without tokenizer, or one without BOS if the context is empty.
+    pub fn pair(opt: &Opt, context: &str, continuation: &str, bos: Bos) -> Result<Self> {
+        let tokenizer = opt.require_tokenizer()?;
+        if context.is_empty() {
+            let start = tokenizer.bos_id().or(tokenizer.eos_id()).ok_or_else(|| {
+                Error::new(ErrorKind::Tokenizer, "an empty context needs a tokenizer with a BOS token; it has none")
+            })?;
+            let mut ids = vec![start];
+            ids.extend(tokenizer.encode(continuation, Bos::Never)?);
+            return Ok(Self { ids, from: 1 });
+        }
+        let trimmed = context.trim_end();
+        let whole = format!("{context}{continuation}");
+        let from = tokenizer.encode(trimmed, bos)?.len();
+        Ok(Self { ids: tokenizer.encode(&whole, bos)?, from })
+    }
+}
+
+impl Opt {
+    /// Log-probabilities of given tokens. Inputs are run as ragged batches; the order of results is theirs.
+    ///
+    /// ```
+    /// use opt_core::{Opt, ScoreInput, tokenizer::Bos};
+    ///
+    /// let opt = Opt::open("../models/opt-novels")?;
+    /// let likely = ScoreInput::pair(&opt, "He opened the", " door", Bos::Model)?;
+    /// let unlikely = ScoreInput::pair(&opt, "He opened the", " of", Bos::Model)?;
+    /// let scores = opt.score(&[likely, unlikely])?;
+    /// assert!(scores[0].log_prob > scores[1].log_prob);
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Prompt`] for an input that is empty, longer than the context or outside the vocabulary, naming
+    /// it; [`ErrorKind::Backend`].
+    pub fn score(&self, inputs: &[ScoreInput]) -> Result<Vec<Scored>> {
+        self.score_with(inputs, &CancelToken::new(), &mut |_| std::ops::ControlFlow::Continue(()))
+    }
+
+    /// [`Opt::score`], which `cancel` and `progress` can end.
+    ///
+    /// # Errors
+    /// Those of [`Opt::score`], and [`ErrorKind::Cancelled`].
+    pub fn score_with(
+        &self,
+        inputs: &[ScoreInput],
+        cancel: &CancelToken,
+        progress: &mut ProgressFn<'_>,
+    ) -> Result<Vec<Scored>> {
+        for (index, input) in inputs.iter().enumerate() {
+            self.check_score_input(input).map_err(|e| e.at(format_args!("input {}", index + 1)))?;
+        }
+        let mut scored = Vec::with_capacity(inputs.len());
+        let mut rest = inputs;
+        while !rest.is_empty() {
+            // As many as fit, but at least one.
+            let mut rows = 0;
+            let fits = |input: &&ScoreInput| {
+                rows += input.ids.len();
+                rows <= MAX_ROWS
+            };
+            let count = rest.iter().take_while(fits).count().max(1);
+            let (batch, later) = rest.split_at(count);
+            rest = later;
+            scored.extend(self.score_batch(batch, cancel)?);
+            if progress(Progress::new("inputs", scored.len() as u64, inputs.len() as u64)).is_break() {
+                return Err(Error::new(ErrorKind::Cancelled, "scoring was cancelled"));
+            }
+        }
+        Ok(scored)
+    }
+
+    fn score_batch(&self, inputs: &[ScoreInput], cancel: &CancelToken) -> Result<Vec<Scored>> {
+        let sequences = inputs.iter().map(|input| {
+            // The last token is only ever a target.
+            let run = input.ids.len().saturating_sub(1);
+            Sequence::new(&input.ids[..run]).want(Want::LogProbs { targets: &input.ids[input.from..] })
+        });
+        let batch = Forward { sequences: sequences.collect(), cancel: Some(cancel), watch: None };
+        let outputs = self.engine().forward_blocking(batch)?;
+        let each = inputs.iter().zip(outputs);
+        Ok(each
+            .map(|(input, output)| {
+                let log_probs: Vec<f32> = output.log_probs.iter().map(|score| score.log_prob).collect();
+                Scored {
+                    ids: input.ids.clone(),
+                    log_prob: log_probs.iter().map(|&p| f64::from(p)).sum(),
+                    greedy: output.log_probs.iter().all(|score| score.greedy),
+                    log_probs,
+                }
+            })
+            .collect())
+    }
+
+    fn check_score_input(&self, input: &ScoreInput) -> Result<()> {
+        let len = input.ids.len();
+        let context = self.config().max_position_embeddings;
+        let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
+        if len == 0 {
+            return fail("expected at least one token, found none".to_owned());
+        }
+        if input.from == 0 || input.from > len {
+            return fail(format!("expected to score from token 1 to {len}, found {}", input.from));
+        }
+        if len - 1 > context {
+            return fail(format!("expected at most {} tokens (the context and a target), found {len}", context + 1));
+        }
+        crate::engine::check_vocabulary(&input.ids, self.config().vocab_size)
+    }
+}

@@ -1,0 +1,288 @@
+use crate::{
+    Error, ErrorKind, Generated, Opt, Prompt, Request, Result, TokenStream,
+    driver::Driver,
+    engine::{Forward, Input, KvCache, Sequence, Want},
+    generation::GenerationConfig,
+    tokenizer::Bos,
+};
+use bytemuck::cast_slice;
+use ndarray::Array2;
+use opt_backend::CacheLayer;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use std::{collections::HashMap, io::Write, path::Path, sync::Arc};
+
+/// A conversation whose keys and values are kept, so that each turn runs only what is new.
+///
+/// ```
+/// use opt_core::{Opt, generation::GenerationConfig};
+///
+/// let opt = Opt::open("../models/opt-novels")?;
+/// let mut session = opt.session();
+/// session.append("It was a dark night.")?;
+/// let mut other_end = session.fork()?;
+/// let settings = GenerationConfig::default().max_new_tokens(8);
+/// session.generate(" The door", &settings)?;
+/// other_end.generate(" Suddenly", &settings)?;
+/// # Ok::<(), opt_core::Error>(())
+/// ```
+pub struct Session {
+    opt: Opt,
+    ids: Vec<u32>,
+    /// Holds the first `cache.len()` of `ids`; `None` while nothing has been run.
+    cache: Option<KvCache>,
+}
+
+/// What a saved session says of itself.
+const FORMAT: &str = "opt-session-1";
+
+impl Session {
+    pub(crate) fn new(opt: Opt) -> Self {
+        Self { opt, ids: Vec::new(), cache: None }
+    }
+
+    /// All tokens so far, of both sides.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Their text without special tokens.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Tokenizer`] for a model without one.
+    pub fn text(&self) -> Result<String> {
+        self.opt.require_tokenizer()?.decode(&self.ids, true)
+    }
+
+    /// Adds to the conversation without generating, and runs it.
+    ///
+    /// # Errors
+    /// As [`Opt::generate`]; the session is then as before.
+    pub fn append(&mut self, prompt: impl Into<Prompt>) -> Result<()> {
+        let mut ids = self.ids.clone();
+        ids.extend(self.encode(prompt.into())?);
+        let context = self.opt.config().max_position_embeddings;
+        if ids.len() > context {
+            let message = format!("session: expected at most {context} tokens (the context), found {}", ids.len());
+            return Err(Error::new(ErrorKind::Prompt, message));
+        }
+        let mut cache = match self.cache.take() {
+            Some(cache) => cache,
+            None => self.opt.engine().new_cache(Default::default())?,
+        };
+        let mut result = Ok(Vec::new());
+        let before = cache.len();
+        for piece in ids[before..].chunks(crate::driver::MAX_ROWS) {
+            let mut sequence = Sequence::new(piece);
+            sequence.cache = Some(&mut cache);
+            result =
+                self.opt.engine().forward_blocking(Forward { sequences: vec![sequence], ..Forward::default() });
+            if result.is_err() {
+                cache.truncate(before)?;
+                break;
+            }
+        }
+        self.cache = Some(cache);
+        result?;
+        self.ids = ids;
+        Ok(())
+    }
+
+    /// Adds a prompt (which may be empty) and continues it; prompt and continuation become part of the conversation.
+    ///
+    /// # Errors
+    /// As [`Opt::generate`]; the session is then as before.
+    pub fn generate(&mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generated> {
+        self.run(Request::new(prompt).config(config.clone()))
+    }
+
+    /// [`Session::generate`] with all that a request can say.
+    ///
+    /// # Errors
+    /// As [`Opt::generate`]; the session is then as before.
+    pub fn run(&mut self, request: Request) -> Result<Generated> {
+        let stream = self.start(request)?;
+        self.absorb(stream)
+    }
+
+    /// Begins a turn whose tokens are to be seen as they are made. Hand the stream back to [`Session::absorb`], read
+    /// to its end or not, for the turn to become part of the conversation.
+    ///
+    /// # Errors
+    /// As [`Opt::stream`].
+    pub fn start(&mut self, mut request: Request) -> Result<TokenStream> {
+        let mut ids = self.ids.clone();
+        ids.extend(self.encode(std::mem::replace(&mut request.prompt, Prompt::Ids(Vec::new())))?);
+        // The last token must be run for its logits, even if its keys and values are there.
+        let mut start = self.cache.as_ref().map(KvCache::fork).transpose()?;
+        if let Some(cache) = start.as_mut().filter(|cache| cache.len() >= ids.len()) {
+            cache.truncate(ids.len().saturating_sub(1))?;
+        }
+        request.prompt = Prompt::Ids(ids);
+        let (active, head) = self.opt.prepare(request, start)?;
+        let driver = Driver::new(Arc::clone(self.opt.engine()), vec![active]);
+        Ok(TokenStream::new(driver, self.opt.tokenizer().cloned(), vec![head]))
+    }
+
+    /// Runs a turn that [`Session::start`] began to its end and keeps it.
+    ///
+    /// # Errors
+    /// As [`Opt::generate`]; the session is then as before.
+    pub fn absorb(&mut self, stream: TokenStream) -> Result<Generated> {
+        let turns = opt_backend::block_on(stream.finish_with_slots())?;
+        let Some((generated, mut slots)) = turns.into_iter().next() else {
+            return Err(Error::new(ErrorKind::Option, "session: expected a stream of one request, found none"));
+        };
+        let mut ids = generated.prompt_ids.clone();
+        ids.extend(generated.ids());
+        let slot = slots.take_prefix(&ids)?;
+        self.cache = slot.and_then(|slot| slot.cache);
+        self.ids = ids;
+        Ok(generated)
+    }
+
+    /// A second conversation with the same past; the two then go their own ways.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Backend`] if the device fails.
+    pub fn fork(&self) -> Result<Self> {
+        let cache = self.cache.as_ref().map(KvCache::fork).transpose()?;
+        Ok(Self { opt: self.opt.clone(), ids: self.ids.clone(), cache })
+    }
+
+    /// Forgets all but the first `len` tokens.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Backend`] if the device fails.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.ids.truncate(len);
+        self.cache.as_mut().map_or(Ok(()), |cache| cache.truncate(len))
+    }
+
+    /// Writes tokens, keys and values to a safetensors file; an existing file is replaced once the new one is whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if it cannot be written, [`ErrorKind::Backend`] if the device fails.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let layers = self.cache.as_ref().map(|cache| opt_backend::block_on(cache.read())).transpose()?;
+        let probe = self.probe()?;
+        let metadata = HashMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("config".to_owned(), self.shape()),
+        ]);
+        let write = || -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            let mut tensors = vec![
+                ("ids".to_owned(), TensorView::new(Dtype::U32, vec![self.ids.len()], cast_slice(&self.ids))?),
+                ("probe".to_owned(), TensorView::new(Dtype::F32, vec![probe.len()], cast_slice(&probe))?),
+            ];
+            for (index, layer) in layers.iter().flatten().enumerate() {
+                for (name, rows) in [("keys", &layer.keys), ("values", &layer.values)] {
+                    let data = rows.as_slice().ok_or("keys and values do not lie in order")?;
+                    let view = TensorView::new(Dtype::F32, rows.shape().to_vec(), cast_slice(data))?;
+                    tensors.push((format!("layers.{index}.{name}"), view));
+                }
+            }
+            let bytes = safetensors::serialize(tensors, Some(metadata))?;
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let mut file = tempfile::NamedTempFile::new_in(dir)?;
+            file.write_all(&bytes)?;
+            file.as_file().sync_all()?;
+            file.persist(path)?;
+            Ok(())
+        };
+        write().map_err(|e| Error::because(ErrorKind::Io, format_args!("{}: cannot write the session", path.display()), e))
+    }
+
+    /// Reads a session back that was saved with the same model.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Checkpoint`] if it is damaged or of another model.
+    pub fn restore(opt: &Opt, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path)
+            .map_err(|e| Error::because(ErrorKind::Io, format_args!("{}: cannot read the session", path.display()), e))?;
+        Self::from_bytes(opt, &bytes).map_err(|e| e.at(path.display()))
+    }
+
+    fn from_bytes(opt: &Opt, bytes: &[u8]) -> Result<Self> {
+        let damaged = |what: &str| Error::new(ErrorKind::Checkpoint, format!("not a usable session: {what}"));
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| damaged(&e.to_string()))?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| damaged(&e.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        if metadata.get("format").map(String::as_str) != Some(FORMAT) {
+            return Err(damaged(&format!("expected format {FORMAT}, found {:?}", metadata.get("format"))));
+        }
+        let mut session = Self::new(opt.clone());
+        if metadata.get("config") != Some(&session.shape()) {
+            return Err(damaged("it was saved with a model of another shape"));
+        }
+        let numbers = |name: &str, dtype: Dtype| {
+            let view = file.tensor(name).map_err(|e| damaged(&format!("{name}: {e}")))?;
+            if view.dtype() != dtype {
+                return Err(damaged(&format!("{name}: expected {dtype:?}, found {:?}", view.dtype())));
+            }
+            Ok((view.shape().to_vec(), bytemuck::pod_collect_to_vec::<u8, u32>(view.data())))
+        };
+        let floats = |name: &str| {
+            let (shape, bits) = numbers(name, Dtype::F32)?;
+            Ok((shape, bits.into_iter().map(f32::from_bits).collect::<Vec<f32>>()))
+        };
+        let (_, probe) = floats("probe")?;
+        let ours = session.probe()?;
+        // The dtype may have changed in between; another model differs by far more than rounding.
+        let far = |(a, b): (&f32, &f32)| (a - b).abs() > 0.1 * b.abs().max(1.0);
+        if probe.len() != ours.len() || probe.iter().zip(&ours).any(far) {
+            return Err(damaged("it was saved with another model of the same shape"));
+        }
+        session.ids = numbers("ids", Dtype::U32)?.1;
+        crate::engine::check_vocabulary(&session.ids, opt.config().vocab_size)?;
+        let mut layers = Vec::new();
+        if file.tensor("layers.0.keys").is_ok() {
+            for index in 0..opt.config().num_hidden_layers {
+                let matrix = |part: &str| {
+                    let name = format!("layers.{index}.{part}");
+                    let (shape, data) = floats(&name)?;
+                    let &[rows, width] = &shape[..] else { return Err(damaged(&format!("{name}: {shape:?}"))) };
+                    if rows > session.ids.len() || width != opt.config().hidden_size {
+                        return Err(damaged(&format!("{name}: unexpected shape {shape:?}")));
+                    }
+                    Array2::from_shape_vec((rows, width), data).map_err(|e| damaged(&e.to_string()))
+                };
+                layers.push(CacheLayer { keys: matrix("keys")?, values: matrix("values")? });
+            }
+            let mut cache = opt.engine().new_cache(Default::default())?;
+            cache.seed(&layers)?;
+            session.cache = Some(cache);
+        }
+        Ok(session)
+    }
+
+    /// What must be equal for keys and values to mean the same.
+    fn shape(&self) -> String {
+        let config = self.opt.config();
+        let shapes: Vec<String> =
+            config.tensor_shapes().iter().map(|(name, shape)| format!("{name}{shape:?}")).collect();
+        format!("{} {} {}", config.num_attention_heads, config.activation_function, shapes.join(" "))
+    }
+
+    /// A few logits by which the model is told from another of the same shape.
+    fn probe(&self) -> Result<Vec<f32>> {
+        let logits = self.opt.logits(&[0])?;
+        Ok(logits.iter().take(16).copied().collect())
+    }
+
+    fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
+        match prompt {
+            // BOS belongs before the first turn only.
+            Prompt::Text(text) => {
+                let bos = if self.ids.is_empty() { Bos::Model } else { Bos::Never };
+                self.opt.require_tokenizer()?.encode(&text, bos)
+            }
+            Prompt::Ids(ids) => Ok(ids),
+            Prompt::Embeds(_) => {
+                let message = "session: expected text or token ids, found embeddings";
+                Err(Error::new(ErrorKind::Prompt, message))
+            }
+        }
+    }
+}

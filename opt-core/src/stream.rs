@@ -1,0 +1,166 @@
+use crate::{
+    Generated, GeneratedSequence, ProgressFn, Result,
+    driver::{Driver, Slots},
+    generation::{Alternative, FinishReason, SequenceOutput, TokenEvent},
+    tokenizer::{Detokenizer, Tokenizer},
+};
+use std::collections::{HashMap, VecDeque};
+
+/// One token of a stream.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct StreamToken {
+    /// Which request of the batch.
+    pub request: usize,
+    /// Which of its sequences.
+    pub sequence: usize,
+    /// The token.
+    pub id: u32,
+    /// The text that became certain with it: empty while a character is incomplete, and for a model without tokenizer.
+    /// The texts of a sequence's tokens, one after the other, are the sequence's text.
+    pub text: String,
+    /// log softmax of the raw logits at `id`.
+    pub log_prob: f32,
+    /// The most probable tokens, if asked for.
+    pub alternatives: Vec<Alternative>,
+    /// Set on a sequence's last token.
+    pub finish: Option<FinishReason>,
+}
+
+/// Tokens of one or several requests, as they are made.
+///
+/// It owns all it needs, so that it can move to another thread; dropping it ends the work. Beam search decides late:
+/// its tokens come all at the end.
+pub struct TokenStream {
+    driver: Driver,
+    texts: Texts,
+    events: VecDeque<(usize, TokenEvent)>,
+    heads: Vec<Head>,
+    failed: bool,
+}
+
+/// What is known of a request before its first token.
+pub(crate) struct Head {
+    pub(crate) prompt_ids: Vec<u32>,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) seed: u64,
+}
+
+impl TokenStream {
+    pub(crate) fn new(driver: Driver, tokenizer: Option<Tokenizer>, heads: Vec<Head>) -> Self {
+        let texts = Texts { tokenizer, open: HashMap::new() };
+        Self { driver, texts, events: VecDeque::new(), heads, failed: false }
+    }
+
+    /// The prompts as they are run; empty for embeddings.
+    pub fn prompt_ids(&self) -> impl Iterator<Item = &[u32]> {
+        self.heads.iter().map(|head| &head.prompt_ids[..])
+    }
+
+    /// What was set but has no effect, one line each.
+    pub fn warnings(&self) -> impl Iterator<Item = &str> {
+        self.heads.iter().flat_map(|head| head.warnings.iter().map(String::as_str))
+    }
+
+    /// The next token, awaited. `None` at the end.
+    pub async fn next_token(&mut self) -> Option<Result<StreamToken>> {
+        self.advance(None).await
+    }
+
+    /// Like the iterator's `next`, and tells `watch` how far the prompts have been run; it can cancel there.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn next_watched(&mut self, watch: &mut ProgressFn<'_>) -> Option<Result<StreamToken>> {
+        opt_backend::block_on(self.advance(Some(watch)))
+    }
+
+    async fn advance(&mut self, mut watch: Option<&mut ProgressFn<'_>>) -> Option<Result<StreamToken>> {
+        loop {
+            if let Some((request, event)) = self.events.pop_front() {
+                let token = self.texts.token(request, event);
+                self.failed |= token.is_err();
+                return Some(token);
+            }
+            if self.failed || self.driver.is_finished() {
+                return None;
+            }
+            if let Err(error) = self.driver.step(watch.as_deref_mut()).await {
+                self.failed = true;
+                return Some(Err(error));
+            }
+            self.driver.take_events(&mut self.events);
+        }
+    }
+
+    /// Ends all sequences where they are; they finish with `reason`.
+    pub fn stop(&mut self, reason: FinishReason) {
+        self.driver.interrupt(reason);
+    }
+
+    /// Runs to the end (what [`TokenStream::next_token`] has given out included) and collects everything.
+    ///
+    /// # Errors
+    /// What a step failed with.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn collect_all(self) -> Result<Vec<Generated>> {
+        opt_backend::block_on(self.finish())
+    }
+
+    /// [`TokenStream::collect_all`], awaited.
+    ///
+    /// # Errors
+    /// What a step failed with.
+    pub async fn finish(self) -> Result<Vec<Generated>> {
+        Ok(self.finish_with_slots().await?.into_iter().map(|(generated, _)| generated).collect())
+    }
+
+    pub(crate) async fn finish_with_slots(mut self) -> Result<Vec<(Generated, Slots)>> {
+        while !self.driver.is_finished() {
+            self.driver.step(None).await?;
+        }
+        let tokenizer = self.texts.tokenizer;
+        let each = self.driver.finish().into_iter().zip(self.heads);
+        each.map(|((sequences, slots), head)| {
+            let sequence = |output| finished(output, tokenizer.as_ref());
+            let sequences = sequences.into_iter().map(sequence).collect::<Result<_>>()?;
+            let Head { prompt_ids, warnings, seed } = head;
+            Ok((Generated { prompt_ids, sequences, warnings, seed }, slots))
+        })
+        .collect()
+    }
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+impl Iterator for TokenStream {
+    type Item = Result<StreamToken>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        opt_backend::block_on(self.advance(None))
+    }
+}
+
+fn finished(output: SequenceOutput, tokenizer: Option<&Tokenizer>) -> Result<GeneratedSequence> {
+    let text = tokenizer.map(|tokenizer| tokenizer.decode(&output.ids, true)).transpose()?;
+    let SequenceOutput { ids, log_probs, score, finish, alternatives, scores, logits, beam_indices } = output;
+    Ok(GeneratedSequence { ids, text, log_probs, score, finish, alternatives, scores, logits, beam_indices })
+}
+
+/// The text of sequences that are still growing.
+struct Texts {
+    tokenizer: Option<Tokenizer>,
+    open: HashMap<(usize, usize), Detokenizer>,
+}
+
+impl Texts {
+    fn token(&mut self, request: usize, event: TokenEvent) -> Result<StreamToken> {
+        let TokenEvent { sequence, id, log_prob, alternatives, finish } = event;
+        let mut text = String::new();
+        if let Some(tokenizer) = &self.tokenizer {
+            let open = self.open.entry((request, sequence)).or_insert_with(|| tokenizer.detokenizer(true));
+            text = open.push(id)?;
+            if finish.is_some() {
+                text.push_str(&open.finish()?);
+            }
+        }
+        Ok(StreamToken { request, sequence, id, text, log_prob, alternatives, finish })
+    }
+}
