@@ -301,7 +301,8 @@ impl Job {
             ScoreNeed::Full => Want::Logits { rows: wanted },
         };
         let hidden = if self.need.hidden { Hidden::Last } else { Hidden::None };
-        (len, Sequence { input, cache: Some(&mut self.cache), want, hidden, attentions: false })
+        let cache = Some(&mut self.cache);
+        (len, Sequence { cache, hidden, ..Sequence::new(input).want(want) })
     }
 
     fn take(&mut self, len: usize, output: Output) -> Result<()> {

@@ -70,6 +70,8 @@ pub struct Forward<'a> {
 pub struct Sequence<'a> {
     /// What to run.
     pub input: Input<'a>,
+    /// Positions of the tokens, each below the context; `None` continues from the cache's length.
+    pub positions: Option<&'a [u32]>,
     /// What came before; receives the new keys and values. Without one the sequence begins and ends here.
     pub cache: Option<&'a mut KvCache>,
     /// What to compute from the last rows.
@@ -81,10 +83,16 @@ pub struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
-    /// Token ids without a cache, of which nothing is wanted yet.
-    pub fn new(ids: &'a [u32]) -> Self {
-        let input = Input::Ids(ids);
-        Self { input, cache: None, want: Want::Nothing, hidden: Hidden::None, attentions: false }
+    /// An input without a cache, of which nothing is wanted yet.
+    pub fn new(input: impl Into<Input<'a>>) -> Self {
+        Self {
+            input: input.into(),
+            positions: None,
+            cache: None,
+            want: Want::Nothing,
+            hidden: Hidden::None,
+            attentions: false,
+        }
     }
 
     /// Sets what is wanted of the last rows.
@@ -102,6 +110,18 @@ pub enum Input<'a> {
     Ids(&'a [u32]),
     /// Embeddings `[tokens, word_embed_proj_dim]` in the place of the token table's.
     Embeds(ArrayView2<'a, f32>),
+}
+
+impl<'a> From<&'a [u32]> for Input<'a> {
+    fn from(ids: &'a [u32]) -> Self {
+        Input::Ids(ids)
+    }
+}
+
+impl<'a> From<ArrayView2<'a, f32>> for Input<'a> {
+    fn from(rows: ArrayView2<'a, f32>) -> Self {
+        Input::Embeds(rows)
+    }
 }
 
 impl Input<'_> {

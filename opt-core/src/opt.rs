@@ -352,7 +352,7 @@ impl Opt {
             Overflow::TruncateLeft if ids.len() >= context => context.saturating_sub(new_tokens).max(1),
             _ => context,
         };
-        let ids = prompt::fit(ids, limit, overflow, bos_id)?.ids;
+        let ids = if embeds.is_none() { prompt::fit(ids, limit, overflow, bos_id)?.ids } else { ids };
 
         let extras = Extras {
             top_alternatives: request.top_alternatives,

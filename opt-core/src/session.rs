@@ -1,7 +1,7 @@
 use crate::{
     Error, ErrorKind, Generated, Opt, Prompt, Request, Result, TokenStream,
     driver::Driver,
-    engine::{Forward, Input, KvCache, Sequence, Want},
+    engine::{Forward, KvCache, Sequence},
     generation::GenerationConfig,
     tokenizer::Bos,
 };

@@ -188,7 +188,18 @@ impl<B: Backend> LocalEngine<B> {
             if rows > len {
                 return fail(format!("expected to be asked about at most {len} rows, found {rows}"));
             }
-            plan.positions.extend((past..past + len).map(|p| p as u32));
+            match sequence.positions {
+                None => plan.positions.extend((past..past + len).map(|p| p as u32)),
+                Some(positions) if positions.len() != len => {
+                    return fail(format!("expected one position for each of {len} tokens, found {}", positions.len()));
+                }
+                Some(positions) => {
+                    if let Some(found) = positions.iter().find(|p| **p as usize >= most) {
+                        return fail(format!("expected positions below {most} (the context), found {found}"));
+                    }
+                    plan.positions.extend(positions);
+                }
+            }
             let kept = if sequence.hidden == Hidden::None { rows } else { len };
             let first = plan.wanted.len();
             plan.wanted.extend(span.start + len - kept..span.start + len);
