@@ -6,10 +6,19 @@
 //! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
 
 mod config;
+pub mod math;
 mod plan;
+mod processors;
+mod random;
+mod settings;
+mod stopping;
 
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
 pub use plan::{
     Alternative, CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
     SequenceOutput, Strategy, TokenEvent,
 };
+pub use processors::{Hooks, LogitsProcessor, PrefixFn, ProcessorChain};
+pub use random::Random;
+pub use settings::{AssistantSchedule, Extras, Method, Settings};
+pub use stopping::{StopStrings, Stopping, StoppingCriterion};
