@@ -6,6 +6,7 @@
 //! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
 
 mod config;
+mod field;
 pub mod math;
 mod plan;
 mod processors;

@@ -112,16 +112,6 @@ pub struct Settings {
     pub keep_logits: bool,
 }
 
-impl TokenIds {
-    /// The ids as a list.
-    pub fn to_vec(&self) -> Vec<u32> {
-        match self {
-            Self::One(id) => vec![*id],
-            Self::Many(ids) => ids.clone(),
-        }
-    }
-}
-
 impl GenerationConfig {
     /// Settings of one request: `prompt` are its ids, behind `embeds_len` rows of embeddings. Also warnings, one line each.
     ///
