@@ -100,7 +100,12 @@ macro_rules! options {
             }
 
             fn read(map: &Map<String, Value>) -> Result<Self> {
-                Ok(Self { $($name: option(map, stringify!($name))?,)* ignored: ignored(map) })
+                let mut config = Self { $($name: option(map, stringify!($name))?,)* ignored: ignored(map) };
+                // The one option whose null is not its default: transformers takes it for no limit.
+                if map.get("top_k") == Some(&Value::Null) {
+                    config.top_k = Some(0);
+                }
+                Ok(config)
             }
 
             fn write(&self) -> Map<String, Value> {
@@ -238,7 +243,8 @@ impl GenerationConfig {
         }
     }
 
-    /// Reads the text of a generation_config.json. Unknown keys are ignored, null is as if the key were not there.
+    /// Reads the text of a generation_config.json. Unknown keys are ignored; null is as if the key were
+    /// not there, but for `top_k`, where it is 0.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for what is not a JSON object, and for a value of the wrong type, with its key.

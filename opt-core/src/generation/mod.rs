@@ -5,6 +5,7 @@
 //! sees a backend, a cache or a clock it could not be given in a test, so one request and a server's changing batch
 //! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
 
+mod checks;
 mod config;
 mod field;
 pub mod math;
