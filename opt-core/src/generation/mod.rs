@@ -5,11 +5,22 @@
 //! sees a backend, a cache or a clock it could not be given in a test, so one request and a server's changing batch
 //! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
 
+mod checks;
 mod config;
+mod field;
+pub mod math;
 mod plan;
+mod processors;
+mod random;
+mod settings;
+mod stopping;
 
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
 pub use plan::{
     Alternative, CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
     SequenceOutput, Strategy, TokenEvent,
 };
+pub use processors::{Hooks, LogitsProcessor, PrefixFn, ProcessorChain};
+pub use random::Random;
+pub use settings::{AssistantSchedule, Extras, Method, Settings};
+pub use stopping::{StopStrings, Stopping, StoppingCriterion};
