@@ -6,7 +6,7 @@ use crate::{
     config::OptConfig,
     driver::{Active, Driver, Slots},
     engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
-    generation::{Extras, GenerationConfig, Method, ProcessorChain, StopStrings, Stopping, TokenIds, strategy},
+    generation::{Extras, GenerationConfig, Method, ProcessorChain, StopStrings, Stopping, StrategyRequest, TokenIds, strategy},
     prompt::{self, Overflow},
     stream::Head,
     tokenizer::Tokenizer,
@@ -379,7 +379,7 @@ impl Opt {
         // Contrastive search looks at the hidden states of the whole prompt, so that a kept cache does not help it.
         let start = start.filter(|_| !matches!(settings.method, Method::Contrastive { .. }));
         let strategy =
-            strategy(crate::generation::StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
+            strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
             assistant: assistant.map(|assistant| assistant.engine),

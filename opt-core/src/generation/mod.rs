@@ -5,14 +5,22 @@
 //! sees a backend, a cache or a clock it could not be given in a test, so one request and a server's changing batch
 //! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
 
+mod assisted;
+mod beam;
 mod checks;
 mod config;
+mod contrastive;
 mod field;
+mod group_beam;
 pub mod math;
 mod plan;
 mod processors;
+mod prompt_lookup;
 mod random;
+mod request;
+mod sequence;
 mod settings;
+mod single;
 mod stopping;
 
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
@@ -22,5 +30,6 @@ pub use plan::{
 };
 pub use processors::{Hooks, LogitsProcessor, PrefixFn, ProcessorChain};
 pub use random::Random;
+pub use request::{Request as StrategyRequest, strategy};
 pub use settings::{AssistantSchedule, Extras, Method, Settings};
 pub use stopping::{StopStrings, Stopping, StoppingCriterion};
