@@ -12,7 +12,6 @@ use ndarray::Array3;
 use opt_backend::{Activation, Attend, Backend, DType, NormParams, Span, Then};
 
 /// The weights of a model, where `B` keeps them.
-#[derive(Debug)]
 pub struct Decoder<B: Backend> {
     heads: usize,
     pre_norm: bool,
@@ -27,7 +26,6 @@ pub struct Decoder<B: Backend> {
     lm_head: Option<B::Table>,
 }
 
-#[derive(Debug)]
 struct Layer<B: Backend> {
     attn_norm: B::Norm,
     q: B::Linear,
@@ -210,7 +208,7 @@ impl<B: Backend> Loader<'_, B> {
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {
         let width = config.hidden_size;
         let affine = config.layer_norm_elementwise_affine;
-        let mut part = |part: &str| {
+        let part = |part: &str| {
             affine.then(|| self.checkpoint.tensor(&format!("{name}.{part}"), &[width])).transpose()
         };
         let (weight, bias) = (part("weight")?, part("bias")?);

@@ -50,7 +50,7 @@ pub trait Engine: MaybeSend + MaybeSync {
 
     /// [`Engine::forward`], waiting for it.
     #[cfg(not(target_arch = "wasm32"))]
-    fn forward_blocking(&self, batch: Forward<'_>) -> Result<Vec<Output>> {
+    fn forward_blocking<'a>(&'a self, batch: Forward<'a>) -> Result<Vec<Output>> {
         opt_backend::block_on(self.forward(batch))
     }
 }

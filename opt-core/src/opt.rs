@@ -6,7 +6,7 @@ use crate::{
     config::OptConfig,
     driver::{Active, Driver, Slots},
     engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
-    generation::{Extras, GenerationConfig, Method, ProcessorChain, StopStrings, Stopping, StrategyRequest, TokenIds, strategy},
+    generation::{Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping, TokenIds, strategy},
     prompt::{self, Overflow},
     stream::Head,
     tokenizer::Tokenizer,
@@ -16,7 +16,7 @@ use opt_backend::{DType, Info};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 /// A model with its tokenizer: the front door.
@@ -37,6 +37,7 @@ pub struct Opt {
     tokenizer: Option<Tokenizer>,
     generation: Arc<GenerationConfig>,
     warnings: Arc<Vec<String>>,
+    token_bytes: Arc<OnceLock<Arc<Vec<Vec<u8>>>>>,
 }
 
 const _: () = {
@@ -130,7 +131,11 @@ impl Opt {
         let path = path.as_ref();
         let checkpoint = Checkpoint::open(path)?;
         let dir = if path.is_dir() { path.to_owned() } else { path.parent().map_or_else(PathBuf::new, Path::to_owned) };
-        let tokenizer = if Tokenizer::is_in(&dir) { Some(Tokenizer::from_dir(&dir)?) } else { None };
+        let tokenizer = match Tokenizer::from_dir(&dir) {
+            Ok(tokenizer) => Some(tokenizer),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
         let file = dir.join("generation_config.json");
         let generation = if file.exists() { Some(GenerationConfig::from_file(&file)?) } else { None };
         Self::assemble(&checkpoint, tokenizer, generation, load)
@@ -169,7 +174,7 @@ impl Opt {
         };
         let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
         let engine = make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
-        Ok(Self { engine, tokenizer, generation: Arc::new(generation), warnings: Arc::new(warnings) })
+        Ok(Self { engine, tokenizer, generation: Arc::new(generation), warnings: Arc::new(warnings), token_bytes: Arc::default() })
     }
 
     /// The model's shape.
@@ -368,8 +373,7 @@ impl Opt {
         let stop = match &settings.stop_strings[..] {
             [] => None,
             strings => {
-                let token_bytes = self.require_tokenizer()?.token_strings().to_shared();
-                Some(StopStrings::new(strings, token_bytes))
+                Some(StopStrings::new(strings, self.token_bytes()?))
             }
         };
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
@@ -392,6 +396,14 @@ impl Opt {
             slots: Slots::new(),
         };
         Ok((active, head))
+    }
+
+    /// The bytes of each token, made once for all requests with stop strings.
+    fn token_bytes(&self) -> Result<Arc<Vec<Vec<u8>>>> {
+        let strings = self.require_tokenizer()?.token_strings();
+        let bytes = |id| strings.get(id).unwrap_or_default().to_vec();
+        let make = || Arc::new((0..strings.len() as u32).map(bytes).collect());
+        Ok(Arc::clone(self.token_bytes.get_or_init(make)))
     }
 
     fn check_assistant(&self, assistant: &Opt, embeds_len: usize) -> Result<()> {

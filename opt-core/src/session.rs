@@ -221,7 +221,7 @@ impl Session {
             if view.dtype() != dtype {
                 return Err(damaged(&format!("{name}: expected {dtype:?}, found {:?}", view.dtype())));
             }
-            Ok((view.shape().to_vec(), bytemuck::pod_collect_to_vec::<u8, u32>(view.data())))
+            Ok((view.shape().to_vec(), bytemuck::allocation::pod_collect_to_vec::<u8, u32>(view.data())))
         };
         let floats = |name: &str| {
             let (shape, bits) = numbers(name, Dtype::F32)?;

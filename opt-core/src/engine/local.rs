@@ -8,7 +8,6 @@ use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback,
 use std::{ops::Range, sync::Arc};
 
 /// A [`Decoder`] together with the backend that keeps its weights.
-#[derive(Debug)]
 pub struct LocalEngine<B: Backend> {
     backend: Arc<B>,
     decoder: Decoder<B>,
@@ -65,12 +64,12 @@ impl<B: Backend> LocalEngine<B> {
             if let Some(cancel) = cancel {
                 cancel.check("the forward pass")?;
             }
-            match &mut watch {
-                Some(watch) if watch(Progress::new("layers", layer as u64, layers)).is_break() => {
-                    Err(Error::new(ErrorKind::Cancelled, "the forward pass was cancelled"))
-                }
-                _ => Ok(()),
+            if let Some(watch) = &mut watch
+                && watch(Progress::new("layers", layer as u64, layers)).is_break()
+            {
+                return Err(Error::new(ErrorKind::Cancelled, "the forward pass was cancelled"));
             }
+            Ok(())
         };
         let trace = Trace {
             hidden: if keep_all { Some(&mut see) } else { None },

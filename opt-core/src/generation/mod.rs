@@ -30,6 +30,6 @@ pub use plan::{
 };
 pub use processors::{Hooks, LogitsProcessor, PrefixFn, ProcessorChain};
 pub use random::Random;
-pub use request::{Request as StrategyRequest, strategy};
+pub use request::{Request, strategy};
 pub use settings::{AssistantSchedule, Extras, Method, Settings};
 pub use stopping::{StopStrings, Stopping, StoppingCriterion};
