@@ -1,7 +1,8 @@
 //! The backends of this build. The only place that names them.
 
 use crate::{
-    CancelToken, Error, ErrorKind, ProgressFn, Result, checkpoint::Checkpoint, engine::Engine, opt::EngineMaker,
+    CancelToken, Error, ErrorKind, ProgressFn, Result, checkpoint::Checkpoint, engine::Engine,
+    opt::EngineMaker,
 };
 use opt_backend::{DType, Info};
 use std::sync::Arc;

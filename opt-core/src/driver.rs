@@ -4,8 +4,8 @@ use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
     engine::{Engine, Forward, Hidden, Input, KvCache, Output, Sequence, Want},
     generation::{
-        CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed, SequenceOutput, Strategy,
-        TokenEvent,
+        CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed, SequenceOutput,
+        Strategy, TokenEvent,
     },
 };
 use ndarray::{Array2, Axis, concatenate};
@@ -66,7 +66,8 @@ impl Slots {
         let slots = self.of(model);
         let count = slots.len();
         slots.get_mut(slot).ok_or_else(|| {
-            let message = format!("the strategy named cache slot {slot} of {count}; this is a mistake in the strategy");
+            let message =
+                format!("the strategy named cache slot {slot} of {count}; this is a mistake in the strategy");
             Error::new(ErrorKind::Unsupported, message)
         })
     }
@@ -84,7 +85,8 @@ impl Slots {
                 }
             }
             CacheOp::Reorder { model, parents } => {
-                let mut old: Vec<Option<Slot>> = std::mem::take(self.of(*model)).into_iter().map(Some).collect();
+                let mut old: Vec<Option<Slot>> =
+                    std::mem::take(self.of(*model)).into_iter().map(Some).collect();
                 let mut new = Vec::with_capacity(parents.len());
                 for (index, &parent) in parents.iter().enumerate() {
                     let last_use = !parents[index + 1..].contains(&parent);
@@ -92,7 +94,11 @@ impl Slots {
                         let message = format!("the strategy named cache slot {parent}, which is not there");
                         Error::new(ErrorKind::Unsupported, message)
                     })?;
-                    new.extend(if last_use { place.take() } else { place.as_ref().map(Slot::fork).transpose()? });
+                    new.extend(if last_use {
+                        place.take()
+                    } else {
+                        place.as_ref().map(Slot::fork).transpose()?
+                    });
                 }
                 *self.of(*model) = new;
                 Ok(())
@@ -161,18 +167,24 @@ impl Driver {
         }
 
         let mut target = Vec::new();
-        let mut replies: Vec<Vec<Reply>> = plans.iter().map(|plan| vec![Reply::default(); plan.runs.len()]).collect();
+        let mut replies: Vec<Vec<Reply>> =
+            plans.iter().map(|plan| vec![Reply::default(); plan.runs.len()]).collect();
         for (index, (request, plan)) in self.requests.iter_mut().zip(&plans).enumerate() {
             let mut draft = Vec::new();
             for (at, run) in plan.runs.iter().enumerate() {
                 match (run.model, &request.assistant) {
-                    (ModelRole::Target, _) => target.push(Job::new(&*self.engine, request, run, (index, at))?),
+                    (ModelRole::Target, _) => {
+                        target.push(Job::new(&*self.engine, request, run, (index, at))?)
+                    }
                     (ModelRole::Assistant, Some(engine)) => {
                         let engine = Arc::clone(engine);
                         draft.push(Job::new(&*engine, request, run, (index, at))?);
                     }
                     (ModelRole::Assistant, None) => {
-                        return Err(Error::new(ErrorKind::Option, "assisted decoding: expected an assistant model"));
+                        return Err(Error::new(
+                            ErrorKind::Option,
+                            "assisted decoding: expected an assistant model",
+                        ));
                     }
                 }
             }
@@ -259,7 +271,8 @@ impl Job {
                 engine.new_cache(request.cache_dtype)?
             }
         };
-        let fresh = run.tokens.len() + if run.prompt { request.embeds.as_ref().map_or(0, Array2::nrows) } else { 0 };
+        let fresh =
+            run.tokens.len() + if run.prompt { request.embeds.as_ref().map_or(0, Array2::nrows) } else { 0 };
         Ok(Self {
             whose,
             fresh,

@@ -32,8 +32,6 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod generation;
-#[cfg(feature = "hub")]
-pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 

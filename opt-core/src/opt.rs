@@ -1,12 +1,15 @@
 use crate::{
-    CancelToken, Error, ErrorKind, Generated, Progress, ProgressFn, Prompt, Request, Result, Session, StreamToken,
-    TokenStream,
+    CancelToken, Error, ErrorKind, Generated, Progress, ProgressFn, Prompt, Request, Result, Session,
+    StreamToken, TokenStream,
     backends::{self, BackendOptions, Chosen},
     checkpoint::Checkpoint,
     config::OptConfig,
     driver::{Active, Driver, Slots},
     engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
-    generation::{Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping, TokenIds, strategy},
+    generation::{
+        Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping,
+        TokenIds, strategy,
+    },
     prompt::{self, Overflow},
     stream::Head,
     tokenizer::Tokenizer,
@@ -130,7 +133,11 @@ impl Opt {
     pub fn load(path: impl AsRef<Path>, load: Load<'_>) -> Result<Self> {
         let path = path.as_ref();
         let checkpoint = Checkpoint::open(path)?;
-        let dir = if path.is_dir() { path.to_owned() } else { path.parent().map_or_else(PathBuf::new, Path::to_owned) };
+        let dir = if path.is_dir() {
+            path.to_owned()
+        } else {
+            path.parent().map_or_else(PathBuf::new, Path::to_owned)
+        };
         let tokenizer = match Tokenizer::from_dir(&dir) {
             Ok(tokenizer) => Some(tokenizer),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
@@ -174,7 +181,13 @@ impl Opt {
         };
         let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
         let engine = make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
-        Ok(Self { engine, tokenizer, generation: Arc::new(generation), warnings: Arc::new(warnings), token_bytes: Arc::default() })
+        Ok(Self {
+            engine,
+            tokenizer,
+            generation: Arc::new(generation),
+            warnings: Arc::new(warnings),
+            token_bytes: Arc::default(),
+        })
     }
 
     /// The model's shape.
@@ -234,7 +247,10 @@ impl Opt {
     ///
     /// # Errors
     /// As [`Opt::generate`], naming the request.
-    pub fn generate_batch(&self, requests: impl IntoIterator<Item = impl Into<Request>>) -> Result<Vec<Generated>> {
+    pub fn generate_batch(
+        &self,
+        requests: impl IntoIterator<Item = impl Into<Request>>,
+    ) -> Result<Vec<Generated>> {
         self.stream_batch(requests)?.collect_all()
     }
 
@@ -260,15 +276,18 @@ impl Opt {
     ///
     /// # Errors
     /// As [`Opt::generate_batch`].
-    pub fn stream_batch(&self, requests: impl IntoIterator<Item = impl Into<Request>>) -> Result<TokenStream> {
+    pub fn stream_batch(
+        &self,
+        requests: impl IntoIterator<Item = impl Into<Request>>,
+    ) -> Result<TokenStream> {
         let requests: Vec<Request> = requests.into_iter().map(Into::into).collect();
         let only_one = requests.len() == 1;
         let mut active = Vec::with_capacity(requests.len());
         let mut heads = Vec::with_capacity(requests.len());
         for (index, request) in requests.into_iter().enumerate() {
             let prepared = self.prepare(request, None);
-            let (request, head) =
-                prepared.map_err(|e| if only_one { e } else { e.at(format_args!("request {}", index + 1)) })?;
+            let (request, head) = prepared
+                .map_err(|e| if only_one { e } else { e.at(format_args!("request {}", index + 1)) })?;
             active.push(request);
             heads.push(head);
         }
@@ -332,7 +351,7 @@ impl Opt {
         Ok(self.run_one(sequence)?.attentions)
     }
 
-    fn run_one(&self, sequence: Sequence<'_>) -> Result<Output> {
+    fn run_one<'a>(&'a self, sequence: Sequence<'a>) -> Result<Output> {
         if sequence.input.is_empty() {
             return Err(Error::new(ErrorKind::Prompt, "expected at least one token, found none"));
         }
@@ -372,9 +391,7 @@ impl Opt {
         }
         let stop = match &settings.stop_strings[..] {
             [] => None,
-            strings => {
-                Some(StopStrings::new(strings, self.token_bytes()?))
-            }
+            strings => Some(StopStrings::new(strings, self.token_bytes()?)),
         };
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
         let stopping = Stopping::new(&settings, stop, &hooks);
@@ -382,8 +399,7 @@ impl Opt {
         let max_time = settings.max_time;
         // Contrastive search looks at the hidden states of the whole prompt, so that a kept cache does not help it.
         let start = start.filter(|_| !matches!(settings.method, Method::Contrastive { .. }));
-        let strategy =
-            strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
+        let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
             assistant: assistant.map(|assistant| assistant.engine),
@@ -409,7 +425,8 @@ impl Opt {
     fn check_assistant(&self, assistant: &Opt, embeds_len: usize) -> Result<()> {
         let (ours, theirs) = (self.config().vocab_size, assistant.config().vocab_size);
         if ours != theirs {
-            let message = format!("assistant model: expected a vocabulary of {ours} like the target's, found {theirs}");
+            let message =
+                format!("assistant model: expected a vocabulary of {ours} like the target's, found {theirs}");
             return Err(Error::new(ErrorKind::Option, message));
         }
         if embeds_len > 0 {

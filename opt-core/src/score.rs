@@ -1,11 +1,12 @@
 //! How probable a model finds given tokens.
 
+use crate::Progress;
 use crate::{
-    CancelToken, Error, ErrorKind, Opt, ProgressFn, Result, driver::MAX_ROWS,
+    CancelToken, Error, ErrorKind, Opt, ProgressFn, Result,
+    driver::MAX_ROWS,
     engine::{Forward, Sequence, Want},
     tokenizer::Bos,
 };
-use crate::Progress;
 
 /// Tokens to score: those from `from` on, each given all before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +47,10 @@ impl ScoreInput {
         let tokenizer = opt.require_tokenizer()?;
         if context.is_empty() {
             let start = tokenizer.bos_id().or(tokenizer.eos_id()).ok_or_else(|| {
-                Error::new(ErrorKind::Tokenizer, "an empty context needs a tokenizer with a BOS token; it has none")
+                Error::new(
+                    ErrorKind::Tokenizer,
+                    "an empty context needs a tokenizer with a BOS token; it has none",
+                )
             })?;
             let mut ids = vec![start];
             ids.extend(tokenizer.encode(continuation, Bos::Never)?);
@@ -146,7 +150,10 @@ impl Opt {
             return fail(format!("expected to score from token 1 to {len}, found {}", input.from));
         }
         if len - 1 > context {
-            return fail(format!("expected at most {} tokens (the context and a target), found {len}", context + 1));
+            return fail(format!(
+                "expected at most {} tokens (the context and a target), found {len}",
+                context + 1
+            ));
         }
         crate::engine::check_vocabulary(&input.ids, self.config().vocab_size)
     }

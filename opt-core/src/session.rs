@@ -62,7 +62,8 @@ impl Session {
         ids.extend(self.encode(prompt.into())?);
         let context = self.opt.config().max_position_embeddings;
         if ids.len() > context {
-            let message = format!("session: expected at most {context} tokens (the context), found {}", ids.len());
+            let message =
+                format!("session: expected at most {context} tokens (the context), found {}", ids.len());
             return Err(Error::new(ErrorKind::Prompt, message));
         }
         let mut cache = match self.cache.take() {
@@ -74,8 +75,10 @@ impl Session {
         for piece in ids[before..].chunks(crate::driver::MAX_ROWS) {
             let mut sequence = Sequence::new(piece);
             sequence.cache = Some(&mut cache);
-            result =
-                self.opt.engine().forward_blocking(Forward { sequences: vec![sequence], ..Forward::default() });
+            result = self
+                .opt
+                .engine()
+                .forward_blocking(Forward { sequences: vec![sequence], ..Forward::default() });
             if result.is_err() {
                 cache.truncate(before)?;
                 break;
@@ -130,7 +133,10 @@ impl Session {
     pub fn absorb(&mut self, stream: TokenStream) -> Result<Generated> {
         let turns = opt_backend::block_on(stream.finish_with_slots())?;
         let Some((generated, mut slots)) = turns.into_iter().next() else {
-            return Err(Error::new(ErrorKind::Option, "session: expected a stream of one request, found none"));
+            return Err(Error::new(
+                ErrorKind::Option,
+                "session: expected a stream of one request, found none",
+            ));
         };
         let mut ids = generated.prompt_ids.clone();
         ids.extend(generated.ids());
@@ -166,10 +172,8 @@ impl Session {
         let path = path.as_ref();
         let layers = self.cache.as_ref().map(|cache| opt_backend::block_on(cache.read())).transpose()?;
         let probe = self.probe()?;
-        let metadata = HashMap::from([
-            ("format".to_owned(), FORMAT.to_owned()),
-            ("config".to_owned(), self.shape()),
-        ]);
+        let metadata =
+            HashMap::from([("format".to_owned(), FORMAT.to_owned()), ("config".to_owned(), self.shape())]);
         let write = || -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
             let mut tensors = vec![
                 ("ids".to_owned(), TensorView::new(Dtype::U32, vec![self.ids.len()], cast_slice(&self.ids))?),
@@ -190,7 +194,9 @@ impl Session {
             file.persist(path)?;
             Ok(())
         };
-        write().map_err(|e| Error::because(ErrorKind::Io, format_args!("{}: cannot write the session", path.display()), e))
+        write().map_err(|e| {
+            Error::because(ErrorKind::Io, format_args!("{}: cannot write the session", path.display()), e)
+        })
     }
 
     /// Reads a session back that was saved with the same model.
@@ -199,8 +205,9 @@ impl Session {
     /// [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Checkpoint`] if it is damaged or of another model.
     pub fn restore(opt: &Opt, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path)
-            .map_err(|e| Error::because(ErrorKind::Io, format_args!("{}: cannot read the session", path.display()), e))?;
+        let bytes = std::fs::read(path).map_err(|e| {
+            Error::because(ErrorKind::Io, format_args!("{}: cannot read the session", path.display()), e)
+        })?;
         Self::from_bytes(opt, &bytes).map_err(|e| e.at(path.display()))
     }
 
@@ -225,7 +232,8 @@ impl Session {
         };
         let floats = |name: &str| {
             let (shape, bits) = numbers(name, Dtype::F32)?;
-            Ok((shape, bits.into_iter().map(f32::from_bits).collect::<Vec<f32>>()))
+            let floats: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+            Ok::<_, Error>((shape, floats))
         };
         let (_, probe) = floats("probe")?;
         let ours = session.probe()?;
@@ -242,7 +250,9 @@ impl Session {
                 let matrix = |part: &str| {
                     let name = format!("layers.{index}.{part}");
                     let (shape, data) = floats(&name)?;
-                    let &[rows, width] = &shape[..] else { return Err(damaged(&format!("{name}: {shape:?}"))) };
+                    let &[rows, width] = &shape[..] else {
+                        return Err(damaged(&format!("{name}: {shape:?}")));
+                    };
                     if rows > session.ids.len() || width != opt.config().hidden_size {
                         return Err(damaged(&format!("{name}: unexpected shape {shape:?}")));
                     }

@@ -1,7 +1,7 @@
 use super::{BoxFuture, Engine, Forward, Hidden, Input, KvCache, Output, Want};
 use crate::{
-    CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result, checkpoint::Checkpoint, config::OptConfig,
-    decoder::Trace,
+    CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result, checkpoint::Checkpoint,
+    config::OptConfig, decoder::Trace,
 };
 use ndarray::{Array2, Array3, s};
 use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
@@ -79,7 +79,15 @@ impl<B: Backend> LocalEngine<B> {
         let wanted = (plan.wanted.len() < plan.positions.len()).then_some(&plan.wanted[..]);
         let last = {
             let mut caches = Caches::new(backend, &mut batch.sequences)?;
-            self.decoder.forward(backend, embedded, &plan.positions, &plan.spans, caches.get(), wanted, trace)?
+            self.decoder.forward(
+                backend,
+                embedded,
+                &plan.positions,
+                &plan.spans,
+                caches.get(),
+                wanted,
+                trace,
+            )?
         };
 
         let mut pending = Pending { hidden: hidden_readbacks, attentions, ..Pending::default() };
@@ -115,11 +123,13 @@ impl<B: Backend> LocalEngine<B> {
                 .flatten()
                 .copied()
                 .collect();
-            pending.log_probs = Some(backend.log_probs(&select(&rows, &last)?, self.decoder.head(), &targets));
+            pending.log_probs =
+                Some(backend.log_probs(&select(&rows, &last)?, self.decoder.head(), &targets));
         }
         let rows = rows_of(|want| matches!(want, Want::TopK { .. }));
         if !rows.is_empty() {
-            let k = batch.sequences.iter().map(|s| if let Want::TopK { k, .. } = s.want { k } else { 0 }).max();
+            let k =
+                batch.sequences.iter().map(|s| if let Want::TopK { k, .. } = s.want { k } else { 0 }).max();
             let logits = backend.logits(&select(&rows, &last)?, self.decoder.head())?;
             pending.top_k = Some(backend.top_k(&logits, k.unwrap_or(0)));
         }
@@ -165,12 +175,18 @@ impl<B: Backend> LocalEngine<B> {
     fn check(&self, batch: &Forward<'_>) -> Result<BatchPlan> {
         let config = &self.config;
         let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
-        let mut plan = BatchPlan { spans: Span::lay_out(batch.sequences.iter().map(|s| s.input.len())), ..Default::default() };
+        let mut plan = BatchPlan {
+            spans: Span::lay_out(batch.sequences.iter().map(|s| s.input.len())),
+            ..Default::default()
+        };
         for (sequence, span) in batch.sequences.iter().zip(&plan.spans) {
             let past = sequence.cache.as_ref().map_or(0, |cache| cache.len());
             let (len, most) = (span.len, config.max_position_embeddings);
             if past + len > most {
-                return fail(format!("expected at most {most} positions (the context), found {}", past + len));
+                return fail(format!(
+                    "expected at most {most} positions (the context), found {}",
+                    past + len
+                ));
             }
             match sequence.input {
                 Input::Ids(ids) => check_vocabulary(ids, config.vocab_size)?,
@@ -190,7 +206,10 @@ impl<B: Backend> LocalEngine<B> {
             match sequence.positions {
                 None => plan.positions.extend((past..past + len).map(|p| p as u32)),
                 Some(positions) if positions.len() != len => {
-                    return fail(format!("expected one position for each of {len} tokens, found {}", positions.len()));
+                    return fail(format!(
+                        "expected one position for each of {len} tokens, found {}",
+                        positions.len()
+                    ));
                 }
                 Some(positions) => {
                     if let Some(found) = positions.iter().find(|p| **p as usize >= most) {
@@ -215,7 +234,10 @@ pub(crate) fn check_vocabulary(ids: &[u32], vocab_size: usize) -> Result<()> {
     match ids.iter().position(|id| *id as usize >= vocab_size) {
         None => Ok(()),
         Some(at) => {
-            let found = format!("expected token ids below the vocabulary size {vocab_size}, found {} at {at}", ids[at]);
+            let found = format!(
+                "expected token ids below the vocabulary size {vocab_size}, found {} at {at}",
+                ids[at]
+            );
             Err(Error::new(ErrorKind::Prompt, found))
         }
     }
@@ -260,7 +282,8 @@ impl Pending<'_> {
         let mut logits = wait(self.logits).await?;
         let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
         let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
-        let scored: usize = sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
+        let scored: usize =
+            sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
 
         let mut first = 0;
         let mut outputs = Vec::with_capacity(sequences.len());
@@ -284,7 +307,9 @@ impl Pending<'_> {
                         row.logits.truncate(k);
                     }
                 }
-                Want::LogProbs { targets } => output.log_probs = log_probs.by_ref().take(targets.len()).collect(),
+                Want::LogProbs { targets } => {
+                    output.log_probs = log_probs.by_ref().take(targets.len()).collect()
+                }
             }
             if sequence.hidden == Hidden::All {
                 let rows = self.plan.spans[index].rows();
@@ -327,7 +352,10 @@ impl<'a, B: Backend> Caches<'a, B> {
             };
             let len = cache.len();
             let Some(inner) = cache.downcast::<B>() else {
-                return Err(Error::new(ErrorKind::Option, "expected a cache that this engine's backend made"));
+                return Err(Error::new(
+                    ErrorKind::Option,
+                    "expected a cache that this engine's backend made",
+                ));
             };
             // A pass that failed or was dropped half-way may have left rows of its first layers behind.
             if backend.cache_len(inner, 0) > len {
