@@ -151,7 +151,7 @@ fn attend<B: Backend>(b: &B, data: &mut Data, weights_too: bool) -> Outcome {
         let attend = Attend { heads: 2, layer, spans: &good };
         call(&format!("layer {layer} of 2"), (attend, right, Some(&mut caches[..])))?;
     }
-    let mut wide = vec![b.new_cache(spec(2, 4))?, b.new_cache(spec(2, 4))?];
+    let mut wide = [b.new_cache(spec(2, 4))?, b.new_cache(spec(2, 4))?];
     let attend = Attend { heads: 2, layer: 0, spans: &good };
     call("caches of another width", (attend, right, Some(&mut wide[..])))?;
     for cache in &caches {

@@ -41,25 +41,35 @@ fn check_head<B: Backend>(
     };
     let x = data.matrix(rows, width);
     let tensor = b.upload(x.view())?;
-    let expected = oracle::linear(x.view(), held.view(), None, None);
+    let logits = oracle::linear(x.view(), held.view(), None, None);
     let found = read(b, &b.logits(&tensor, &table)?)?;
-    data.tolerance().compare("logits", found.view(), expected.view())?;
+    data.tolerance().compare("logits", found.view(), logits.view())?;
 
     let mut targets: Vec<u32> = (0..rows).map(|_| data.below(entries) as u32).collect();
     // Some rows get the most probable token as their target.
-    for (target, row) in targets.iter_mut().zip(expected.outer_iter()).step_by(2) {
+    for (target, row) in targets.iter_mut().zip(logits.outer_iter()).step_by(2) {
         *target = oracle::argmax(row).unwrap_or(0) as u32;
     }
     let found = b.block_on(b.log_probs(&tensor, &table, &targets))?;
     let expected: Vec<_> =
-        expected.outer_iter().zip(&targets).map(|(row, &t)| oracle::target_score(row, t)).collect();
+        logits.outer_iter().zip(&targets).map(|(row, &t)| oracle::target_score(row, t)).collect();
     let [f, e] = [&found, &expected].map(|scores| scores.iter().map(|s| s.log_prob).collect::<Vec<_>>());
     data.tolerance().compare_slices("log_probs", &f, &e)?;
-    let greedy = |scores: &[crate::TargetScore]| scores.iter().map(|s| s.greedy).collect::<Vec<_>>();
-    ensure(
-        greedy(&found) == greedy(&expected),
-        format_args!("log_probs: expected greedy {:?}, found {:?}", greedy(&expected), greedy(&found)),
-    )
+    // Whether the target wins is only asked where no rounding can decide it.
+    let close = 4.0 * data.tolerance().max * logits.iter().fold(1.0, |max, &v| f64::from(v.abs()).max(max));
+    for (row, ((found, expected), &target)) in found.iter().zip(&expected).zip(&targets).enumerate() {
+        let own = logits[[row, target as usize]];
+        let others = logits.row(row).into_iter().enumerate().filter(|(id, _)| *id != target as usize);
+        let best = others.fold(f32::NEG_INFINITY, |max, (_, &v)| max.max(v));
+        ensure(
+            found.greedy == expected.greedy || f64::from((own - best).abs()) < close,
+            format_args!(
+                "log_probs: row {row}: target {target} has logit {own}, the best other {best}, found greedy {}",
+                found.greedy
+            ),
+        )?;
+    }
+    Ok(())
 }
 
 /// Entries that are equal: only the first of the most probable is greedy. Integers, so that their logits are equal
@@ -128,13 +138,18 @@ fn check_top_k<B: Backend>(b: &B, data: &Data, x: &Array2<f32>, k: usize) -> Out
         format_args!("expected {} rows, found {}", expected.len(), found.len()),
     )?;
     for (row, (found, expected)) in found.iter().zip(&expected).enumerate() {
-        if found.ids != expected.ids {
-            return fail(format_args!("row {row}: expected ids {:?}, found {:?}", expected.ids, found.ids));
-        }
         ensure(
-            found.logits == expected.logits,
-            format_args!("row {row}: expected logits {:?}, found {:?}", expected.logits, found.logits),
+            found.ids.len() == expected.ids.len() && found.logits.len() == expected.ids.len(),
+            format_args!("row {row}: expected {} ids, found {}", expected.ids.len(), found.ids.len()),
         )?;
+        let found_pairs = found.ids.iter().zip(&found.logits);
+        let differs = found_pairs.zip(expected.ids.iter().zip(&expected.logits)).position(|(f, e)| f != e);
+        if let Some(at) = differs {
+            return fail(format_args!(
+                "row {row}, rank {at}: expected id {} with logit {}, found id {} with logit {}",
+                expected.ids[at], expected.logits[at], found.ids[at], found.logits[at]
+            ));
+        }
         let [f, e] = [found, expected].map(|top| [top.log_sum_exp]);
         data.tolerance().compare_slices("log_sum_exp", &f, &e)?;
     }
@@ -147,7 +162,7 @@ fn large_table<B: Backend>(run: &mut Run<'_, B>) {
     const OPT_ENTRIES: usize = 50272;
     let limit = run.max_binding.map(|bytes| bytes / (WIDTH * size_of::<f32>()) as u64);
     let entries = match limit {
-        Some(entries) if entries <= 3 * OPT_ENTRIES as u64 => entries as usize + 3,
+        Some(entries) if entries <= 3 * OPT_ENTRIES as u64 => entries as usize + 8,
         _ => OPT_ENTRIES,
     };
     if entries > 4096 && !run.suite.heavy {

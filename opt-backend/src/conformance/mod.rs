@@ -10,13 +10,11 @@
 //!    opt-backend = { version = "0.1", features = ["conformance"] }
 //!    ```
 //!    and to `tests/conformance.rs`
-//!    ```
-//!    # use opt_backend::Reference as MyBackend;
-//!    #[test]
-//!    fn conformance() {
-//!        opt_backend::conformance::run(MyBackend::new);
-//!    }
-//!    # conformance();
+//!    ```no_run
+//!    # struct MyBackend;
+//!    # impl MyBackend { fn new() -> opt_backend::Reference { opt_backend::Reference::new() } }
+//!    // in a function marked #[test]:
+//!    opt_backend::conformance::run(|| MyBackend::new());
 //!    ```
 //!    `cargo test` then runs some hundred cases and lists all that fail, each with op, shape, dtype, and the largest
 //!    and the mean error found.
@@ -84,6 +82,7 @@ pub struct Suite<B: Backend> {
     make: Box<dyn Fn() -> B>,
     activations: DType,
     heavy: bool,
+    only: Vec<String>,
     no_defaults: Vec<Op>,
     reads_per_step: Option<u64>,
     guards: Option<Guards<B>>,
@@ -96,6 +95,7 @@ impl<B: Backend> Suite<B> {
             make: Box::new(make),
             activations: DType::F32,
             heavy: true,
+            only: Vec::new(),
             no_defaults: Vec::new(),
             reads_per_step: None,
             guards: None,
@@ -112,6 +112,12 @@ impl<B: Backend> Suite<B> {
     /// Leaves out the cases that need hundreds of megabytes or a second each: the large table, long caches.
     pub fn quick(mut self) -> Self {
         self.heavy = false;
+        self
+    }
+
+    /// Runs only the cases of these ops, as they are named in front of a failure: `linear`, `attend`, `cache`, ...
+    pub fn only(mut self, ops: &[&str]) -> Self {
+        self.only = ops.iter().map(|op| (*op).to_owned()).collect();
         self
     }
 
@@ -267,6 +273,9 @@ impl<B: Backend> Run<'_, B> {
         case: impl fmt::Display,
         body: impl FnOnce(&B, &mut data::Data) -> Outcome,
     ) {
+        if !self.suite.only.is_empty() && self.suite.only.iter().all(|only| only != op) {
+            return;
+        }
         let case = case.to_string();
         // Named seeds: what a case computes does not depend on which cases ran before it.
         let mut data = data::Data::new(&format!("{op} {case}"), self.kit);
