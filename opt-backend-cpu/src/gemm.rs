@@ -1,0 +1,349 @@
+//! Linears and the LM head: rows times packed panels.
+//!
+//! Two limits rule here. One row (decode) reads every weight once for two operations each: memory bandwidth decides,
+//! so panels are streamed and shared out in pieces. Hundreds of rows (prefill) do hundreds of operations per weight:
+//! the multiply-add units decide, so rows are woven into tiles, and a block of [`DEPTH`] x panel stays in the first
+//! cache while all row tiles pass by it.
+//!
+//! Both add up in the same order: a chain over each block of [`DEPTH`], then the blocks one after the other, then
+//! bias, then activation or residual. So the result of a row is bit-equal however many rows are computed with it.
+
+use crate::{
+    memory::{Aligned, Shared},
+    pack::{Packed, Panels, for_each_dtype},
+    pool::Pool,
+    simd::{Kernel, Simd, SimdLevel, Weight, math},
+    tile::{Apart, At, Woven, tile},
+};
+use opt_backend::{Activation, Result};
+
+/// Depth of a block: this many rows of a panel of f32 are 32 KiB with AVX-512, and fit the first cache.
+const DEPTH: usize = 256;
+/// Rows whose woven block of [`DEPTH`] should stay in the second cache.
+const ROW_GROUP: usize = 516;
+/// Elements of the largest tile.
+const TILE: usize = 12 * 32;
+/// Bytes of weights that are worth a task of their own when one row is multiplied.
+const TASK_BYTES: usize = 96 << 10;
+
+/// What happens to a product before it is stored.
+#[derive(Clone, Copy)]
+pub(crate) enum After<'a> {
+    Nothing,
+    Activate(Activation),
+    /// Adds a matrix of the output's shape.
+    Add(&'a [f32]),
+}
+
+/// One matrix to multiply by, and where the product goes.
+pub(crate) struct Product<'a> {
+    pub(crate) weights: &'a Packed,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) after: After<'a>,
+    /// `[rows, outputs]`, every element of which is written.
+    pub(crate) out: Shared<f32>,
+}
+
+/// Computes the products of `x`, `[rows, depth]`, in one parallel region.
+///
+/// # Safety
+/// Every weight has depth `depth` and panels as wide as `level`'s; bias, residual and output have the fitting sizes,
+/// and nobody else accesses the outputs.
+pub(crate) unsafe fn multiply(
+    pool: &Pool,
+    level: SimdLevel,
+    x: &[f32],
+    [rows, depth]: [usize; 2],
+    products: &[Product<'_>],
+) -> Result<()> {
+    if rows == 0 {
+        return Ok(());
+    }
+    let sizes = level.sizes();
+    let woven = if rows > sizes.few { Some(weave(pool, level, x, [rows, depth])?) } else { None };
+    // Row groups of about equal size, each a whole number of tiles.
+    let groups = if woven.is_some() { rows.div_ceil(ROW_GROUP) } else { 1 };
+    let group_rows = rows.div_ceil(groups).next_multiple_of(if woven.is_some() { sizes.rows } else { 1 });
+    // Panels a task: enough tasks to even out threads that are slowed down, none too small.
+    let panels: usize = products.iter().map(|p| p.weights.panels()).sum();
+    let bytes = products.iter().map(|p| p.weights.panel_bytes()).max().unwrap_or(0).max(1);
+    let smallest = if woven.is_some() { 1 } else { (TASK_BYTES / bytes).max(1) };
+    let share = (panels / (pool.threads() * 8)).max(smallest);
+    let tasks: Vec<(usize, usize, usize)> = (0..groups)
+        .flat_map(|group| {
+            products.iter().enumerate().flat_map(move |(i, product)| {
+                (0..product.weights.panels()).step_by(share).map(move |first| (group, i, first))
+            })
+        })
+        .collect();
+    let body = |task: usize| {
+        let (group, i, first) = tasks[task];
+        let product = &products[i];
+        let outputs = product.weights.shape()[0];
+        let row_range = group * group_rows..rows.min((group + 1) * group_rows);
+        for_each_dtype!(product.weights, weights => {
+            let panels = first..weights.count().min(first + share);
+            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, outputs, product })
+        });
+    };
+    // A region costs more than a product this small.
+    if rows * depth * panels < 1 << 12 {
+        (0..tasks.len()).for_each(body);
+        return Ok(());
+    }
+    pool.run(tasks.len(), &body)
+}
+
+/// Interleaves rows by tiles: for each block of [`DEPTH`], for each tile, `[block depth, tile rows]`. Missing rows of
+/// the last tile are zeros.
+fn weave(pool: &Pool, level: SimdLevel, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Aligned<f32>> {
+    let tile_rows = level.sizes().rows;
+    let tiles = rows.div_ceil(tile_rows);
+    let mut woven = Aligned::<f32>::zeroed(tiles * tile_rows * depth, "linear")?;
+    let target = Shared(woven.as_mut_slice().as_mut_ptr());
+    pool.run(tiles, &|t| {
+        let first = t * tile_rows;
+        for start in (0..depth).step_by(DEPTH) {
+            let block = DEPTH.min(depth - start);
+            // SAFETY: the part of this tile and block, which belongs to this task alone.
+            let part = unsafe {
+                std::slice::from_raw_parts_mut(
+                    target.at(start * tiles * tile_rows + first * block),
+                    block * tile_rows,
+                )
+            };
+            for (r, row) in (first..rows.min(first + tile_rows)).enumerate() {
+                let row = &x[row * depth + start..][..block];
+                part.iter_mut().skip(r).step_by(tile_rows).zip(row).for_each(|(p, &x)| *p = x);
+            }
+        }
+    })?;
+    Ok(woven)
+}
+
+/// Some panels times some rows.
+struct Block<'a, W: Weight> {
+    x: &'a [f32],
+    woven: Option<&'a Aligned<f32>>,
+    rows: usize,
+    row_range: std::ops::Range<usize>,
+    depth: usize,
+    weights: &'a Panels<W>,
+    panels: std::ops::Range<usize>,
+    outputs: usize,
+    product: &'a Product<'a>,
+}
+
+impl<W: Weight> Kernel for Block<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if self.depth == 0 {
+            for panel in self.panels.clone() {
+                // SAFETY: as in `few`.
+                unsafe {
+                    for row in self.row_range.clone() {
+                        let (out, columns) = self.target(s, row, panel);
+                        for column in 0..columns {
+                            *out.add(column) = 0.0;
+                        }
+                    }
+                    self.finish(s, self.row_range.clone(), panel);
+                }
+            }
+            return;
+        }
+        match self.woven {
+            Some(woven) if S::ROWS == 12 => self.many::<S, 12>(s, woven.as_slice()),
+            Some(woven) => self.many::<S, 6>(s, woven.as_slice()),
+            None => match self.rows {
+                1 => self.few::<S, 1>(s),
+                2 => self.few::<S, 2>(s),
+                3 | 4 => self.few::<S, 4>(s),
+                _ => self.few::<S, 8>(s),
+            },
+        }
+    }
+}
+
+impl<W: Weight> Block<'_, W> {
+    /// At most `M` rows, read where they lie: each panel is streamed once.
+    #[inline(always)]
+    fn few<S: Simd, const M: usize>(&self, s: S) {
+        let width = 2 * S::LANES;
+        let mut sums = [0.0_f32; TILE];
+        for panel in self.panels.clone() {
+            let elements = self.weights.panel(panel);
+            let mut start = 0;
+            while start < self.depth {
+                let block = DEPTH.min(self.depth - start);
+                // SAFETY: x has `rows` rows of `depth`, the panel `depth` rows of two vectors, `sums` at least M.
+                unsafe {
+                    let a = Apart::<M>::new(self.x.as_ptr().add(start), self.depth, self.rows);
+                    let b = At { start: elements.as_ptr().add(start * width), stride: width };
+                    let out = At { start: sums.as_mut_ptr(), stride: width };
+                    tile::<S, W, _, M, 2>(s, block, a, b, out, start > 0);
+                }
+                start += block;
+            }
+            // SAFETY: each row and column of this panel belongs to this task alone.
+            unsafe {
+                self.copy_out(s, &sums, 0..self.rows, panel);
+                self.finish(s, 0..self.rows, panel);
+            }
+        }
+    }
+
+    /// Woven rows: block by block, so that panel block and woven block stay in their caches.
+    #[inline(always)]
+    fn many<S: Simd, const M: usize>(&self, s: S, woven: &[f32]) {
+        let width = 2 * S::LANES;
+        let padded = self.rows.next_multiple_of(M);
+        let mut sums = [0.0_f32; TILE];
+        let mut wide = Wide([0.0_f32; DEPTH * 32]);
+        let mut start = 0;
+        while start < self.depth {
+            let block = DEPTH.min(self.depth - start);
+            let last = start + block == self.depth;
+            for panel in self.panels.clone() {
+                // Half weights are widened once for all rows.
+                let elements = &self.weights.panel(panel)[start * width..][..block * width];
+                let elements: *const f32 = if W::IS_F32 {
+                    elements.as_ptr().cast()
+                } else {
+                    for i in (0..block * width).step_by(S::LANES) {
+                        // SAFETY: `elements` and `wide` have block * width elements, whole vectors.
+                        unsafe { s.store(wide.0.as_mut_ptr().add(i), W::load(s, elements.as_ptr().add(i))) };
+                    }
+                    wide.0.as_ptr()
+                };
+                let full_width = (panel + 1) * width <= self.outputs;
+                for row in self.row_range.clone().step_by(M) {
+                    let rows = row..self.row_range.end.min(row + M);
+                    // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this
+                    // panel exist and belong to this task alone. A tile that reaches past them goes by way of `sums`.
+                    unsafe {
+                        let a = Woven(woven.as_ptr().add(start * padded + row * block));
+                        let b = At { start: elements, stride: width };
+                        if rows.len() == M && full_width {
+                            let out = At { start: self.target(s, row, panel).0, stride: self.outputs };
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0);
+                        } else {
+                            let out = At { start: sums.as_mut_ptr(), stride: width };
+                            if start > 0 {
+                                self.copy_in(s, &mut sums, rows.clone(), panel);
+                            }
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0);
+                            self.copy_out(s, &sums, rows.clone(), panel);
+                        }
+                        if last {
+                            self.finish(s, rows, panel);
+                        }
+                    }
+                }
+            }
+            start += block;
+        }
+    }
+
+    /// Where the outputs of `row` and `panel` are, and how many.
+    ///
+    /// # Safety
+    /// Both exist.
+    #[inline(always)]
+    unsafe fn target<S: Simd>(&self, _: S, row: usize, panel: usize) -> (*mut f32, usize) {
+        let column = panel * 2 * S::LANES;
+        // SAFETY: the caller's promise.
+        let out = unsafe { self.product.out.at(row * self.outputs + column) };
+        (out, (2 * S::LANES).min(self.outputs - column))
+    }
+
+    /// # Safety
+    /// The rows and the panel exist, and nobody else accesses their outputs.
+    #[inline(always)]
+    unsafe fn copy_out<S: Simd>(&self, s: S, sums: &[f32; TILE], rows: std::ops::Range<usize>, panel: usize) {
+        for (r, row) in rows.enumerate() {
+            // SAFETY: `target` gives as many elements as there are.
+            unsafe {
+                let (out, columns) = self.target(s, row, panel);
+                std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * 2 * S::LANES), out, columns);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The rows and the panel exist and have been written, and nobody else accesses their outputs.
+    #[inline(always)]
+    unsafe fn copy_in<S: Simd>(
+        &self,
+        s: S,
+        sums: &mut [f32; TILE],
+        rows: std::ops::Range<usize>,
+        panel: usize,
+    ) {
+        for (r, row) in rows.enumerate() {
+            // SAFETY: `target` gives as many elements as there are.
+            unsafe {
+                let (out, columns) = self.target(s, row, panel);
+                std::ptr::copy_nonoverlapping(out, sums.as_mut_ptr().add(r * 2 * S::LANES), columns);
+            }
+        }
+    }
+
+    /// Bias, then activation or residual.
+    ///
+    /// # Safety
+    /// The rows and the panel exist and have been written, and nobody else accesses their outputs.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, s: S, rows: std::ops::Range<usize>, panel: usize) {
+        let column = panel * 2 * S::LANES;
+        let product = self.product;
+        if product.bias.is_none() && matches!(product.after, After::Nothing) {
+            return;
+        }
+        for row in rows {
+            // SAFETY: the caller's promise; bias has one element a column and the residual the output's shape.
+            unsafe {
+                let (out, columns) = self.target(s, row, panel);
+                let bias = product.bias.map(|bias| bias.as_ptr().add(column));
+                let offset = row * self.outputs + column;
+                let mut done = 0;
+                while done + S::LANES <= columns {
+                    let mut v = s.load(out.add(done));
+                    if let Some(bias) = bias {
+                        v = s.add(v, s.load(bias.add(done)));
+                    }
+                    match product.after {
+                        After::Nothing => (),
+                        After::Activate(f) => v = math::activate(s, f, v),
+                        After::Add(other) => v = s.add(v, s.load(other.as_ptr().add(offset + done))),
+                    }
+                    s.store(out.add(done), v);
+                    done += S::LANES;
+                }
+                while done < columns {
+                    let mut x = *out.add(done);
+                    if let Some(bias) = bias {
+                        x += *bias.add(done);
+                    }
+                    match product.after {
+                        After::Nothing => (),
+                        After::Activate(f) => {
+                            let mut lanes = [0.0_f32; 16];
+                            s.store(lanes.as_mut_ptr(), math::activate(s, f, s.splat(x)));
+                            x = lanes[0];
+                        }
+                        After::Add(other) => x += *other.as_ptr().add(offset + done),
+                    }
+                    *out.add(done) = x;
+                    done += 1;
+                }
+            }
+        }
+    }
+}
+
+/// A widened panel block; aligned, so that no load straddles two cache lines.
+#[repr(align(64))]
+struct Wide([f32; DEPTH * 32]);

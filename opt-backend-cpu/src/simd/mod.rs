@@ -1,0 +1,232 @@
+//! Vector instruction sets, chosen at run time.
+//!
+//! A kernel is written once, generic over [`Simd`], as an implementation of [`Kernel`]. [`SimdLevel::run`] enters a
+//! function compiled for the chosen instruction set (`#[target_feature]`) and calls the kernel there. Everything a
+//! kernel calls is `#[inline(always)]`: only code that ends up inside that one function is compiled with the wide
+//! registers, and a vector type must never cross a real function call.
+//!
+//! The tokens ([`scalar::Scalar`], `Avx2`, ...) are only handed out by [`SimdLevel::run`], and a level other than
+//! scalar is only reachable through [`SimdLevel::is_available`]; that is why their arithmetic is safe to call.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub(crate) mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+use half::{bf16, f16};
+use std::{fmt, str::FromStr};
+
+/// A vector instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SimdLevel {
+    /// Plain Rust: runs everywhere, and is what the others are tested against.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// 64-bit ARM.
+    Neon,
+}
+
+impl SimdLevel {
+    /// Every level, the fastest last among those of one architecture.
+    pub const ALL: [SimdLevel; 4] = [SimdLevel::Scalar, SimdLevel::Avx2, SimdLevel::Avx512, SimdLevel::Neon];
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            SimdLevel::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2 => avx2::detected(),
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512 => avx2::detected() && avx512::detected(),
+            #[cfg(target_arch = "aarch64")]
+            SimdLevel::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The fastest level of this machine.
+    pub fn best() -> SimdLevel {
+        SimdLevel::ALL.into_iter().rev().find(|level| level.is_available()).unwrap_or(SimdLevel::Scalar)
+    }
+
+    /// The sizes of this level's tiles.
+    pub(crate) fn sizes(self) -> Sizes {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = Sizes;
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> Sizes {
+                Sizes { panel: 2 * S::LANES, rows: S::ROWS, few: S::FEW }
+            }
+        }
+        self.run(Ask)
+    }
+
+    /// Runs `kernel` compiled for this level.
+    ///
+    /// Values of this type that users can get hold of are checked when a [`crate::Cpu`] is built; asking for an
+    /// absent level here falls back to scalar.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512 if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { avx512::run(kernel) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2 if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { avx2::run(kernel) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            SimdLevel::Neon if self.is_available() => {
+                // SAFETY: the feature was just detected.
+                unsafe { neon::run(kernel) }
+            }
+            _ => kernel.run(scalar::Scalar),
+        }
+    }
+}
+
+impl fmt::Display for SimdLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SimdLevel::Scalar => "scalar",
+            SimdLevel::Avx2 => "avx2",
+            SimdLevel::Avx512 => "avx512",
+            SimdLevel::Neon => "neon",
+        })
+    }
+}
+
+impl FromStr for SimdLevel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let mut all = SimdLevel::ALL.into_iter();
+        all.find(|level| level.to_string() == name)
+            .ok_or_else(|| format!("unknown SIMD level {name:?}; expected scalar, avx2, avx512 or neon"))
+    }
+}
+
+/// The sizes of a level's register tiles.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    /// Columns of a weight panel: two vectors.
+    pub(crate) panel: usize,
+    /// [`Simd::ROWS`]
+    pub(crate) rows: usize,
+    /// [`Simd::FEW`]
+    pub(crate) few: usize,
+}
+
+/// A computation that can be compiled for each instruction set.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+    /// The computation; implementations are `#[inline(always)]`.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Vectors of f32 and what kernels need of them. `max` and `min` return `b` if either operand is NaN.
+///
+/// # Safety
+/// The unsafe methods read or write [`Simd::LANES`] elements at `p`, which need not be aligned.
+pub(crate) trait Simd: Copy {
+    /// A vector.
+    type V: Copy;
+    /// Its elements.
+    const LANES: usize;
+    /// Rows of the register tile of packed GEMM: `ROWS * 2` accumulators and three more vectors fit the registers.
+    const ROWS: usize;
+    /// Rows of the largest tile that reads unpacked rows.
+    const FEW: usize;
+
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    unsafe fn load_f16(self, p: *const f16) -> Self::V;
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    unsafe fn store(self, p: *mut f32, v: Self::V);
+    fn splat(self, x: f32) -> Self::V;
+    /// `a * b + c`, fused but for scalar.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, of magnitudes below 2^22.
+    fn round(self, a: Self::V) -> Self::V;
+    /// 2 to the power of an integral `n` within -126..=127.
+    fn exp2i(self, n: Self::V) -> Self::V;
+    /// `yes` where a < b, else `no`.
+    fn where_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// The sum of the elements, in a fixed order.
+    fn sum(self, a: Self::V) -> f32;
+    /// The largest element.
+    fn largest(self, a: Self::V) -> f32;
+}
+
+/// How a weight lies in memory.
+pub(crate) trait Weight: Copy + Send + Sync + 'static {
+    /// Whether this is f32, and needs no widening.
+    const IS_F32: bool = false;
+    /// # Safety
+    /// [`Simd::LANES`] elements can be read at `p`.
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
+    fn from_f32(x: f32) -> Self;
+    fn to_f32(self) -> f32;
+}
+
+impl Weight for f32 {
+    const IS_F32: bool = true;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(p) }
+    }
+    fn from_f32(x: f32) -> f32 {
+        x
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Weight for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const f16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_f16(p) }
+    }
+    fn from_f32(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const bf16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_bf16(p) }
+    }
+    fn from_f32(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+}

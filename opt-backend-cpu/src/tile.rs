@@ -1,0 +1,108 @@
+//! The register tile: the one inner loop behind linears, LM head and attention.
+//!
+//! A tile multiplies `M` rows by `N` vectors of columns and holds all products in registers. Every output element is
+//! one chain of fused multiply-adds in ascending depth, whatever the tile, the row count or the vector width; that is
+//! why a row's result does not depend on the batch it is computed in.
+
+use crate::simd::{Simd, Weight};
+
+/// Where a tile finds the left-hand elements.
+pub(crate) trait Rows<const M: usize>: Copy {
+    /// Element `k` of row `r`.
+    ///
+    /// # Safety
+    /// The element exists.
+    unsafe fn at(self, r: usize, k: usize) -> f32;
+}
+
+/// Rows where they lie, each with its own pointer.
+#[derive(Clone, Copy)]
+pub(crate) struct Apart<const M: usize>(pub(crate) [*const f32; M]);
+
+/// Rows interleaved: `M` elements of depth 0, `M` of depth 1, ...
+#[derive(Clone, Copy)]
+pub(crate) struct Woven(pub(crate) *const f32);
+
+impl<const M: usize> Apart<M> {
+    /// The rows `0..count` of width `stride` at `start`; the last one stands in for those missing.
+    ///
+    /// # Safety
+    /// `count > 0`, and the rows lie within one allocation.
+    #[inline(always)]
+    pub(crate) unsafe fn new(start: *const f32, stride: usize, count: usize) -> Self {
+        let mut rows = [start; M];
+        let mut r = 1;
+        while r < M {
+            let row = if r < count { r } else { count - 1 };
+            // SAFETY: row < count.
+            rows[r] = unsafe { start.add(row * stride) };
+            r += 1;
+        }
+        Self(rows)
+    }
+}
+
+impl<const M: usize> Rows<M> for Apart<M> {
+    #[inline(always)]
+    unsafe fn at(self, r: usize, k: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.0[r].add(k) }
+    }
+}
+
+impl<const M: usize> Rows<M> for Woven {
+    #[inline(always)]
+    unsafe fn at(self, r: usize, k: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.0.add(k * M + r) }
+    }
+}
+
+/// A matrix in memory: its first element and the distance of its rows.
+#[derive(Clone, Copy)]
+pub(crate) struct At<P> {
+    pub(crate) start: P,
+    pub(crate) stride: usize,
+}
+
+/// `out = a b`, or `out += a b`, for `M` rows and `N` vectors of columns, over `depth`.
+///
+/// # Safety
+/// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const N: usize>(
+    s: S,
+    depth: usize,
+    a: A,
+    b: At<*const W>,
+    out: At<*mut f32>,
+    add: bool,
+) {
+    let mut sums = [[s.splat(0.0); N]; M];
+    for k in 0..depth {
+        // SAFETY: k < depth, r < M and the N vectors of a row exist by the caller's promise.
+        unsafe {
+            let row = b.start.add(k * b.stride);
+            let mut columns = [s.splat(0.0); N];
+            for (n, column) in columns.iter_mut().enumerate() {
+                *column = W::load(s, row.add(n * S::LANES));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = s.splat(a.at(r, k));
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = s.fma(x, column, *sum);
+                }
+            }
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (n, sum) in sums.into_iter().enumerate() {
+            // SAFETY: row r and vector n of `out` exist by the caller's promise.
+            unsafe {
+                let target = out.start.add(r * out.stride + n * S::LANES);
+                let sum = if add { s.add(s.load(target), sum) } else { sum };
+                s.store(target, sum);
+            }
+        }
+    }
+}
