@@ -6,6 +6,8 @@ mod progress;
 pub mod checkpoint;
 pub mod config;
 pub mod generation;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 
