@@ -32,6 +32,8 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod generation;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 

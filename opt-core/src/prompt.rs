@@ -264,10 +264,9 @@ impl PromptBuilder {
     }
 
     fn text_without(&self, dropped: usize) -> String {
-        let kept = self.examples.len().saturating_sub(dropped);
         let examples = match self.drop_order {
-            DropOrder::Earliest => self.examples.iter().skip(dropped).take(kept),
-            DropOrder::Latest => self.examples.iter().skip(0).take(kept),
+            DropOrder::Earliest => self.examples.get(dropped..),
+            DropOrder::Latest => self.examples.get(..self.examples.len().saturating_sub(dropped)),
         };
         let mut text = self.instruction.clone();
         let mut part = |pieces: &[&str]| {
@@ -276,7 +275,7 @@ impl PromptBuilder {
             }
             text.extend(pieces.iter().copied());
         };
-        for (input, output) in examples {
+        for (input, output) in examples.unwrap_or_default() {
             part(&[&self.input_prefix, input, &self.output_prefix, output]);
         }
         part(&[&self.input_prefix, &self.query, self.output_prefix.trim_end()]);
