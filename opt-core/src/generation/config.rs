@@ -222,9 +222,10 @@ fn option<T: Field>(map: &Map<String, Value>, name: &str) -> Result<Option<T>> {
 }
 
 fn ignored(map: &Map<String, Value>) -> Vec<String> {
-    let acts = |name: &str, neutral: &str| {
-        map.get(name)
-            .is_some_and(|v| !v.is_null() && v.to_string() != neutral && v.as_f64() != neutral.parse().ok())
+    let acts = |name: &str, neutral: &str| match map.get(name) {
+        None | Some(Value::Null) => false,
+        Some(Value::Number(n)) => n.as_f64() != neutral.parse().ok(),
+        Some(value) => value.to_string() != neutral,
     };
     IGNORED.iter().filter(|(name, neutral)| acts(name, neutral)).map(|(name, _)| (*name).to_owned()).collect()
 }
