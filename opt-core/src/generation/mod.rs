@@ -1,1 +1,15 @@
-//! Generation.
+//! Generation as a pure state machine.
+//!
+//! A [`Strategy`] (greedy, sampling, beam search, ...) says which tokens to run next and what it needs to know of
+//! the result ([`Plan`]); whoever drives it runs them on a model and hands the [`Reply`]s back. A strategy never
+//! sees a backend, a cache or a clock it could not be given in a test, so one request and a server's changing batch
+//! are driven by the same few lines. Semantics: transformers 4.57.6 `generate()`.
+
+mod config;
+mod plan;
+
+pub use config::{EarlyStopping, GenerationConfig, TokenIds};
+pub use plan::{
+    Alternative, CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
+    SequenceOutput, Strategy, TokenEvent,
+};
