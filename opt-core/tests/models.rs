@@ -35,7 +35,7 @@ fn each(check: impl Fn(&Opt, &str, &serde_json::Value, &std::collections::HashMa
 
 use common::ndarray;
 
-fn run(opt: &Opt, sequence: Sequence<'_>) -> Output {
+fn run<'a>(opt: &'a Opt, sequence: Sequence<'a>) -> Output {
     let batch = Forward { sequences: vec![sequence], ..Forward::default() };
     opt.engine().forward_blocking(batch).expect("forward").remove(0)
 }
