@@ -74,10 +74,10 @@ type Guards<B> = Box<dyn Fn(&B) -> Result<(), String>>;
 /// ```
 /// use opt_backend::{Op, Reference, conformance::Suite};
 ///
-/// let report = Suite::new(Reference::new).quick().check();
+/// let report = Suite::new(Reference::new).only(&["linear", "cache"]).check();
 /// assert!(report.failures.is_empty(), "{report}");
 /// // Reference lives on default bodies, and that shows.
-/// let report = Suite::new(Reference::new).quick().no_defaults(&[Op::Attend]).check();
+/// let report = Suite::new(Reference::new).only(&["counters"]).no_defaults(&[Op::Attend]).check();
 /// assert_eq!(report.failures.len(), 1);
 /// ```
 pub struct Suite<B: Backend> {
