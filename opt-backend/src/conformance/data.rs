@@ -43,8 +43,14 @@ impl Data {
 
     /// Activations `[rows, width]` that the backend can hold without rounding.
     pub(super) fn matrix(&mut self, rows: usize, width: usize) -> Array2<f32> {
+        let x = Array2::from_shape_simple_fn((rows, width), || self.normal());
+        self.held(x)
+    }
+
+    /// The nearest numbers that the backend can hold as activations.
+    pub(super) fn held(&self, x: Array2<f32>) -> Array2<f32> {
         let dtype = self.kit.activations;
-        Array2::from_shape_simple_fn((rows, width), || dtype.round(self.normal()))
+        x.mapv_into(|v| dtype.round(v))
     }
 
     /// Integers in `-range..=range` as activations: sums of their products are exact in any order.

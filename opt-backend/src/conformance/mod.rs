@@ -31,7 +31,8 @@
 //! - Operands passed by reference, and results of earlier ops, stay as they are while later ops run; guard zones,
 //!   where the backend has them ([`Suite::guards`]).
 //! - A small OPT: prefill in one piece, in chunks, token by token, in ragged batches and forked gives what
-//!   [`crate::Reference`] gives; bit-equal to each other where [`crate::Info::deterministic`] says so.
+//!   [`crate::Reference`] gives; bit-equal to each other where [`crate::Info::deterministic`] says so, and then also
+//!   every op row by row at the widths of real models.
 //! - Counters: calls of default bodies and transfers.
 //!
 //! [`crate::Info`] steers it: dtypes that are not listed are not tried, `max_binding` sizes the large table.
@@ -41,6 +42,7 @@ mod cache;
 mod compare;
 mod counting;
 mod data;
+mod deterministic;
 mod errors;
 mod head;
 mod kept;
@@ -72,10 +74,10 @@ type Guards<B> = Box<dyn Fn(&B) -> Result<(), String>>;
 /// ```
 /// use opt_backend::{Op, Reference, conformance::Suite};
 ///
-/// let report = Suite::new(Reference::new).quick().check();
+/// let report = Suite::new(Reference::new).only(&["linear", "cache"]).check();
 /// assert!(report.failures.is_empty(), "{report}");
 /// // Reference lives on default bodies, and that shows.
-/// let report = Suite::new(Reference::new).quick().no_defaults(&[Op::Attend]).check();
+/// let report = Suite::new(Reference::new).only(&["counters"]).no_defaults(&[Op::Attend]).check();
 /// assert_eq!(report.failures.len(), 1);
 /// ```
 pub struct Suite<B: Backend> {
@@ -173,6 +175,7 @@ impl<B: Backend> Suite<B> {
         errors::run(&mut run);
         kept::run(&mut run);
         whole::run(&mut run);
+        deterministic::run(&mut run);
         counting::run(&mut run);
         run.report
     }

@@ -172,11 +172,13 @@ fn layer_norm<B: Backend>(run: &mut Run<'_, B>) {
     // Variances around eps, so that its size and place show.
     run.case("layer_norm", "rows of little variance", |b, data| {
         let x = data.matrix(9, 80).mapv_into(|v| v * 3e-3);
+        let x = data.held(x);
         check_norm(b, data, x, (false, false), 1e-5)
     });
     // A variance computed as E[x²] - E[x]² in f32 cancels here.
     run.case("layer_norm", "rows far from zero", |b, data| {
         let x = data.matrix(9, 257).mapv_into(|v| v + 32.0);
+        let x = data.held(x);
         check_norm(b, data, x, (true, true), 1e-5)
     });
     run.case("layer_norm", "constant rows", |b, data| {
