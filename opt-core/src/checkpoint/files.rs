@@ -86,11 +86,14 @@ const FORMATS: [Format; 3] = [Format::Safetensors, Format::Pickle, Format::Flax]
 /// A config or an index of more than this is none.
 const MOST_JSON: u64 = 64 << 20;
 
-/// Files with the tensors they hold; the number beside an entry is its file's place in `sources`.
+/// A tensor, and its file's place among the sources.
+type Placed = (usize, Entry);
+
+/// Files with the tensors they hold.
 pub(super) struct Opened {
     pub(super) format: Format,
     pub(super) sources: Vec<Source>,
-    pub(super) entries: Vec<(usize, Entry)>,
+    pub(super) entries: Vec<Placed>,
     pub(super) warnings: Vec<Warning>,
 }
 
@@ -179,7 +182,7 @@ fn select(
     sources: &[Source],
     files: Vec<Vec<Entry>>,
     format: Format,
-) -> Result<(Vec<(usize, Entry)>, Vec<Warning>)> {
+) -> Result<(Vec<Placed>, Vec<Warning>)> {
     // Flax's index joins names with slashes and keeps its own last parts.
     let name = |name: &str| match format {
         Format::Flax => flax::torch_name(name),

@@ -337,3 +337,38 @@ impl<W: Write> Write for Counted<'_, W> {
 pub(super) fn cannot_write(error: io::Error) -> crate::Error {
     crate::Error::because(crate::ErrorKind::Io, "cannot write", error)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    /// An archive with and without 64-bit sizes; no test can afford the 4 GiB that make them necessary.
+    #[test]
+    fn records_are_found_again_aligned_whatever_the_width_of_sizes() {
+        for wide in [false, true] {
+            let out = Cursor::new(Vec::new());
+            let mut writer = if wide { Writer::with_wide_sizes(out) } else { Writer::new(out) };
+            let records: [(&str, &[u8]); 3] =
+                [("a/data.pkl", b"first"), ("a/data/0", &[7; 99]), ("a/version", b"")];
+            for (name, bytes) in records {
+                let write = |out: &mut dyn Write| out.write_all(bytes).map_err(cannot_write);
+                writer.record(name, bytes.len() as u64, write).unwrap();
+            }
+            let file = writer.finish().unwrap().into_inner();
+            let archive = Archive::read(&file).unwrap();
+            for (name, bytes) in records {
+                let range = archive.get(name).unwrap();
+                assert_eq!((&file[range.clone()], range.start % 64), (bytes, 0), "{name}");
+            }
+            assert_eq!(archive.names().count(), 3);
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_length_than_announced_is_refused() {
+        let mut writer = Writer::new(Cursor::new(Vec::new()));
+        let error = writer.record("a", 3, |out| out.write_all(b"ab").map_err(cannot_write)).unwrap_err();
+        assert_eq!(error.to_string(), "record a: expected to write 3 bytes, wrote 2");
+    }
+}
