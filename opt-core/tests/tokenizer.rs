@@ -373,7 +373,7 @@ fn unusable_files_say_why() {
     assert!(error(&json(long)).contains("merge 0 makes"));
     assert_eq!(
         error(&json(edited(|j| j["model"]["vocab"]["zzz"] = json!(4_000_000_000_u32)))),
-        "tokenizer.json: token \"zzz\" has id 4000000000, expected at most 16777216"
+        "tokenizer.json: token \"zzz\" has id 4000000000, expected at most 1048576"
     );
     assert!(
         error(&json(edited(|j| j["post_processor"]["special_tokens"] = json!({})))).contains("no ids for")
@@ -410,4 +410,21 @@ fn missing_files_say_which() {
     let half = Tokenizer::from_dir(dir.path()).unwrap_err();
     assert_eq!(half.kind(), ErrorKind::Tokenizer);
     assert!(half.to_string().ends_with("has vocab.json but not merges.txt, expected both"), "{half}");
+}
+
+#[test]
+fn parts_that_can_fail_are_refused_by_name() {
+    let refused = |pointer: &str, part: Value| {
+        let json = edited(|j| *j.pointer_mut(pointer).unwrap() = part);
+        let error = Tokenizer::from_bytes(&json).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        error.to_string()
+    };
+    let table = json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled"}]});
+    assert_eq!(refused("/normalizer", table), "tokenizer.json: normalizer \"Precompiled\" is not supported");
+    refused("/normalizer", json!({"type": "Replace", "pattern": {"Regex": "x*"}, "content": ""}));
+    refused("/normalizer", json!({"type": "Prepend", "prepend": ""}));
+    refused("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}));
+    refused("/decoder", json!({"type": "Strip", "content": " ", "start": 0, "stop": 1}));
+    refused("/decoder", json!({"content": " ", "start": 0, "stop": 1}));
 }

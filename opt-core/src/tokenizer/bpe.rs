@@ -8,8 +8,9 @@ use tokenizers::{
     models::bpe::{BPE, Vocab},
 };
 
-/// Ids above this are not believed: tables indexed by id would fill the memory.
-const MAX_ID: u32 = 1 << 24;
+/// Ids above this are not believed: tables indexed by id would fill the memory. (The largest vocabularies in use have
+/// about 2^18 tokens.)
+const MAX_ID: u32 = 1 << 20;
 
 /// The model part of a tokenizer.json whose type is BPE.
 #[derive(Deserialize)]
@@ -52,6 +53,24 @@ pub(super) fn check(tokenizer_json: &[u8]) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// The model part of a tokenizer.json that is a plain vocabulary (WordPiece, WordLevel).
+#[derive(Deserialize)]
+struct WordsFile {
+    model: WordsModel,
+}
+
+#[derive(Deserialize)]
+struct WordsModel {
+    vocab: HashMap<String, u32>,
+}
+
+/// Checks the ids of a tokenizer.json whose model is WordPiece or WordLevel.
+pub(super) fn check_words(tokenizer_json: &[u8]) -> Result<()> {
+    let file: WordsFile = serde_json::from_slice(tokenizer_json)
+        .map_err(|e| Error::because(ErrorKind::Tokenizer, "tokenizer.json is damaged", e))?;
+    check_ids(&file.model.vocab, "tokenizer.json")
 }
 
 fn check_ids(vocab: &HashMap<String, u32>, file: &str) -> Result<()> {

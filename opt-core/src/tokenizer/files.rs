@@ -1,6 +1,9 @@
 //! The files of a tokenizer and what they say together.
 
-use super::{Inner, bpe};
+use super::{
+    Inner, bpe,
+    parts::{self, Around},
+};
 use crate::{Error, ErrorKind, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -90,7 +93,7 @@ fn read(path: PathBuf) -> Result<Option<Vec<u8>>> {
     }
 }
 
-fn bad(message: impl std::fmt::Display) -> Error {
+pub(super) fn bad(message: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Tokenizer, message)
 }
 
@@ -103,10 +106,10 @@ struct Head {
     post_processor: Value,
     #[serde(default)]
     normalizer: Value,
-    #[serde(default, rename = "pre_tokenizer")]
-    _pre_tokenizer: Value,
-    #[serde(default, rename = "decoder")]
-    _decoder: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    decoder: Value,
 }
 
 #[derive(Deserialize)]
@@ -126,10 +129,15 @@ pub(super) fn build(files: &TokenizerFiles) -> Result<Inner> {
         (Some(json), ..) => {
             let head: Head = serde_json::from_slice(json)
                 .map_err(|e| Error::because(ErrorKind::Tokenizer, "tokenizer.json is damaged", e))?;
-            if head.model.kind.as_deref().is_none_or(|kind| kind == "BPE") {
-                bpe::check(json)?;
+            match head.model.kind.as_deref() {
+                None | Some("BPE") => bpe::check(json)?,
+                Some("WordPiece" | "WordLevel") => bpe::check_words(json)?,
+                // Unigram counts its own ids; the rest is refused below.
+                Some(_) => {}
             }
-            check_normalizer(&head.normalizer)?;
+            parts::check_normalizer(&head.normalizer)?;
+            parts::check_pre_tokenizer(&head.pre_tokenizer)?;
+            parts::check_decoder(&head.decoder)?;
             around = Around::read(&head.post_processor)?;
             from_json(json, add_prefix_space)?
         }
@@ -179,85 +187,6 @@ fn from_json(json: &[u8], add_prefix_space: Option<bool>) -> Result<tokenizers::
         hf.with_pre_tokenizer(Some(level));
     }
     Ok(hf)
-}
-
-/// Refuses the one normalizer whose data the `tokenizers` crate trusts blindly: SentencePiece's compiled table.
-fn check_normalizer(normalizer: &Value) -> Result<()> {
-    match normalizer {
-        Value::Object(fields) if fields.contains_key("precompiled_charsmap") => Err(Error::new(
-            ErrorKind::Unsupported,
-            "tokenizer.json: a Precompiled normalizer is not supported",
-        )),
-        Value::Object(fields) => fields.values().try_for_each(check_normalizer),
-        Value::Array(items) => items.iter().try_for_each(check_normalizer),
-        Value::String(kind) if kind == "Precompiled" => Err(Error::new(
-            ErrorKind::Unsupported,
-            "tokenizer.json: a Precompiled normalizer is not supported",
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// The ids that a post-processor puts around one text.
-#[derive(Debug, Default, PartialEq)]
-struct Around {
-    prefix: Vec<u32>,
-    suffix: Vec<u32>,
-}
-
-impl Around {
-    fn read(processor: &Value) -> Result<Self> {
-        let Some(processor) = processor.as_object() else { return Ok(Self::default()) };
-        match processor.get("type").and_then(Value::as_str) {
-            Some("ByteLevel") => Ok(Self::default()), // it only moves offsets
-            Some("TemplateProcessing") => Self::template(processor),
-            Some("RobertaProcessing" | "BertProcessing") => {
-                let id = |key| {
-                    let id = processor.get(key).and_then(|pair| pair.get(1)).and_then(Value::as_u64);
-                    id.and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
-                        bad(format_args!("tokenizer.json: the post-processor lacks an id for {key}"))
-                    })
-                };
-                Ok(Self { prefix: vec![id("cls")?], suffix: vec![id("sep")?] })
-            }
-            Some("Sequence") => {
-                let mut around = Self::default();
-                for inner in processor.get("processors").and_then(Value::as_array).into_iter().flatten() {
-                    let Self { mut prefix, suffix } = Self::read(inner)?;
-                    prefix.append(&mut around.prefix);
-                    around.prefix = prefix;
-                    around.suffix.extend(suffix);
-                }
-                Ok(around)
-            }
-            kind => Err(bad(format_args!("tokenizer.json: unknown post-processor {kind:?}"))),
-        }
-    }
-
-    fn template(processor: &Map<String, Value>) -> Result<Self> {
-        let mut around = Self::default();
-        let mut seen_text = false;
-        for piece in processor.get("single").and_then(Value::as_array).into_iter().flatten() {
-            if piece.pointer("/Sequence/id").and_then(Value::as_str) == Some("A") && !seen_text {
-                seen_text = true;
-            } else if let Some(name) = piece.pointer("/SpecialToken/id").and_then(Value::as_str) {
-                let ids =
-                    processor.get("special_tokens").and_then(|s| s.get(name)).and_then(|s| s.get("ids"));
-                let ids: Vec<u32> = ids.and_then(|ids| Vec::deserialize(ids).ok()).ok_or_else(|| {
-                    bad(format_args!("tokenizer.json: the post-processor has no ids for {name:?}"))
-                })?;
-                if seen_text { around.suffix.extend(ids) } else { around.prefix.extend(ids) }
-            } else {
-                return Err(bad(format_args!(
-                    "tokenizer.json: the post-processor cannot place {piece} around a text"
-                )));
-            }
-        }
-        match seen_text {
-            true => Ok(around),
-            false => Err(bad("tokenizer.json: the post-processor has no place for the text")),
-        }
-    }
 }
 
 /// The special tokens by name.
@@ -376,32 +305,5 @@ fn flag(config: &Map<String, Value>, key: &str) -> Result<Option<bool>> {
         Some(other) => {
             Err(bad(format_args!("tokenizer_config.json: {key}: expected true or false, found {other}")))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn post_processors() {
-        let template = json!({"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}});
-        let roberta = json!({"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]});
-        let sequence = json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, roberta, template]});
-        let around = |v: &Value| Around::read(v).map(|a| (a.prefix, a.suffix)).map_err(|e| e.to_string());
-        assert_eq!(around(&template), Ok((vec![2], vec![])));
-        assert_eq!(around(&roberta), Ok((vec![0], vec![2])));
-        assert_eq!(around(&sequence), Ok((vec![2, 0], vec![2])));
-        assert_eq!(around(&Value::Null), Ok((vec![], vec![])));
-
-        let mut broken = template.clone();
-        broken["special_tokens"] = json!({});
-        assert_eq!(around(&broken), Err("tokenizer.json: the post-processor has no ids for \"</s>\"".into()));
-        broken = template.clone();
-        broken["single"][1]["Sequence"]["id"] = json!("B");
-        assert!(around(&broken).is_err());
     }
 }

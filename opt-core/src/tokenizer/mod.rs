@@ -10,6 +10,7 @@ mod bpe;
 mod cleanup;
 mod detokenizer;
 mod files;
+mod parts;
 mod strings;
 
 pub use detokenizer::Detokenizer;
@@ -147,6 +148,11 @@ impl Tokenizer {
     }
 
     fn decode_raw(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let strings = self.token_strings();
+        // Some decoders cannot take nothing at all.
+        if !ids.iter().any(|id| strings.get(*id).is_some() && !(skip_special && strings.is_special(*id))) {
+            return Ok(String::new());
+        }
         self.0
             .hf
             .decode(ids, skip_special)
