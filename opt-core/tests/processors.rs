@@ -8,7 +8,7 @@ use opt_core::{
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, path::Path};
 
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
@@ -21,16 +21,13 @@ fn array(arrays: &SafeTensors<'_>, name: &str) -> Vec<f32> {
 
 /// The rule that the fixtures' `prefix_allowed_tokens_fn` follows.
 fn prefix_hooks(rule: Option<&Value>, vocab: u32) -> Hooks {
-    let mut hooks = Hooks::default();
-    if let Some(rule) = rule {
-        let part = |name: &str| rule[name].as_u64().unwrap() as u32;
-        let (a, modulus, keep) = (part("a"), part("modulus"), part("keep"));
-        hooks.prefix_allowed_tokens = Some(Arc::new(move |ids: &[u32]| {
-            let (len, last) = (ids.len() as u32, *ids.last().unwrap());
-            (0..vocab).filter(|t| (a * t + last + len) % modulus < keep).collect()
-        }));
-    }
-    hooks
+    let Some(rule) = rule else { return Hooks::default() };
+    let part = |name: &str| rule[name].as_u64().unwrap() as u32;
+    let (a, modulus, keep) = (part("a"), part("modulus"), part("keep"));
+    Hooks::default().prefix_allowed_tokens(move |ids| {
+        let (len, last) = (ids.len() as u32, *ids.last().unwrap());
+        (0..vocab).filter(|t| (a * t + last + len) % modulus < keep).collect()
+    })
 }
 
 struct Case {
@@ -159,9 +156,10 @@ fn the_order_is_that_of_transformers_and_custom_processors_have_their_place() {
         .typical_p(0.9)
         .epsilon_cutoff(0.01)
         .eta_cutoff(0.01);
-    let mut hooks = Hooks::default();
-    hooks.prefix_allowed_tokens = Some(Arc::new(|_: &[u32]| vec![1]));
-    hooks.processors = vec![Arc::new(Custom("own", 1.0)), Arc::new(Custom("suppress_tokens", 5.0))];
+    let mut hooks = Hooks::default()
+        .prefix_allowed_tokens(|_| vec![1])
+        .processor(Custom("own", 1.0))
+        .processor(Custom("suppress_tokens", 5.0));
     let before = [
         "sequence_bias",
         "repetition_penalty",
@@ -201,11 +199,7 @@ fn the_order_is_that_of_transformers_and_custom_processors_have_their_place() {
 #[test]
 fn constraints_that_leave_nothing() {
     let sample = GenerationConfig::default().do_sample(true);
-    let hooks = |allowed: Vec<u32>| {
-        let mut hooks = Hooks::default();
-        hooks.prefix_allowed_tokens = Some(Arc::new(move |_: &[u32]| allowed.clone()));
-        hooks
-    };
+    let hooks = |allowed: Vec<u32>| Hooks::default().prefix_allowed_tokens(move |_| allowed.clone());
     let fail = |config: &GenerationConfig, hooks| {
         let error = chain(config, 4, &[2], &hooks).apply(&[2], &mut [0.0; 4]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Option);
