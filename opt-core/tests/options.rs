@@ -224,7 +224,7 @@ fn values_of_the_wrong_type_are_named() {
 fn loose_values_that_transformers_takes() {
     let found = GenerationConfig::from_json(
         r#"{"temperature": 1, "stop_strings": "x", "eos_token_id": null, "top_p": null, "early_stopping": false,
-            "forced_eos_token_id": 3, "unknown": {"a": [1]}, "max_time": 2, "force_words_ids": [[1]],
+            "forced_eos_token_id": 3, "unknown": {"a": [1]}, "max_time": 2, "force_words_ids": [[1]], "encoder_no_repeat_ngram_size": 2,
             "watermarking_config": null, "encoder_repetition_penalty": 1.0, "token_healing": false}"#,
     )
     .unwrap();
@@ -233,7 +233,8 @@ fn loose_values_that_transformers_takes() {
     let mut expected = expected;
     expected.forced_eos_token_id = Some(TokenIds::One(3));
     let (_, warnings) = resolve(&found).unwrap();
-    assert_eq!(warnings, ["force_words_ids is not supported and ignored"]);
+    let ignored = ["force_words_ids", "encoder_no_repeat_ngram_size"];
+    assert_eq!(warnings, ignored.map(|name| format!("{name} is not supported and ignored")));
     assert_eq!(found.to_json(), expected.to_json());
 }
 
@@ -283,7 +284,8 @@ fn methods() {
     assert_eq!(with(config().penalty_alpha(0.6).top_k(1)), Method::Single);
     assert_eq!(with(config().penalty_alpha(0.0).top_k(4)), Method::Single);
     assert_eq!(with(config().prompt_lookup_num_tokens(5)), Method::PromptLookup { tokens: 5, max_ngram: 2 });
-    let extras = Extras { has_assistant: true, ..Extras::default() };
+    let mut extras = Extras::default();
+    extras.has_assistant = true;
     let assisted = |config: GenerationConfig| config.resolve(&model(), &[2], 0, &extras).unwrap().0.method;
     let schedule = AssistantSchedule::Constant;
     assert_eq!(assisted(config()), Method::Assisted { tokens: 20, schedule, confidence: 0.4 });
@@ -400,7 +402,8 @@ fn impossible_options_are_refused_by_name() {
     let error = resolve(&config().guidance_scale(1.5)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 
-    let extras = Extras { has_assistant: true, ..Extras::default() };
+    let mut extras = Extras::default();
+    extras.has_assistant = true;
     for (config, other) in [
         (beams, "num_beams above 1"),
         (config().penalty_alpha(0.5), "penalty_alpha"),

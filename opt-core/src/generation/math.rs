@@ -1,33 +1,36 @@
 //! Small numeric helpers over one row of scores.
 
-/// Index of the largest value, the lowest among equals; `None` for an empty row. NaN never wins.
+/// Index of the largest value, the lowest among equals; `None` for an empty row. NaN never wins over a number.
 pub fn argmax(values: &[f32]) -> Option<usize> {
-    let mut best: Option<(usize, f32)> = None;
-    for (i, &v) in values.iter().enumerate() {
-        if best.map_or(!v.is_nan(), |(_, b)| v > b) {
-            best = Some((i, v));
-        }
-    }
-    best.map(|(i, _)| i).or(if values.is_empty() { None } else { Some(0) })
+    let max = maximum(values);
+    values.iter().position(|&v| v == max).or(if values.is_empty() { None } else { Some(0) })
 }
 
 /// The largest value; negative infinity for an empty row. NaN is passed over.
 pub(crate) fn maximum(values: &[f32]) -> f32 {
-    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    // Several maxima side by side, since a single one would make each step wait for the one before.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
 /// ln Σ e^v, summed in f64 with the largest value taken out. Negative infinity if every value is.
 pub fn log_sum_exp(values: &[f32]) -> f64 {
-    let max = f64::from(maximum(values));
+    let max = maximum(values);
     if !max.is_finite() {
-        return max;
+        return f64::from(max);
     }
-    max + values.iter().map(|&v| exp_difference(v, max)).sum::<f64>().ln()
+    f64::from(max) + values.iter().map(|&v| f64::from(exp(v - max))).sum::<f64>().ln()
 }
 
-/// e^(value - max); the far more common -inf after filtering costs no exponential.
-pub(crate) fn exp_difference(value: f32, max: f64) -> f64 {
-    if value == f32::NEG_INFINITY { 0.0 } else { (f64::from(value) - max).exp() }
+/// e^x; the far more common -inf after filtering costs no exponential.
+pub(crate) fn exp(x: f32) -> f32 {
+    if x == f32::NEG_INFINITY { 0.0 } else { x.exp() }
 }
 
 /// Turns logits into log-probabilities.
@@ -40,12 +43,13 @@ pub fn log_softmax_in_place(values: &mut [f32]) {
 
 /// Probabilities of logits. All zero if every logit is negative infinity.
 pub fn softmax(values: &[f32]) -> Vec<f32> {
-    let max = f64::from(maximum(values));
-    if max == f64::NEG_INFINITY {
+    let max = maximum(values);
+    if max == f32::NEG_INFINITY {
         return vec![0.0; values.len()];
     }
-    let sum: f64 = values.iter().map(|&v| exp_difference(v, max)).sum();
-    values.iter().map(|&v| (exp_difference(v, max) / sum) as f32).collect()
+    let exps: Vec<f32> = values.iter().map(|&v| exp(v - max)).collect();
+    let sum: f64 = exps.iter().map(|&e| f64::from(e)).sum();
+    exps.into_iter().map(|e| (f64::from(e) / sum) as f32).collect()
 }
 
 /// The `k` largest values with their indices: the largest first, the lower index first among equals, NaN last.

@@ -1,4 +1,4 @@
-use super::math::{argmax, exp_difference, maximum};
+use super::math::{argmax, exp, maximum};
 
 /// Random numbers that depend on seed, stream and position alone: Philox4x32-10.
 ///
@@ -86,23 +86,38 @@ impl Random {
 
 /// The index at which the running sum of probabilities, without the `skip`ped, passes `draw` of the whole.
 fn pick(scores: &[f32], draw: f64, skip: impl Fn(usize) -> bool) -> Option<usize> {
-    let max = f64::from(maximum(scores));
+    const BLOCK: usize = 256;
+    let max = maximum(scores);
     if !max.is_finite() {
         return None;
     }
-    let weights =
-        || scores.iter().enumerate().filter(|(i, _)| !skip(*i)).map(|(i, &s)| (i, exp_difference(s, max)));
-    let target = draw * weights().map(|(_, w)| w).sum::<f64>();
-    let mut sum = 0.0;
-    let mut last = None;
-    for (i, weight) in weights().filter(|(_, w)| *w > 0.0) {
-        sum += weight;
-        last = Some(i);
+    let weight = |i: usize| match scores.get(i) {
+        // Most scores are negative infinity after filtering, and few indices are skipped.
+        Some(&s) if s > f32::NEG_INFINITY && !skip(i) => f64::from(exp(s - max)),
+        _ => 0.0,
+    };
+    // Sums of blocks first, so that exponentials are taken once, and again only in the block that is hit.
+    let block = |b: usize| b * BLOCK..((b + 1) * BLOCK).min(scores.len());
+    let sums: Vec<f64> = (0..scores.len().div_ceil(BLOCK)).map(|b| block(b).map(weight).sum()).collect();
+    let target = draw * sums.iter().sum::<f64>();
+    let (mut before, mut last) = (0.0, None);
+    for (b, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        last = Some(b);
+        if before + sum > target {
+            break;
+        }
+        before += sum;
+    }
+    // Rounding may leave the target behind the last sum: then it is the last index that has a weight.
+    let (mut sum, mut found) = (before, None);
+    for i in block(last?).filter(|i| weight(*i) > 0.0) {
+        found = Some(i);
+        sum += weight(i);
         if sum > target {
             break;
         }
     }
-    last
+    found
 }
 
 #[cfg(test)]

@@ -5,14 +5,14 @@
 use super::LogitsProcessor;
 use crate::{
     Result,
-    generation::math::{maximum, top_k},
+    generation::math::{exp, maximum, top_k},
 };
-use std::cmp::Ordering;
 
 /// The denominator of softmax, from which each probability follows.
 struct Softmax {
     max: f32,
     sum: f32,
+    log_sum: f32,
 }
 
 impl Softmax {
@@ -23,15 +23,28 @@ impl Softmax {
             return None;
         }
         let sum = scores.iter().map(|&s| f64::from(exp(s - max))).sum::<f64>() as f32;
-        sum.is_finite().then_some(Self { max, sum })
+        sum.is_finite().then(|| Self { max, sum, log_sum: sum.ln() })
     }
 
     fn probability(&self, score: f32) -> f32 {
         exp(score - self.max) / self.sum
     }
 
+    /// Scores around that of a probability: one surely below it and one surely above.
+    fn around(&self, probability: f32) -> (f32, f32) {
+        let score = self.max + (probability * self.sum).ln();
+        let margin = 0.01 + self.max.abs() * 1e-6;
+        (score - margin, score + margin)
+    }
+
+    /// Whether a score has less than a probability: the exponential only where the score itself does not tell.
+    fn below(&self, threshold: f32) -> impl Fn(f32) -> bool {
+        let (surely, perhaps) = self.around(threshold);
+        move |s| s < surely || (s < perhaps && self.probability(s) < threshold)
+    }
+
     fn log_probability(&self, score: f32) -> f32 {
-        score - self.max - self.sum.ln()
+        score - self.max - self.log_sum
     }
 
     /// Entropy in nats.
@@ -41,31 +54,50 @@ impl Softmax {
     }
 }
 
-/// After other filters most scores are negative infinity, which needs no exponential.
-fn exp(difference: f32) -> f32 {
-    if difference == f32::NEG_INFINITY { 0.0 } else { difference.exp() }
-}
-
-/// A list whose front is sorted as far as it was looked at, since filters look at few of 50 thousand.
+/// A list of values with indices whose front is sorted as far as it was looked at, since filters look at few of 50
+/// thousand. Smaller values come first, and among equals the smaller index.
 struct LazySort {
-    items: Vec<(f32, u32)>,
+    /// The value's bits, in an order that is the floats', above the index: integers sort several times faster.
+    keys: Vec<u64>,
     sorted: usize,
-    order: fn(&(f32, u32), &(f32, u32)) -> Ordering,
 }
 
 impl LazySort {
-    fn get(&mut self, index: usize) -> Option<(f32, u32)> {
-        if index >= self.sorted && self.sorted < self.items.len() {
-            let end = (index + 1).max(self.sorted * 4).max(64).min(self.items.len());
-            let rest = &mut self.items[self.sorted..];
+    fn new(items: impl Iterator<Item = (f32, u32)>) -> Self {
+        let key = |(value, index): (f32, u32)| {
+            // Adding zero makes -0 the equal of 0.
+            let bits = (value + 0.0).to_bits();
+            let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            u64::from(ordered) << 32 | u64::from(index)
+        };
+        Self { keys: items.map(key).collect(), sorted: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// The value at a place of the sorted list, and its index.
+    fn get(&mut self, place: usize) -> Option<(f32, u32)> {
+        if place >= self.sorted && self.sorted < self.keys.len() {
+            let end = (place + 1).max(self.sorted * 8).max(256).min(self.keys.len());
+            let rest = &mut self.keys[self.sorted..];
             let count = end - self.sorted;
             if count < rest.len() {
-                rest.select_nth_unstable_by(count - 1, self.order);
+                rest.select_nth_unstable(count - 1);
             }
-            rest[..count].sort_unstable_by(self.order);
+            rest[..count].sort_unstable();
             self.sorted = end;
         }
-        self.items.get(index).copied()
+        let key = *self.keys.get(place)?;
+        let ordered = (key >> 32) as u32;
+        let bits = if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered };
+        Some((f32::from_bits(bits), key as u32))
+    }
+
+    /// The indices at the first `count` places, which have been looked at.
+    fn indices(&self, count: usize) -> impl Iterator<Item = u32> {
+        self.keys.iter().take(count).map(|key| *key as u32)
     }
 }
 
@@ -86,12 +118,14 @@ fn keep_only(scores: &mut [f32], kept: impl Iterator<Item = u32>) {
 
 /// Rules out the scores that `test` names.
 fn rule_out(scores: &mut [f32], test: impl Fn(f32) -> bool) {
-    scores.iter_mut().filter(|s| test(**s)).for_each(|s| *s = f32::NEG_INFINITY);
+    for score in scores {
+        *score = if test(*score) { f32::NEG_INFINITY } else { *score };
+    }
 }
 
-/// The finite scores with their indices; -0 as 0, its equal, which a total order would part.
+/// The finite scores with their indices.
 fn finite(scores: &[f32]) -> impl Iterator<Item = (f32, u32)> {
-    scores.iter().zip(0u32..).filter(|(s, _)| **s > f32::NEG_INFINITY).map(|(&s, i)| (s + 0.0, i))
+    scores.iter().zip(0u32..).filter(|(s, _)| **s > f32::NEG_INFINITY).map(|(&s, i)| (s, i))
 }
 
 /// Keeps the k largest scores and those equal to the smallest of them (Fan et al. 2018).
@@ -125,24 +159,25 @@ impl LogitsProcessor for TopP {
 
     fn process(&self, _ids: &[u32], scores: &mut [f32]) -> Result<()> {
         let Some(softmax) = Softmax::of(scores) else { return Ok(()) };
-        let mut items = LazySort {
-            items: finite(scores).collect(),
-            sorted: 0,
-            // Among equals the later token stays: the reference sums upwards in stable order.
-            order: |a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)),
+        // Tokens of less than rest / count have together less than the rest, so they go and need no sorting.
+        let least = match self.min_keep {
+            1 => softmax.around(self.rest / scores.len() as f32).0,
+            _ => f32::NEG_INFINITY,
         };
-        let mut mass: f64 = items.items.iter().map(|(s, _)| f64::from(softmax.probability(*s))).sum();
+        // Largest first, and among equals the later token: the reference sums upwards in stable order.
+        let likely = finite(scores).filter(|(s, _)| *s >= least);
+        let mut items = LazySort::new(likely.map(|(s, i)| (-s, u32::MAX - i)));
+        // What this token and all less probable ones have.
+        let mut mass = 1.0f64;
         let mut kept = 0;
-        while let Some((score, _)) = items.get(kept) {
+        while let Some((negative, _)) = items.get(kept) {
             if mass as f32 <= self.rest && kept >= self.min_keep {
                 break;
             }
-            mass -= f64::from(softmax.probability(score));
+            mass -= f64::from(softmax.probability(-negative));
             kept += 1;
         }
-        if kept < items.items.len() {
-            keep_only(scores, items.items[..kept].iter().map(|(_, i)| *i));
-        }
+        keep_only(scores, items.indices(kept).map(|i| u32::MAX - i));
         Ok(())
     }
 }
@@ -162,7 +197,7 @@ impl LogitsProcessor for MinP {
         let Some(softmax) = Softmax::of(scores) else { return Ok(()) };
         let threshold = self.share * softmax.probability(softmax.max);
         let protected = top_k(scores, self.min_keep);
-        rule_out(scores, |s| softmax.probability(s) < threshold);
+        rule_out(scores, softmax.below(threshold));
         protected.into_iter().for_each(|(i, score)| scores[i] = score);
         Ok(())
     }
@@ -183,11 +218,7 @@ impl LogitsProcessor for Typical {
         let Some(softmax) = Softmax::of(scores) else { return Ok(()) };
         let entropy = softmax.entropy(scores);
         let surprise = |s: f32| (-softmax.log_probability(s) - entropy).abs();
-        let mut items = LazySort {
-            items: finite(scores).map(|(s, i)| (surprise(s), i)).collect(),
-            sorted: 0,
-            order: |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)),
-        };
+        let mut items = LazySort::new(finite(scores).map(|(s, i)| (surprise(s), i)));
         // The token at which the mass is reached, and all as typical as it, stay.
         let (mut sum, mut last) = (0.0f64, 0);
         while let Some((_, i)) = items.get(last) {
@@ -202,8 +233,8 @@ impl LogitsProcessor for Typical {
         while items.get(kept).is_some_and(|(key, _)| key <= limit || kept < self.min_keep) {
             kept += 1;
         }
-        if kept < items.items.len() {
-            keep_only(scores, items.items[..kept].iter().map(|(_, i)| *i));
+        if kept < items.len() {
+            keep_only(scores, items.indices(kept));
         }
         Ok(())
     }
@@ -223,7 +254,8 @@ impl LogitsProcessor for Epsilon {
     fn process(&self, _ids: &[u32], scores: &mut [f32]) -> Result<()> {
         let Some(softmax) = Softmax::of(scores) else { return Ok(()) };
         let safe = kth_largest(scores, self.min_keep);
-        rule_out(scores, |s| s < safe && softmax.probability(s) < self.epsilon);
+        let rare = softmax.below(self.epsilon);
+        rule_out(scores, |s| s < safe && rare(s));
         Ok(())
     }
 }
@@ -243,7 +275,8 @@ impl LogitsProcessor for Eta {
         let Some(softmax) = Softmax::of(scores) else { return Ok(()) };
         let eta = self.epsilon.min(self.epsilon.sqrt() * (-softmax.entropy(scores)).exp());
         let safe = kth_largest(scores, self.min_keep);
-        rule_out(scores, |s| s < safe && softmax.probability(s) < eta);
+        let rare = softmax.below(eta);
+        rule_out(scores, |s| s < safe && rare(s));
         Ok(())
     }
 }
