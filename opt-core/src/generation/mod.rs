@@ -7,8 +7,10 @@
 
 mod assisted;
 mod beam;
+mod checks;
 mod config;
 mod contrastive;
+mod field;
 mod group_beam;
 pub mod math;
 mod plan;

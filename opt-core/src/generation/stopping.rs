@@ -55,6 +55,16 @@ impl fmt::Debug for Stopping {
 }
 
 /// Texts that end a sequence.
+///
+/// ```
+/// use opt_core::generation::StopStrings;
+/// use std::sync::Arc;
+///
+/// let tokens = ["st", "opera", "tion"].map(|t| t.as_bytes().to_vec());
+/// let stop = StopStrings::new(&["stop".to_owned()], Arc::new(tokens.to_vec()));
+/// assert!(stop.matches(&[0, 1]));
+/// assert!(!stop.matches(&[0, 1, 2]), "the string has to end within the last token");
+/// ```
 #[derive(Debug, Clone)]
 pub struct StopStrings {
     strings: Vec<Vec<u8>>,
@@ -62,17 +72,40 @@ pub struct StopStrings {
 }
 
 impl StopStrings {
-    /// `token_bytes[id]` is what token `id` adds to a text; ids past its end add nothing.
+    /// `token_bytes[id]` is what token `id` adds to a text (a special token its own name, as in transformers); ids past
+    /// its end add nothing. Empty strings are passed over.
     pub fn new(strings: &[String], token_bytes: Arc<Vec<Vec<u8>>>) -> Self {
-        Self {
-            strings: strings.iter().filter(|s| !s.is_empty()).map(|s| s.clone().into_bytes()).collect(),
-            token_bytes,
-        }
+        let strings = strings.iter().filter(|s| !s.is_empty()).map(|s| s.as_bytes().to_vec()).collect();
+        Self { strings, token_bytes }
     }
 
-    /// Whether one of the strings ends within the last of `ids`.
+    /// Whether one of the strings ends within the last of `ids`; it may begin anywhere before, prompt included.
+    ///
+    /// This is transformers' `StopStringCriteria`, over bytes instead of characters: a character that is split over
+    /// tokens, which cannot match there, matches here.
     pub fn matches(&self, ids: &[u32]) -> bool {
-        let _ = (&self.strings, &self.token_bytes, ids);
-        false
+        let Some((&last, before)) = ids.split_last() else { return false };
+        let last = self.bytes(last);
+        let Some(longest) = self.strings.iter().map(Vec::len).max().filter(|_| !last.is_empty()) else {
+            return false;
+        };
+        // As much of the text before as a match can reach back to.
+        let mut tail: Vec<u8> = last.iter().rev().copied().collect();
+        for &id in before.iter().rev() {
+            if tail.len() >= last.len() + longest - 1 {
+                break;
+            }
+            tail.extend(self.bytes(id).iter().rev());
+        }
+        tail.reverse();
+        let start = tail.len() - last.len();
+        self.strings.iter().any(|string| {
+            let first = (start + 1).saturating_sub(string.len());
+            tail.get(first..).is_some_and(|tail| tail.windows(string.len()).any(|window| window == string))
+        })
+    }
+
+    fn bytes(&self, id: u32) -> &[u8] {
+        self.token_bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 }

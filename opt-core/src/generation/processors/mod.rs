@@ -1,7 +1,16 @@
 //! Changes to the scores before a token is chosen.
 
-use super::{GenerationConfig, Settings, StoppingCriterion};
-use crate::Result;
+mod edits;
+mod filters;
+mod numeric;
+mod repetition;
+
+use super::{GenerationConfig, Method, Settings, StoppingCriterion, TokenIds, field::decimal};
+use crate::{Error, ErrorKind, Result};
+use edits::{Edit, ExponentialDecay, PrefixConstraint, SequenceBias, When};
+use filters::{Epsilon, Eta, MinP, TopK, TopP, Typical};
+use numeric::{RemoveInvalid, Renormalize, Temperature};
+use repetition::{NoRepeatNgram, RepetitionPenalty};
 use std::{fmt, sync::Arc};
 
 /// A change to one row of scores.
@@ -34,18 +43,59 @@ pub struct Hooks {
 }
 
 /// A request's processors in transformers' order.
+///
+/// The built-in ones bear the names of their options: `sequence_bias`, `repetition_penalty`, `no_repeat_ngram_size`,
+/// `bad_words_ids`, `min_length`, `min_new_tokens`, `prefix_allowed_tokens_fn`, `forced_bos_token_id`,
+/// `forced_eos_token_id`, `remove_invalid_values`, `exponential_decay_length_penalty`, `suppress_tokens`,
+/// `begin_suppress_tokens`; then the caller's, of which one with the name of an earlier one stands in its place; then
+/// when sampling `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`; at last
+/// `renormalize_logits`.
+///
+/// What comes in are logits where one token follows the other, and log-probabilities with beams.
+///
+/// ```
+/// use opt_core::{config::OptConfig, generation::{Extras, GenerationConfig, Hooks, ProcessorChain}};
+///
+/// let config = GenerationConfig::default().repetition_penalty(2.0).do_sample(true).top_k(2);
+/// let model = OptConfig::from_json(r#"{"vocab_size": 4}"#)?;
+/// let (settings, _) = config.resolve(&model, &[3], 0, &Extras::default())?;
+/// let chain = ProcessorChain::new(&config, &settings, &Hooks::default())?;
+/// assert_eq!(chain.names(), ["repetition_penalty", "top_k"]);
+///
+/// let mut scores = [1.0, 4.0, 0.5, 6.0];
+/// chain.apply(&[3], &mut scores)?;
+/// assert_eq!(scores, [f32::NEG_INFINITY, 4.0, f32::NEG_INFINITY, 3.0]);
+/// # Ok::<(), opt_core::Error>(())
+/// ```
 #[derive(Clone, Default)]
 pub struct ProcessorChain {
     processors: Arc<[Arc<dyn LogitsProcessor>]>,
+    /// Whether a row without any possible token is an error, since there is nothing to draw.
+    must_draw: bool,
 }
 
 impl ProcessorChain {
-    /// The processors that `config` and `hooks` ask for, warpers included when sampling.
+    /// The processors that `config` and `hooks` ask for; filters only if `settings` sample.
     ///
     /// # Errors
-    /// For options out of range.
-    pub fn new(_config: &GenerationConfig, _settings: &Settings, hooks: &Hooks) -> Result<Self> {
-        Ok(Self { processors: hooks.processors.clone().into() })
+    /// [`ErrorKind::Option`] for options out of range.
+    pub fn new(config: &GenerationConfig, settings: &Settings, hooks: &Hooks) -> Result<Self> {
+        config.check(settings.vocab_size)?;
+        let mut list = processors(config, settings, hooks);
+        for custom in &hooks.processors {
+            match list.iter_mut().find(|p| p.name() == custom.name()) {
+                Some(place) => *place = custom.clone(),
+                None => list.push(custom.clone()),
+            }
+        }
+        if settings.do_sample {
+            warpers(config, settings, &mut list);
+        }
+        if config.renormalize_logits == Some(true) {
+            list.push(Arc::new(Renormalize));
+        }
+        let must_draw = settings.do_sample && !matches!(settings.method, Method::Beam { .. });
+        Ok(Self { processors: list.into(), must_draw })
     }
 
     /// Whether it leaves every row as it is.
@@ -56,14 +106,120 @@ impl ProcessorChain {
     /// Runs all processors in order over `scores` (`[vocab]`) of the token that follows `ids`.
     ///
     /// # Errors
-    /// Those of the processors.
+    /// Those of the processors, and [`ErrorKind::Option`] if a token is to be drawn and none is left.
     pub fn apply(&self, ids: &[u32], scores: &mut [f32]) -> Result<()> {
-        self.processors.iter().try_for_each(|p| p.process(ids, scores))
+        self.processors.iter().try_for_each(|p| p.process(ids, scores))?;
+        if self.must_draw && !scores.iter().any(|s| s.is_finite()) {
+            let message = format!("no token is left to draw after {} ids", ids.len());
+            return Err(Error::new(ErrorKind::Option, format!("{message}, by {}", self.names().join(", "))));
+        }
+        Ok(())
     }
 
     /// Names in the order of application.
     pub fn names(&self) -> Vec<&str> {
         self.processors.iter().map(|p| p.name()).collect()
+    }
+}
+
+/// Those of every way of generating, in order.
+fn processors(
+    config: &GenerationConfig,
+    settings: &Settings,
+    hooks: &Hooks,
+) -> Vec<Arc<dyn LogitsProcessor>> {
+    let mut list: Vec<Arc<dyn LogitsProcessor>> = Vec::new();
+    let eos = &settings.eos;
+    let edit = |name, when, ids: &[u32]| Arc::new(Edit { name, when, ids: ids.to_vec(), force: false });
+    let force = |name, at, ids| Arc::new(Edit { name, when: When::At(at), ids, force: true });
+
+    if let Some(biases) = &config.sequence_bias {
+        let biases = biases.iter().map(|(ids, bias)| (ids.as_slice(), *bias));
+        list.push(Arc::new(SequenceBias::new("sequence_bias", biases)));
+    }
+    if let Some(penalty) = config.repetition_penalty.filter(|p| *p != 1.0) {
+        list.push(Arc::new(RepetitionPenalty(penalty)));
+    }
+    if let Some(n) = config.no_repeat_ngram_size.filter(|n| *n > 0) {
+        list.push(Arc::new(NoRepeatNgram(n)));
+    }
+    if let Some(words) = &config.bad_words_ids {
+        // An end token alone is no bad word: without it nothing would end.
+        let words = words.iter().filter(|w| !matches!(w.as_slice(), [id] if eos.contains(id)));
+        let bias = SequenceBias::new("bad_words_ids", words.map(|w| (w.as_slice(), f32::NEG_INFINITY)));
+        if !bias.is_empty() {
+            list.push(Arc::new(bias));
+        }
+    }
+    // Where `min_new_tokens` is given it replaces `min_length`.
+    let min_new = config.min_new_tokens;
+    let min_length = match min_new {
+        Some(new) => settings.prompt_len.saturating_add(new),
+        None => config.min_length.unwrap_or(0).saturating_sub(settings.embeds_len),
+    };
+    if min_length > 0 && !eos.is_empty() {
+        list.push(edit("min_length", When::Before(min_length), eos));
+    }
+    if let Some(new) = min_new.filter(|n| *n > 0 && !eos.is_empty()) {
+        let length = settings.prompt_len.saturating_add(new);
+        list.push(edit("min_new_tokens", When::Before(length), eos));
+    }
+    if let Some(allowed) = &hooks.prefix_allowed_tokens {
+        list.push(Arc::new(PrefixConstraint(allowed.clone())));
+    }
+    if let Some(id) = config.forced_bos_token_id {
+        list.push(force("forced_bos_token_id", 1, vec![id]));
+    }
+    if let Some(ids) = config.forced_eos_token_id.as_ref().map(TokenIds::to_vec) {
+        list.push(force("forced_eos_token_id", settings.max_length.saturating_sub(1), ids));
+    }
+    if config.remove_invalid_values == Some(true) {
+        list.push(Arc::new(RemoveInvalid));
+    }
+    if let Some((start, factor)) = config.exponential_decay_length_penalty {
+        let start = start.saturating_add(settings.prompt_len);
+        list.push(Arc::new(ExponentialDecay { start, factor: decimal(factor), eos: eos.clone() }));
+    }
+    if let Some(ids) = &config.suppress_tokens {
+        list.push(edit("suppress_tokens", When::Always, ids));
+    }
+    if let Some(ids) = &config.begin_suppress_tokens {
+        // A forced first token pushes the beginning back by one.
+        let forced = settings.prompt_len <= 1 && config.forced_bos_token_id.is_some();
+        let begin = settings.prompt_len + usize::from(forced);
+        list.push(edit("begin_suppress_tokens", When::At(begin), ids));
+    }
+    list
+}
+
+/// Those of sampling, in order.
+fn warpers(config: &GenerationConfig, settings: &Settings, list: &mut Vec<Arc<dyn LogitsProcessor>>) {
+    // With beams one token that is no end must stay, so that there is something to go on with.
+    let min_keep = match settings.method {
+        Method::Beam { .. } | Method::GroupBeam { .. } => settings.eos.len().max(1) + 1,
+        _ => 1,
+    };
+    if let Some(temperature) = config.temperature.filter(|t| *t != 1.0) {
+        list.push(Arc::new(Temperature(temperature)));
+    }
+    let k = config.top_k.unwrap_or(GenerationConfig::DEFAULT_TOP_K);
+    if k > 0 {
+        list.push(Arc::new(TopK { k: k.max(min_keep) }));
+    }
+    if let Some(p) = config.top_p.filter(|p| *p < 1.0) {
+        list.push(Arc::new(TopP { rest: (1.0 - decimal(p)) as f32, min_keep }));
+    }
+    if let Some(share) = config.min_p {
+        list.push(Arc::new(MinP { share, min_keep }));
+    }
+    if let Some(mass) = config.typical_p.filter(|p| *p < 1.0) {
+        list.push(Arc::new(Typical { mass, min_keep }));
+    }
+    if let Some(epsilon) = config.epsilon_cutoff.filter(|e| *e > 0.0) {
+        list.push(Arc::new(Epsilon { epsilon, min_keep }));
+    }
+    if let Some(epsilon) = config.eta_cutoff.filter(|e| *e > 0.0) {
+        list.push(Arc::new(Eta { epsilon, min_keep }));
     }
 }
 
