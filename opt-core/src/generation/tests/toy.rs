@@ -179,3 +179,27 @@ pub(super) fn request(
     let stopping = Stopping::new(&settings, None, &hooks);
     Request { prompt: prompt.to_vec(), embeds_len: settings.embeds_len, settings, chain, stopping }
 }
+
+/// One request for each way of generating, greedy ways first.
+pub(super) fn methods() -> Vec<(Method, bool)> {
+    let assisted = Method::Assisted { tokens: 3, schedule: AssistantSchedule::Heuristic, confidence: 0.2 };
+    let lookup = Method::PromptLookup { tokens: 4, max_ngram: 2 };
+    vec![
+        (Method::Single, false),
+        (assisted.clone(), false),
+        (lookup.clone(), false),
+        (Method::Contrastive { alpha: 0.5, k: 3 }, false),
+        (Method::Beam { beams: 3 }, false),
+        (Method::GroupBeam { beams: 4, groups: 2, diversity: 0.7 }, false),
+        (Method::Single, true),
+        (assisted, true),
+        (lookup, true),
+        (Method::Beam { beams: 3 }, true),
+    ]
+}
+
+/// log softmax in f64.
+pub(super) fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+    row.iter().map(|&x| f64::from(x) - sum.ln()).collect()
+}
