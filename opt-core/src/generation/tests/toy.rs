@@ -5,10 +5,12 @@ use std::collections::HashMap;
 /// Stands in a slot for a row of embeddings.
 pub(super) const EMBEDDING: u32 = u32::MAX;
 
+type OfIds = Box<dyn Fn(&[u32]) -> Vec<f32>>;
+
 /// A model: what follows from the ids before it.
 pub(super) struct Toy {
-    pub(super) logits: Box<dyn Fn(&[u32]) -> Vec<f32>>,
-    pub(super) hidden: Box<dyn Fn(&[u32]) -> Vec<f32>>,
+    pub(super) logits: OfIds,
+    pub(super) hidden: OfIds,
 }
 
 /// Anything from -1 to 1, as if at random, but the same for the same numbers.
