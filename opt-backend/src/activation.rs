@@ -90,6 +90,7 @@ impl Activation {
             Activation::Relu2 => x.max(0.0) * x.max(0.0),
             Activation::LeakyRelu => x.max(0.0) + 0.01 * x.min(0.0),
             Activation::Mish => x * x.exp().ln_1p().min(f64::MAX).tanh(),
+            #[allow(clippy::approx_constant)] // MEGA rounds its constants
             Activation::Laplace => 0.5 * (1.0 + libm::erf((x - 0.707107) / (0.282095 * consts::SQRT_2))),
             Activation::Linear => x,
         }

@@ -258,6 +258,7 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         keys: ArrayView2<'_, f32>,
         values: ArrayView2<'_, f32>,
     ) -> Result<()> {
+        check::same_shape("cache_seed", values.dim().into(), keys.dim().into())?;
         let rows = 0..keys.nrows();
         let (keys, values) = (self.upload(keys)?, self.upload(values)?);
         self.cache_append(cache, layer, &keys, &values, rows)
@@ -332,19 +333,15 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
     fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor> {
         self.counters().default_body(Op::Add);
         let (x, y) = (self.block_on(self.read_owned(x))?, self.block_on(self.read(y))?);
-        if x.dim() != y.dim() {
-            return Err(Error::shape(
-                "add",
-                format_args!("expected equal shapes, found {:?} and {:?}", x.dim(), y.dim()),
-            ));
-        }
+        check::same_shape("add", y.dim().into(), x.dim().into())?;
         self.upload((x + y).view())
     }
 
     /// Causal attention, softmax(q kᵀ / √head_dim) v per head, within each span and over its cache.
     ///
     /// With caches (one per span, in their order) keys and values are appended first, and the new rows attend to all
-    /// that the cache then holds up to themselves. Without, rows attend within their span. Softmax is in f32.
+    /// that the cache then holds up to themselves. Without, rows attend within their span. Softmax is in f32. What
+    /// comes out in rows that no span covers is not specified. If the call fails on shapes, the caches are as before.
     fn attend(
         &self,
         q: Self::Tensor,
@@ -354,15 +351,7 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         caches: Option<&mut [&mut Self::Cache]>,
     ) -> Result<Self::Tensor> {
         self.counters().default_body(Op::Attend);
-        let keys_values = keys_values(self, &k, &v, attend, caches)?;
-        let q = self.block_on(self.read_owned(q))?;
-        check::spans("attend", attend, q.dim().into())?;
-        let mut out = Array2::zeros(q.dim());
-        for (span, layer) in attend.spans.iter().zip(&keys_values) {
-            let rows = s![span.rows(), ..];
-            let (y, _) = oracle::attend(q.slice(rows), layer.keys.view(), layer.values.view(), attend.heads);
-            out.slice_mut(rows).assign(&y);
-        }
+        let (out, _) = attend_on_host(self, "attend", q, k, v, attend, caches)?;
         self.upload(out.view())
     }
 
@@ -379,17 +368,7 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         caches: Option<&mut [&mut Self::Cache]>,
     ) -> Result<(Self::Tensor, Vec<Array3<f32>>)> {
         self.counters().default_body(Op::AttentionWeights);
-        let keys_values = keys_values(self, &k, &v, attend, caches)?;
-        let q = self.block_on(self.read_owned(q))?;
-        check::spans("attention_weights", attend, q.dim().into())?;
-        let mut out = Array2::zeros(q.dim());
-        let mut weights = Vec::with_capacity(attend.spans.len());
-        for (span, layer) in attend.spans.iter().zip(&keys_values) {
-            let rows = s![span.rows(), ..];
-            let (y, w) = oracle::attend(q.slice(rows), layer.keys.view(), layer.values.view(), attend.heads);
-            out.slice_mut(rows).assign(&y);
-            weights.push(w);
-        }
+        let (out, weights) = attend_on_host(self, "attention_weights", q, k, v, attend, caches)?;
         Ok((self.upload(out.view())?, weights))
     }
 
@@ -443,6 +422,33 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
     }
 }
 
+/// Attention through the host: the output, and the weights `[heads, rows, positions]` of each span.
+fn attend_on_host<B: Backend + ?Sized>(
+    backend: &B,
+    op: &'static str,
+    q: B::Tensor,
+    k: B::Tensor,
+    v: B::Tensor,
+    attend: Attend<'_>,
+    caches: Option<&mut [&mut B::Cache]>,
+) -> Result<(Array2<f32>, Vec<Array3<f32>>)> {
+    // All checks come before the first append: a call that fails on its shapes leaves the caches as they were.
+    check::spans(op, attend, backend.shape(&q))?;
+    check::same_shape(op, backend.shape(&k), backend.shape(&q))?;
+    check::same_shape(op, backend.shape(&v), backend.shape(&q))?;
+    let keys_values = keys_values(backend, &k, &v, attend, caches)?;
+    let q = backend.block_on(backend.read_owned(q))?;
+    let mut out = Array2::zeros(q.dim());
+    let mut weights = Vec::with_capacity(attend.spans.len());
+    for (span, layer) in attend.spans.iter().zip(&keys_values) {
+        let rows = s![span.rows(), ..];
+        let (y, w) = oracle::attend(q.slice(rows), layer.keys.view(), layer.values.view(), attend.heads);
+        out.slice_mut(rows).assign(&y);
+        weights.push(w);
+    }
+    Ok((out, weights))
+}
+
 /// The keys and values each span attends to, read back, after appending the new ones to the caches.
 fn keys_values<B: Backend + ?Sized>(
     backend: &B,
@@ -451,8 +457,6 @@ fn keys_values<B: Backend + ?Sized>(
     attend: Attend<'_>,
     caches: Option<&mut [&mut B::Cache]>,
 ) -> Result<Vec<CacheLayer>> {
-    check::spans("attend", attend, backend.shape(k))?;
-    check::spans("attend", attend, backend.shape(v))?;
     match caches {
         Some(caches) => {
             check::caches(attend, caches.len())?;

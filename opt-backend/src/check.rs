@@ -1,6 +1,7 @@
 //! Argument checks that backends share, so that the same mistake gets the same line everywhere.
 
 use crate::{Attend, Error, Result};
+use std::ops::Range;
 
 /// Fails unless `found == expected`.
 pub fn width(op: &'static str, found: usize, expected: usize) -> Result<()> {
@@ -48,4 +49,36 @@ pub fn caches(attend: Attend<'_>, caches: usize) -> Result<()> {
     }
     let message = format_args!("expected one cache per span, found {caches} for {}", attend.spans.len());
     Err(Error::shape("attend", message))
+}
+
+/// Fails unless the shapes `[rows, width]` are equal.
+pub fn same_shape(op: &'static str, found: [usize; 2], expected: [usize; 2]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::shape(op, format_args!("expected the shape {expected:?}, found {found:?}")))
+}
+
+/// Fails unless the vector called `what` has `expected` elements.
+pub fn length(op: &'static str, what: &str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::shape(op, format_args!("expected a {what} of {expected} elements, found {found}")))
+}
+
+/// Fails unless the range runs forward and ends within the `available` rows.
+pub fn range(op: &'static str, range: &Range<usize>, available: usize) -> Result<()> {
+    if range.start <= range.end && range.end <= available {
+        return Ok(());
+    }
+    Err(Error::shape(op, format_args!("expected a range within {available} rows, found {range:?}")))
+}
+
+/// Fails unless a cache has the layer.
+pub fn layer(op: &'static str, layer: usize, layers: usize) -> Result<()> {
+    if layer < layers {
+        return Ok(());
+    }
+    Err(Error::shape(op, format_args!("expected a layer below {layers}, found {layer}")))
 }

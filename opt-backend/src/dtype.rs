@@ -23,6 +23,15 @@ impl DType {
             DType::F16 | DType::BF16 => 2,
         }
     }
+
+    /// The nearest number that this format can hold, ties to even; past its largest is infinity.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            DType::F32 => value,
+            DType::F16 => f16::from_f32(value).to_f32(),
+            DType::BF16 => bf16::from_f32(value).to_f32(),
+        }
+    }
 }
 
 impl fmt::Display for DType {

@@ -28,6 +28,7 @@ mod error;
 mod info;
 pub mod oracle;
 mod readback;
+mod reference;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -42,5 +43,6 @@ pub use dtype::{DType, HostMatrix, HostVector};
 pub use error::{Error, ErrorKind, Result};
 pub use info::Info;
 pub use readback::{MaybeSend, MaybeSync, Readback, block_on, ready};
+pub use reference::{Reference, ReferenceCache};
 
 pub use {half, ndarray};

@@ -86,16 +86,22 @@ pub fn attend(
 }
 
 /// Log-probability of `target` under the softmax of a row of logits, and whether it is the argmax.
+///
+/// # Panics
+/// If `target` is not below the row's length; see [`crate::check::ids`].
 pub fn target_score(logits: ArrayView1<'_, f32>, target: u32) -> TargetScore {
     let target = target as usize;
     let greedy = argmax(logits) == Some(target);
     TargetScore { log_prob: (f64::from(logits[target]) - log_sum_exp(logits)) as f32, greedy }
 }
 
-/// The `k` largest logits, largest first, the lower index first among equals.
+/// The `k` largest logits, largest first, the lower index first among equals; NaN comes last.
 pub fn top_k(logits: ArrayView1<'_, f32>, k: usize) -> TopK {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    ids.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    let key = |id: u32| logits[id as usize];
+    // Not `total_cmp`: it tells -0 from 0 and puts NaN first, and then the first would not be the argmax.
+    let descending = |a: f32, b: f32| b.partial_cmp(&a).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()));
+    ids.sort_by(|&a, &b| descending(key(a), key(b)).then(a.cmp(&b)));
     ids.truncate(k);
     let values = ids.iter().map(|&id| logits[id as usize]).collect();
     TopK { ids, logits: values, log_sum_exp: log_sum_exp(logits) as f32 }

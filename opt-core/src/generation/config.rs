@@ -18,6 +18,7 @@ pub enum EarlyStopping {
 
 /// One token id or several.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TokenIds {
     /// One id.
     One(u32),
@@ -35,18 +36,17 @@ impl TokenIds {
     }
 }
 
-/// What transformers understands and this crate does not, with the value at which it does nothing.
-const IGNORED: [(&str, &str); 10] = [
-    ("constraints", "null"),
-    ("force_words_ids", "null"),
-    ("encoder_repetition_penalty", "1.0"),
-    ("encoder_no_repeat_ngram_size", "0"),
-    ("watermarking_config", "null"),
-    ("dola_layers", "null"),
-    ("token_healing", "false"),
-    ("assistant_early_exit", "null"),
-    ("cache_implementation", "null"),
-    ("prefill_chunk_size", "null"),
+/// What transformers understands and this crate does not, with the number at which it does nothing; null and false
+/// never do anything.
+const IGNORED: [(&str, f64); 8] = [
+    ("constraints", 0.0),
+    ("force_words_ids", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("watermarking_config", 0.0),
+    ("dola_layers", 0.0),
+    ("token_healing", 0.0),
+    ("assistant_early_exit", 0.0),
 ];
 
 macro_rules! setter {
@@ -222,11 +222,16 @@ fn option<T: Field>(map: &Map<String, Value>, name: &str) -> Result<Option<T>> {
 }
 
 fn ignored(map: &Map<String, Value>) -> Vec<String> {
-    let acts = |name: &str, neutral: &str| {
-        map.get(name)
-            .is_some_and(|v| !v.is_null() && v.to_string() != neutral && v.as_f64() != neutral.parse().ok())
+    let acts = |name: &str, neutral: f64| match map.get(name) {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Number(n)) => n.as_f64() != Some(neutral),
+        Some(_) => true,
     };
-    IGNORED.iter().filter(|(name, neutral)| acts(name, neutral)).map(|(name, _)| (*name).to_owned()).collect()
+    IGNORED
+        .iter()
+        .filter(|(name, neutral)| acts(name, *neutral))
+        .map(|(name, _)| (*name).to_owned())
+        .collect()
 }
 
 impl GenerationConfig {

@@ -104,3 +104,110 @@ fn pick(scores: &[f32], draw: f64, skip: impl Fn(usize) -> bool) -> Option<usize
     }
     last
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::OptConfig,
+        generation::{Extras, GenerationConfig, Hooks, ProcessorChain, math::softmax},
+    };
+
+    /// The vectors for `philox4x32 10` that the authors publish with Random123 (kat_vectors).
+    #[test]
+    fn philox_gives_the_published_numbers() {
+        let all = u32::MAX;
+        let pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox([all; 4], [all; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        assert_eq!(
+            philox(pi, [0xa409_3822, 0x299f_31d0]),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
+    }
+
+    #[test]
+    fn draws_depend_on_seed_stream_and_place_alone() {
+        let mut random = Random::new(3, 1);
+        let draws: Vec<f64> = (0..4).map(|_| random.uniform()).collect();
+        let again = Random::new(3, 1);
+        assert_eq!(draws, (0..4).map(|i| again.at(i)).collect::<Vec<_>>());
+        assert_eq!(Random::new(0, 0).at(0), ((0xe169_c58d_6627_e8d5u64 >> 11) as f64) / 2f64.powi(53));
+        let others = [Random::new(4, 1), Random::new(3, 2), Random::new(3 << 32, 1), Random::new(3, 1 << 32)];
+        for other in others {
+            assert!((0..4).all(|i| other.at(i) != again.at(i)), "{other:?}");
+        }
+    }
+
+    /// Fails where counts are as far from the expected as one in a million is by chance (Wilson and Hilferty's
+    /// approximation of the chi-square quantile).
+    fn assert_follows(counts: &[u64], expected: &[f64]) {
+        let n: u64 = counts.iter().sum();
+        let possible = || counts.iter().zip(expected).filter(|(_, p)| **p > 0.0);
+        assert!(
+            counts.iter().zip(expected).all(|(c, p)| *p > 0.0 || *c == 0),
+            "drew the impossible: {counts:?}"
+        );
+        let found: f64 = possible().map(|(&c, p)| (c as f64 - n as f64 * p).powi(2) / (n as f64 * p)).sum();
+        let freedom = (possible().count() - 1) as f64;
+        let spread = 2.0 / (9.0 * freedom);
+        let limit = freedom * (1.0 - spread + 4.753 * spread.sqrt()).powi(3);
+        assert!(found < limit, "chi-square {found}, limit {limit}: {counts:?}");
+    }
+
+    const SCORES: [f32; 8] = [1.0, 2.5, -1.0, 0.0, f32::NEG_INFINITY, 2.5, 1.9, -0.5];
+
+    #[test]
+    fn samples_follow_the_processed_distribution() {
+        let model = OptConfig { vocab_size: 8, ..OptConfig::default() };
+        let plain = GenerationConfig::default().do_sample(true).top_k(0);
+        let configs = [
+            plain.clone(),
+            plain.clone().temperature(0.6),
+            plain.clone().top_k(3),
+            plain.clone().top_p(0.8),
+            plain.clone().min_p(0.2).temperature(1.7),
+            plain.typical_p(0.7),
+        ];
+        for (stream, config) in configs.iter().enumerate() {
+            let (settings, _) = config.resolve(&model, &[1], 0, &Extras::default()).unwrap();
+            let chain = ProcessorChain::new(config, &settings, &Hooks::default()).unwrap();
+            let mut scores = SCORES;
+            chain.apply(&[1], &mut scores).unwrap();
+            let expected: Vec<f64> = softmax(&scores).into_iter().map(f64::from).collect();
+            let (mut random, mut counts) = (Random::new(11, stream as u64), [0u64; 8]);
+            (0..40_000).for_each(|_| counts[random.sample(&scores)] += 1);
+            assert_follows(&counts, &expected);
+        }
+    }
+
+    #[test]
+    fn pairs_without_replacement_follow_their_distribution() {
+        let p: Vec<f64> = softmax(&SCORES).into_iter().map(f64::from).collect();
+        let mut expected = vec![0.0; 64];
+        for (i, j) in (0..64).map(|pair| (pair / 8, pair % 8)).filter(|(i, j)| i != j) {
+            expected[i * 8 + j] = p[i] * p[j] / (1.0 - p[i]);
+        }
+        let (mut random, mut counts) = (Random::new(12, 0), vec![0u64; 64]);
+        for _ in 0..60_000 {
+            let pair = random.sample_without_replacement(&SCORES, 2);
+            counts[pair[0] * 8 + pair[1]] += 1;
+        }
+        assert_follows(&counts, &expected);
+    }
+
+    #[test]
+    fn rows_with_little_to_draw_from() {
+        let none = [f32::NEG_INFINITY; 3];
+        let one = [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.5];
+        let mut random = Random::new(1, 0);
+        for _ in 0..50 {
+            assert_eq!(random.sample(&one), 2);
+            assert_eq!(random.sample(&none), 0);
+            assert_eq!(random.sample_without_replacement(&one, 2), [2, 0]);
+        }
+        assert_eq!(random.sample_without_replacement(&one, 9).len(), 3);
+        assert_eq!(random.sample(&[f32::NAN, 1.0]), 1);
+        assert_eq!(random.sample(&[]), 0);
+    }
+}

@@ -63,6 +63,7 @@ pub enum Method {
 
 /// What a call asks for that is not in [`GenerationConfig`].
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Extras {
     /// How many of the most probable tokens to report with each token.
     pub top_alternatives: usize,
@@ -211,7 +212,7 @@ impl GenerationConfig {
             };
         }
         if groups > 1 {
-            if beams % groups != 0 {
+            if !beams.is_multiple_of(groups) {
                 let expected = format!("a multiple of num_beam_groups {groups}");
                 return Err(wrong("num_beams", expected, beams));
             }

@@ -109,3 +109,74 @@ impl StopStrings {
         self.token_bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::OptConfig,
+        generation::{Extras, GenerationConfig},
+    };
+    use std::{fs, path::Path};
+
+    #[test]
+    fn stop_strings_match_where_transformers_does() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stop_strings/cases.json");
+        let file: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let texts = |value: &serde_json::Value| -> Vec<String> {
+            value.as_array().unwrap().iter().map(|t| t.as_str().unwrap().to_owned()).collect()
+        };
+        let tokens = Arc::new(texts(&file["tokens"]).into_iter().map(String::into_bytes).collect::<Vec<_>>());
+        let (mut stops, mut goes_on) = (0, 0);
+        for case in file["cases"].as_array().unwrap() {
+            let stop = StopStrings::new(&texts(&case["strings"]), tokens.clone());
+            let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let expected = case["stop"].as_bool().unwrap();
+            assert_eq!(stop.matches(&ids), expected, "{case}");
+            *(if expected { &mut stops } else { &mut goes_on }) += 1;
+        }
+        assert!(stops > 200 && goes_on > 200, "{stops} and {goes_on}");
+    }
+
+    #[test]
+    fn a_split_character_and_unknown_ids() {
+        let tokens = vec![vec![0xC3], vec![0xA9, b'x'], Vec::new()];
+        let stop = StopStrings::new(&["é".to_owned()], Arc::new(tokens));
+        assert!(stop.matches(&[0, 1]));
+        assert!(stop.matches(&[0, 9, 2, 1]), "ids without text stand between");
+        assert!(
+            !stop.matches(&[0, 1, 9])
+                && !stop.matches(&[0, 1, 2])
+                && !stop.matches(&[0])
+                && !stop.matches(&[])
+        );
+    }
+
+    struct Even;
+    impl StoppingCriterion for Even {
+        fn should_stop(&self, ids: &[u32], prompt_len: usize) -> bool {
+            (ids.len() - prompt_len) % 2 == 0
+        }
+    }
+
+    #[test]
+    fn eos_before_strings_before_length() {
+        let model = OptConfig::default();
+        let config = GenerationConfig::default().max_new_tokens(3).eos_token_id([2, 5]);
+        let settings = config.resolve(&model, &[2, 7], 0, &Extras::default()).unwrap().0;
+        let strings =
+            StopStrings::new(&["ab".to_owned()], Arc::new([b"a", b"b"].map(|t| t.to_vec()).to_vec()));
+        let stopping = Stopping::new(&settings, Some(strings.clone()), &Hooks::default());
+        assert_eq!(stopping.check(&[2, 7, 5]), Some(FinishReason::Eos));
+        assert_eq!(stopping.check(&[2, 7, 5, 7]), None, "only the last token ends a sequence");
+        assert_eq!(stopping.check(&[2, 7, 0, 1]), Some(FinishReason::Stop));
+        assert_eq!(stopping.check(&[2, 7, 7, 7, 7]), Some(FinishReason::Length));
+        assert_eq!(stopping.check(&[2, 7, 7, 0, 1]), Some(FinishReason::Stop));
+        assert_eq!(stopping.check(&[2, 7, 7, 0, 5]), Some(FinishReason::Eos));
+
+        let hooks = Hooks { criteria: vec![Arc::new(Even)], ..Hooks::default() };
+        let stopping = Stopping::new(&settings, None, &hooks);
+        assert_eq!(stopping.check(&[2, 7, 7]), None);
+        assert_eq!(stopping.check(&[2, 7, 7, 7]), Some(FinishReason::Stop));
+    }
+}

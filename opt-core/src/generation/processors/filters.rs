@@ -89,9 +89,9 @@ fn rule_out(scores: &mut [f32], test: impl Fn(f32) -> bool) {
     scores.iter_mut().filter(|s| test(**s)).for_each(|s| *s = f32::NEG_INFINITY);
 }
 
-/// The finite scores with their indices.
+/// The finite scores with their indices; -0 as 0, its equal, which a total order would part.
 fn finite(scores: &[f32]) -> impl Iterator<Item = (f32, u32)> {
-    scores.iter().zip(0u32..).filter(|(s, _)| **s > f32::NEG_INFINITY).map(|(&s, i)| (s, i))
+    scores.iter().zip(0u32..).filter(|(s, _)| **s > f32::NEG_INFINITY).map(|(&s, i)| (s + 0.0, i))
 }
 
 /// Keeps the k largest scores and those equal to the smallest of them (Fan et al. 2018).

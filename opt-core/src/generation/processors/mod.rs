@@ -32,7 +32,28 @@ pub trait LogitsProcessor: Send + Sync {
 pub type PrefixFn = Arc<dyn Fn(&[u32]) -> Vec<u32> + Send + Sync>;
 
 /// Callbacks of the caller's.
+///
+/// ```
+/// use opt_core::generation::{Hooks, LogitsProcessor};
+///
+/// /// Makes token 7 certain once token 3 was there.
+/// struct AfterThree;
+/// impl LogitsProcessor for AfterThree {
+///     fn name(&self) -> &str {
+///         "after_three"
+///     }
+///     fn process(&self, ids: &[u32], scores: &mut [f32]) -> opt_core::Result<()> {
+///         if ids.last() == Some(&3) {
+///             scores.iter_mut().enumerate().filter(|(id, _)| *id != 7).for_each(|(_, s)| *s = f32::NEG_INFINITY);
+///         }
+///         Ok(())
+///     }
+/// }
+/// let hooks = Hooks::default().processor(AfterThree).prefix_allowed_tokens(|ids| vec![ids.len() as u32, 7]);
+/// # assert_eq!(hooks.processors.len(), 1);
+/// ```
 #[derive(Clone, Default)]
+#[non_exhaustive]
 pub struct Hooks {
     /// Processors, run after the built-in ones and before temperature and filters.
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
@@ -40,6 +61,32 @@ pub struct Hooks {
     pub prefix_allowed_tokens: Option<PrefixFn>,
     /// Further reasons to stop.
     pub criteria: Vec<Arc<dyn StoppingCriterion>>,
+}
+
+impl Hooks {
+    /// Adds a processor behind those already there.
+    #[must_use]
+    pub fn processor(mut self, processor: impl LogitsProcessor + 'static) -> Self {
+        self.processors.push(Arc::new(processor));
+        self
+    }
+
+    /// Lets only the tokens follow that `allowed` names for the ids so far (prompt and generated).
+    #[must_use]
+    pub fn prefix_allowed_tokens(
+        mut self,
+        allowed: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static,
+    ) -> Self {
+        self.prefix_allowed_tokens = Some(Arc::new(allowed));
+        self
+    }
+
+    /// Adds a reason to stop.
+    #[must_use]
+    pub fn criterion(mut self, criterion: impl StoppingCriterion + 'static) -> Self {
+        self.criteria.push(Arc::new(criterion));
+        self
+    }
 }
 
 /// A request's processors in transformers' order.
