@@ -45,7 +45,7 @@ impl Request {
 /// #     "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8, "max_position_embeddings": 16,
 /// #     "word_embed_proj_dim": 8}"#)?;
 /// let prompt = vec![0, 1];
-/// let config = GenerationConfig { max_new_tokens: Some(3), ..Default::default() };
+/// let config = GenerationConfig::default().max_new_tokens(3);
 /// let (settings, _) = config.resolve(&model, &prompt, 0, &Extras::default())?;
 /// let chain = ProcessorChain::new(&config, &settings, &Hooks::default())?;
 /// let stopping = Stopping::new(&settings, None, &Hooks::default());
