@@ -34,7 +34,7 @@ impl Request {
 
 /// The state machine that the request's method asks for.
 ///
-/// A driver, in the small; here the "model" finds token 2 the most probable wherever it is:
+/// A driver, in the small; here the "model" finds token 3 the most probable wherever it is:
 ///
 /// ```
 /// use opt_core::config::OptConfig;
@@ -55,11 +55,11 @@ impl Request {
 ///     if plan.runs.is_empty() {
 ///         break;
 ///     }
-///     let row = RowScores::Full(vec![0.0, 0.1, 0.9, 0.2]);
+///     let row = RowScores::Full(vec![0.0, 0.1, 0.2, 0.9]);
 ///     let replies = plan.runs.iter().map(|_| Reply { scores: vec![row.clone()], hidden: None }).collect();
 ///     strategy.advance(replies)?;
 /// }
-/// assert_eq!(strategy.finish()[0].ids, [2, 2, 2]);
+/// assert_eq!(strategy.finish()[0].ids, [3, 3, 3]);
 /// # Ok(())
 /// # }
 /// ```
