@@ -50,6 +50,9 @@ impl Candidate {
     }
 }
 
+/// A row of processed scores, if it is to be kept.
+pub(super) type Kept = Option<Arc<[f32]>>;
+
 /// How many continuations to look at for `beams` beams, so that as many remain if others end.
 pub(super) fn candidates_to_keep(beams: usize, eos: usize) -> usize {
     beams.saturating_mul((1 + eos).max(2))
@@ -81,7 +84,7 @@ impl Beam {
 
     /// Continuations to look at, ranked: the best of all, or drawn without replacement. Impossible ones are none.
     /// Also, for each beam, the processed row if it is to be kept.
-    fn candidates(&mut self, rows: &[Row]) -> Result<(Vec<Candidate>, Vec<Option<Arc<[f32]>>>)> {
+    fn candidates(&mut self, rows: &[Row]) -> Result<(Vec<Candidate>, Vec<Kept>)> {
         let (keep, sample) = (self.keep(), self.request.settings.do_sample);
         let mut candidates = Vec::new();
         let mut kept = Vec::new();

@@ -46,9 +46,9 @@ fn unit(row: ArrayView1<'_, f32>) -> Vec<f32> {
     row.iter().map(|&x| (f64::from(x) * scale) as f32).collect()
 }
 
-/// The largest cosine between `hidden` and a row of `context`, all of length 1.
+/// The largest cosine between `hidden` and a row of `context`, all scaled to length 1 and of one width.
 fn similarity(hidden: &[f32], context: &[Vec<f32>]) -> f32 {
-    let cosine = |row: &Vec<f32>| row.iter().zip(hidden).map(|(a, b)| a * b).sum::<f32>();
+    let cosine = |row: &Vec<f32>| ArrayView1::from(row).dot(&ArrayView1::from(hidden));
     context.iter().map(cosine).fold(f32::NEG_INFINITY, f32::max)
 }
 
@@ -121,6 +121,9 @@ impl Strategy for Contrastive {
         let mut rows = Vec::new();
         for mut reply in replies {
             let states = reply.hidden.take().ok_or_else(|| broken("last hidden states", "none"))?;
+            if self.context.first().is_some_and(|row| row.len() != states.ncols()) {
+                return Err(broken("last hidden states of one width", &states.ncols().to_string()));
+            }
             hidden.push(states.rows().into_iter().map(unit).collect::<Vec<_>>());
             rows.push(last_row(reply, &self.request.settings)?);
         }

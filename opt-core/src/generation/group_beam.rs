@@ -1,11 +1,10 @@
 use super::{
     EarlyStopping, FinishReason, Need, Plan, Reply, Request, ScoreNeed, SequenceOutput, Strategy, TokenEvent,
-    beam::{Candidate, candidates_to_keep},
+    beam::{Candidate, Kept, candidates_to_keep},
     math::top_k,
     sequence::{Row, Sequence, Stream, expect_replies, last_row, no_token, prompt_run, reorder, step_run},
 };
 use crate::Result;
-use std::sync::Arc;
 
 /// Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424).
 ///
@@ -127,7 +126,7 @@ impl GroupBeam {
         let Some(group) = self.groups.get_mut(index) else { return Ok(Vec::new()) };
 
         let mut candidates = Vec::new();
-        let mut kept: Vec<Option<Arc<[f32]>>> = Vec::new();
+        let mut kept: Vec<Kept> = Vec::new();
         for (beam, (running, row)) in group.running.iter().zip(rows).enumerate() {
             let mut scores = row.log_probs()?;
             for same in chosen.chunk_by(|a, b| a == b) {

@@ -33,3 +33,6 @@ pub use random::Random;
 pub use request::{Request, strategy};
 pub use settings::{AssistantSchedule, Extras, Method, Settings};
 pub use stopping::{StopStrings, Stopping, StoppingCriterion};
+
+#[cfg(test)]
+mod tests;

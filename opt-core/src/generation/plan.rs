@@ -55,7 +55,8 @@ pub struct Run {
     /// The tokens to run behind what the slot holds.
     pub tokens: Vec<u32>,
     /// Whether this is the run of the prompt: then the driver may put embeddings in front of (or a restored cache in
-    /// place of the first of) `tokens`.
+    /// place of the first of) `tokens`. The target's first run, and no other, is of exactly the prompt; the draft
+    /// model's first run has the tokens that are certain by then behind it.
     pub prompt: bool,
     /// What is to be known of the result.
     pub need: Need,
@@ -68,7 +69,8 @@ pub struct Need {
     pub scores: ScoreNeed,
     /// Of how many of the run's last tokens (1: the next token's only).
     pub rows: usize,
-    /// Whether the last hidden states (what the LM head sees) of *all* the run's tokens are wanted.
+    /// Whether the last hidden states (what the LM head sees) of *all* the run's tokens are wanted, and of the
+    /// embeddings in front of them. What a restored cache stands for cannot be answered: run it again.
     pub hidden: bool,
 }
 
@@ -175,7 +177,9 @@ pub trait Strategy: Send {
     /// every returned sequence, one sequence after the other.
     fn take_events(&mut self) -> Vec<TokenEvent>;
 
-    /// Ends the request where it is, as when the time is over: unfinished sequences end with `reason`.
+    /// Ends the request where it is, as when the time is over: unfinished sequences end with `reason`. May come at any
+    /// time; answers to a plan made before are ignored. A sequence's last event bears `reason` only if it has not been
+    /// taken yet.
     fn interrupt(&mut self, reason: FinishReason);
 
     /// The sequences, best first where there are scores. Called once, after the last plan was empty.

@@ -34,7 +34,7 @@ impl Request {
 
 /// The state machine that the request's method asks for.
 ///
-/// A driver, in the small; here the "model" finds token 2 the most probable wherever it is:
+/// A driver, in the small; here the "model" finds token 3 the most probable wherever it is:
 ///
 /// ```
 /// use opt_core::config::OptConfig;
@@ -45,7 +45,7 @@ impl Request {
 /// #     "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8, "max_position_embeddings": 16,
 /// #     "word_embed_proj_dim": 8}"#)?;
 /// let prompt = vec![0, 1];
-/// let config = GenerationConfig { max_new_tokens: Some(3), ..Default::default() };
+/// let config = GenerationConfig::default().max_new_tokens(3);
 /// let (settings, _) = config.resolve(&model, &prompt, 0, &Extras::default())?;
 /// let chain = ProcessorChain::new(&config, &settings, &Hooks::default())?;
 /// let stopping = Stopping::new(&settings, None, &Hooks::default());
@@ -55,11 +55,11 @@ impl Request {
 ///     if plan.runs.is_empty() {
 ///         break;
 ///     }
-///     let row = RowScores::Full(vec![0.0, 0.1, 0.9, 0.2]);
+///     let row = RowScores::Full(vec![0.0, 0.1, 0.2, 0.9]);
 ///     let replies = plan.runs.iter().map(|_| Reply { scores: vec![row.clone()], hidden: None }).collect();
 ///     strategy.advance(replies)?;
 /// }
-/// assert_eq!(strategy.finish()[0].ids, [2, 2, 2]);
+/// assert_eq!(strategy.finish()[0].ids, [3, 3, 3]);
 /// # Ok(())
 /// # }
 /// ```
