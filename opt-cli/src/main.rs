@@ -1,2 +1,74 @@
-//! The `opt` command.
-fn main() {}
+//! The `opt` command. Results go to stdout, everything else to stderr.
+
+mod args;
+mod backends;
+mod bench;
+mod convert;
+mod generate;
+mod inspect;
+mod model;
+mod out;
+mod progress;
+mod prompts;
+mod score;
+mod settings;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Run OPT language models: continue texts, score them, convert and measure models.
+#[derive(Debug, Parser)]
+#[command(name = "opt", version, after_help = HELP, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const HELP: &str = "\
+Examples:
+  opt generate \"The old house stood\"
+  opt generate --model facebook/opt-125m --do-sample --top-p 0.9 --seed 7 \"Once upon a time\"
+  opt score --input lines.jsonl
+  opt convert pytorch_model.bin model.safetensors
+
+Models: --model names one; without it $OPT_MODEL, then models/opt-novels here or beside the executable.
+Output: results go to stdout, progress, warnings and errors to stderr. $RUST_LOG asks for a log there as well.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage (also an option's value out of range, and options that
+contradict each other), 130 ended by Ctrl-C. A reader that closes the pipe early is no failure.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Continue prompts.
+    Generate(Box<generate::Generate>),
+    /// Tell how probable a model finds given texts or tokens.
+    Score(score::Score),
+    /// Write a model in another file format, number format or number of files.
+    Convert(convert::Convert),
+    /// Say what is in a model and what running it takes, without loading it.
+    Inspect(inspect::Inspect),
+    /// List the backends of this build and what they found on this machine.
+    Backends(backends::Backends),
+    /// Measure loading, prefill and decoding.
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
+        .from_env_lossy();
+    // Fails only where a subscriber is set already, and nobody else does.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let done = match cli.command {
+        Command::Generate(generate) => generate.run(),
+        Command::Score(score) => score.run(),
+        Command::Convert(convert) => convert.run(),
+        Command::Inspect(inspect) => inspect.run(),
+        Command::Backends(backends) => backends.run(),
+        Command::Bench(bench) => bench.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -1,0 +1,202 @@
+//! Flags that several subcommands share.
+
+use crate::{model, out::Failure, progress::Console};
+use clap::{Args, ValueEnum};
+use opt_core::{CacheDType, DType, Load, Opt, backends, prompt::Overflow, tokenizer::Bos};
+use std::{num::NonZeroUsize, path::PathBuf};
+
+/// Flags of every subcommand that runs a model.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Hold the keys and values of the context in this number format.
+    #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
+    pub(crate) kv_dtype: KvFormat,
+
+    /// Say what happens to a prompt longer than the context: an error, or its beginning is cut off.
+    #[arg(long, value_name = "HOW", default_value = "error", help_heading = "Input")]
+    pub(crate) truncate: Truncate,
+
+    /// Seed all draws with N, so that the run can be repeated.
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub(crate) seed: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+}
+
+/// Which model, where and how.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Use this model: a directory in Hugging Face layout, a weights file beside its config.json, or a hub id such as
+    /// facebook/opt-125m (in builds with the feature `hub`). [default: $OPT_MODEL, then models/opt-novels]
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
+    pub(crate) model: Option<PathBuf>,
+
+    /// Run on this backend; `opt backends` lists those of this build.
+    #[arg(long, value_name = "BACKEND", default_value = "cpu", help_heading = "Model")]
+    pub(crate) backend: BackendName,
+
+    /// Run on this device of the backend, such as cuda:0 or an adapter's name or index.
+    #[arg(long, value_name = "DEVICE", help_heading = "Model")]
+    pub(crate) device: Option<String>,
+
+    /// Hold the weights in this number format, whatever the file has.
+    #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
+    pub(crate) dtype: Format,
+
+    /// Compute with N threads. [default: all cores]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub(crate) threads: Option<NonZeroUsize>,
+}
+
+/// What is printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct ShowArgs {
+    /// Print JSON lines on stdout and nothing else there.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) json: bool,
+
+    /// Print nothing but errors on stderr: no progress, no summary, no warnings.
+    #[arg(long, short, help_heading = "Output")]
+    pub(crate) quiet: bool,
+}
+
+/// `--no-bos`.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct BosArgs {
+    /// Do not put the beginning-of-text token before texts.
+    #[arg(long, help_heading = "Input")]
+    no_bos: bool,
+}
+
+impl BosArgs {
+    pub(crate) fn rule(self) -> Bos {
+        if self.no_bos { Bos::Never } else { Bos::Model }
+    }
+}
+
+/// Names of backends, those of other builds included: asking for one is no usage error.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum BackendName {
+    /// The pure-Rust engine.
+    Cpu,
+    /// LibTorch.
+    Tch,
+    /// candle.
+    Candle,
+    /// WebGPU compute shaders.
+    Wgpu,
+}
+
+impl BackendName {
+    fn name(self) -> &'static str {
+        match self {
+            BackendName::Cpu => "cpu",
+            BackendName::Tch => "tch",
+            BackendName::Candle => "candle",
+            BackendName::Wgpu => "wgpu",
+        }
+    }
+}
+
+/// Number formats of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Single precision.
+    #[value(alias = "float32")]
+    F32,
+    /// bfloat16.
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// Half precision.
+    #[value(alias = "float16")]
+    F16,
+}
+
+impl From<Format> for DType {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::F32 => DType::F32,
+            Format::Bf16 => DType::BF16,
+            Format::F16 => DType::F16,
+        }
+    }
+}
+
+/// Number formats of the cache.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum KvFormat {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// One byte a number and one scale for each position and head.
+    Int8,
+}
+
+impl From<KvFormat> for CacheDType {
+    fn from(format: KvFormat) -> Self {
+        match format {
+            KvFormat::F32 => CacheDType::F32,
+            KvFormat::F16 => CacheDType::F16,
+            KvFormat::Int8 => CacheDType::Int8,
+        }
+    }
+}
+
+/// What happens to a prompt longer than the context.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Truncate {
+    /// It is an error.
+    Error,
+    /// Its beginning is cut off; a beginning-of-text token stays.
+    Left,
+}
+
+impl From<Truncate> for Overflow {
+    fn from(truncate: Truncate) -> Self {
+        match truncate {
+            Truncate::Error => Overflow::Error,
+            Truncate::Left => Overflow::TruncateLeft,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// The backend's options.
+    fn options(&self) -> backends::BackendOptions {
+        let mut options = backends::BackendOptions::default();
+        options.device = self.device.clone();
+        options.threads = self.threads.map(NonZeroUsize::get);
+        options
+    }
+
+    /// Loads the model that the flags name, with a progress bar; its warnings are printed.
+    pub(crate) fn load(&self, console: &Console) -> Result<Opt, Failure> {
+        self.load_from(self.model.as_deref(), console)
+    }
+
+    /// [`ModelArgs::load`] for another model on the same kind of backend.
+    pub(crate) fn load_from(
+        &self,
+        name: Option<&std::path::Path>,
+        console: &Console,
+    ) -> Result<Opt, Failure> {
+        // A wrong backend is told before a download begins.
+        let backend = backends::choose(self.backend.name(), &self.options())?;
+        let path = model::find(name, console)?;
+        let bar = console.bar("loading");
+        let mut progress = |at: opt_core::Progress<'_>| bar.show(at);
+        let load = Load::with(backend)
+            .dtype(self.dtype.into())
+            .cancel(console.cancel.clone())
+            .progress(&mut progress);
+        let opt = Opt::load(&path, load)?;
+        drop(bar);
+        opt.warnings().iter().for_each(|warning| console.warn(warning));
+        Ok(opt)
+    }
+}

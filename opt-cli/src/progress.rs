@@ -1,0 +1,115 @@
+//! What goes to stderr while the command works, and Ctrl-C.
+
+use crate::args::ShowArgs;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use opt_core::{CancelToken, Progress};
+use std::{
+    io::{self, IsTerminal, Write},
+    ops::ControlFlow,
+    time::Duration,
+};
+
+/// The side of the command that is not its result.
+pub(crate) struct Console {
+    quiet: bool,
+    bars: bool,
+    /// Used by the first Ctrl-C.
+    pub(crate) cancel: CancelToken,
+}
+
+impl Console {
+    pub(crate) fn new(show: ShowArgs) -> Self {
+        let bars = !show.quiet && io::stderr().is_terminal();
+        Self { quiet: show.quiet, bars, cancel: CancelToken::new() }
+    }
+
+    /// From here on the first Ctrl-C ends the work cleanly and the second one the process. Called once all input is
+    /// read: until then there is nothing to end cleanly.
+    pub(crate) fn catch_interrupts(&self) {
+        let cancel = self.cancel.clone();
+        let caught = ctrlc::set_handler(move || {
+            if cancel.is_cancelled() {
+                std::process::exit(130);
+            }
+            cancel.cancel();
+        });
+        if let Err(error) = caught {
+            self.warn(&format!("Ctrl-C will end the program at once: {error}"));
+        }
+    }
+
+    /// One line that does not keep the work from being done.
+    pub(crate) fn warn(&self, message: &str) {
+        self.say(&format!("warning: {message}"));
+    }
+
+    /// One line for a person, unless told to be quiet.
+    pub(crate) fn say(&self, line: &str) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr(), "{line}");
+        }
+    }
+
+    /// A bar that counts tensors, tokens or inputs.
+    pub(crate) fn bar(&self, what: &'static str) -> Bar {
+        self.styled(what, "{prefix} {wide_bar} {pos}/{len} {elapsed}")
+    }
+
+    /// A bar that counts bytes.
+    pub(crate) fn byte_bar(&self, what: &'static str) -> Bar {
+        self.styled(what, "{prefix} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {elapsed}")
+    }
+
+    /// A count without an end.
+    pub(crate) fn counter(&self, what: &'static str) -> Bar {
+        self.styled(what, "{spinner} {prefix} {pos} tokens {elapsed}")
+    }
+
+    fn styled(&self, what: &'static str, template: &str) -> Bar {
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+        );
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(what);
+        Bar(bar)
+    }
+}
+
+/// A progress bar on stderr, if a person sees it. It is gone when dropped.
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    /// Shows how far the work has come; never ends it.
+    pub(crate) fn show(&self, at: Progress<'_>) -> ControlFlow<()> {
+        if !self.0.is_hidden() {
+            self.0.set_length(at.total.max(at.done));
+            self.0.set_position(at.done);
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Counts one more.
+    pub(crate) fn tick(&self) {
+        self.0.inc(1);
+    }
+
+    /// Takes the bar off the screen until it is shown again.
+    pub(crate) fn hide(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.hide();
+    }
+}
+
+/// `12.3 s`, `45 ms`.
+pub(crate) fn duration(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 1.0 { format!("{:.0} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
+}
