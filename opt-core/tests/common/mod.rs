@@ -419,3 +419,45 @@ pub fn assert_close<D: Dimension>(found: ArrayView<'_, f32, D>, expected: ArrayV
     assert!(worst <= 2e-5 * largest, "{what}: off by {worst:.2e} where the largest value is {largest:.2e}");
     assert!(error <= 1e-10 * length.max(f64::MIN_POSITIVE), "{what}: NMSE {:.2e}", error / length);
 }
+
+impl Model {
+    /// The model on a backend.
+    pub fn load(&self, load: opt_core::Load<'_>) -> opt_core::Opt {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let weights = fs::read(&self.weights).unwrap_or_else(|e| panic!("{}: {e}", self.weights.display()));
+        let checkpoint = opt_core::checkpoint::Checkpoint::from_bytes(&config, vec![weights]).unwrap();
+        let opt = opt_core::Opt::assemble(&checkpoint, None, None, load);
+        opt.unwrap_or_else(|e| panic!("{}: {e}", self.name))
+    }
+
+    /// The model on the CPU backend.
+    pub fn on_cpu(&self) -> opt_core::Opt {
+        self.load(opt_core::Load::on(opt_core::backends::Cpu::new().unwrap()))
+    }
+
+    /// The model on the reference bodies of the trait layer.
+    pub fn on_reference(&self) -> opt_core::Opt {
+        self.load(opt_core::Load::on(opt_backend::Reference::new()))
+    }
+}
+
+/// The model that a recorded call names, on the CPU backend.
+pub fn named(name: &str) -> opt_core::Opt {
+    match name {
+        "opt-novels" => opt_core::Opt::open(novels()).unwrap(),
+        name => model(name).on_cpu(),
+    }
+}
+
+impl Generated {
+    /// The recorded configuration as this library reads it.
+    pub fn settings(&self) -> opt_core::generation::GenerationConfig {
+        settings(&self.config)
+    }
+}
+
+/// A recorded configuration as this library reads it.
+pub fn settings(config: &Config) -> opt_core::generation::GenerationConfig {
+    let text = serde_json::to_string(config).unwrap();
+    opt_core::generation::GenerationConfig::from_json(&text).unwrap_or_else(|e| panic!("{text}: {e}"))
+}
