@@ -373,7 +373,7 @@ impl Opt {
         let bos_id = self.tokenizer.as_ref().filter(|t| t.adds_bos()).and_then(Tokenizer::bos_id);
         // A prompt that is cut leaves room for what is to be generated; one token of it stays in any case.
         let limit = match overflow {
-            Overflow::TruncateLeft if ids.len() >= context => context.saturating_sub(new_tokens).max(1),
+            Overflow::TruncateLeft if ids.len() > context => (context + 1).saturating_sub(new_tokens).max(1),
             _ => context,
         };
         let ids = if embeds.is_none() { prompt::fit(ids, limit, overflow, bos_id)?.ids } else { ids };

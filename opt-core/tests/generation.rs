@@ -132,14 +132,19 @@ fn prompts_of_several_lengths_in_one_batch() {
     let mut count = 0;
     for case in batches() {
         let opt = models.get(&case.model);
-        let requests = case.prompts.iter().map(|prompt| Request::new(&prompt[..]).config(settings(&case.config)));
+        let requests =
+            case.prompts.iter().map(|prompt| Request::new(&prompt[..]).config(settings(&case.config)));
         let found = opt.generate_batch(requests).unwrap_or_else(|e| panic!("{}: {e}", case.name));
         for (row, (found, expected)) in found.iter().zip(&case.outputs).enumerate() {
             let ids: Vec<&[u32]> = found.sequences.iter().map(|sequence| &sequence.ids[..]).collect();
             assert_eq!(ids, *expected, "{}: row {row}", case.name);
             for (i, expected) in case.sequences_scores.get(row).into_iter().flatten().enumerate() {
                 let score = found.sequences[i].score.unwrap();
-                assert!(close(score, *expected), "{}: row {row}: score {score}, expected {expected}", case.name);
+                assert!(
+                    close(score, *expected),
+                    "{}: row {row}: score {score}, expected {expected}",
+                    case.name
+                );
             }
         }
         count += 1;

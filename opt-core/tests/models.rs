@@ -66,7 +66,11 @@ fn batches_are_equal_to_single_runs() {
             let found = output.logits.as_ref().unwrap();
             assert_close(found.view(), expected.view(), &format!("{name}, sequence {i} of the batch"));
             if opt.info().deterministic {
-                assert_eq!(*found, opt.logits(&model.meta.sequences[i]).unwrap(), "{name}, sequence {i}: bit-equal");
+                assert_eq!(
+                    *found,
+                    opt.logits(&model.meta.sequences[i]).unwrap(),
+                    "{name}, sequence {i}: bit-equal"
+                );
             }
         }
     });
@@ -87,7 +91,11 @@ fn attention_weights() {
                 let expected = expected.into_dimensionality::<Ix3>().unwrap();
                 for head in 0..expected.len_of(Axis(0)) {
                     let (found, expected) = (found.slice(s![head, .., ..]), expected.slice(s![head, .., ..]));
-                    assert_close(found, expected, &format!("{name}: attention of layer {layer}, head {head}"));
+                    assert_close(
+                        found,
+                        expected,
+                        &format!("{name}: attention of layer {layer}, head {head}"),
+                    );
                 }
             }
             seen.set(seen.get() + 1);

@@ -18,7 +18,11 @@ fn perplexity_of_a_passage() {
     assert_eq!(ids, expected.ids);
     let scored = opt.score(&[ScoreInput::all(ids)]).unwrap().remove(0);
     for (i, (found, expected)) in scored.log_probs.iter().zip(&expected.nll).enumerate() {
-        assert!((f64::from(-found) - expected).abs() < 1e-4, "token {i}: found {}, expected {expected}", -found);
+        assert!(
+            (f64::from(-found) - expected).abs() < 1e-4,
+            "token {i}: found {}, expected {expected}",
+            -found
+        );
     }
     assert!(relative(-scored.log_prob, expected.nll_sum) < 1e-4);
     let found = (-scored.log_prob / scored.log_probs.len() as f64).exp();
@@ -76,8 +80,10 @@ fn a_model_that_sorts() {
     for first in 0..27u32 {
         let inputs: Vec<Vec<u32>> =
             (0..27).map(|rest| (0..6).map(|i| (first * 27 + rest) / 3u32.pow(i) % 3).collect()).collect();
-        let requests =
-            inputs.iter().map(|ids| opt_core::Request::new(&ids[..]).config(settings.clone())).collect::<Vec<_>>();
+        let requests = inputs
+            .iter()
+            .map(|ids| opt_core::Request::new(&ids[..]).config(settings.clone()))
+            .collect::<Vec<_>>();
         for (input, found) in inputs.iter().zip(opt.generate_batch(requests).unwrap()) {
             let mut sorted = input.clone();
             sorted.sort_unstable();

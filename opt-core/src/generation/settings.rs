@@ -85,8 +85,8 @@ pub struct Settings {
     pub embeds_len: usize,
     /// Width of a row of scores.
     pub vocab_size: usize,
-    /// Longest list of prompt and generated ids (rows of embeddings not counted). With `embeds_len` never above the
-    /// context, so that the whole sequence can be run again.
+    /// Longest list of prompt and generated ids (rows of embeddings not counted). With `embeds_len` at most one above
+    /// the context: the last token is never run.
     pub max_length: usize,
     /// Tokens that end a sequence.
     pub eos: Vec<u32>,
@@ -156,7 +156,7 @@ impl GenerationConfig {
         let method = self.method(model.vocab_size, do_sample, extras)?;
         let num_return_sequences = self.num_return_sequences.unwrap_or(1);
         check_returns(num_return_sequences, &method, do_sample)?;
-        let max_length = self.length(model, prompt.len(), embeds_len, &mut warnings)?;
+        let max_length = self.length(model, prompt.len(), embeds_len, &method, &mut warnings)?;
         self.warn_unused(&method, do_sample, &mut warnings);
 
         let eos = match &self.eos_token_id {
@@ -253,10 +253,19 @@ impl GenerationConfig {
         model: &OptConfig,
         prompt_len: usize,
         embeds_len: usize,
+        method: &Method,
         warnings: &mut Vec<String>,
     ) -> Result<usize> {
         let context = model.max_position_embeddings;
+        // The last token need not be run, so that it may stand one past the last position; contrastive search runs
+        // its candidates before it chooses.
+        let longest = if matches!(method, Method::Contrastive { .. }) { context } else { context + 1 };
         let start = prompt_len + embeds_len;
+        if start >= longest {
+            let message =
+                format!("prompt: expected less than {longest} tokens, found {start}: none can follow");
+            return Err(Error::new(ErrorKind::Prompt, message));
+        }
         let wanted = match (self.max_new_tokens, self.max_length) {
             (Some(new), max) => {
                 if let Some(max) = max.filter(|max| *max != start.saturating_add(new)) {
@@ -268,12 +277,12 @@ impl GenerationConfig {
                 return Err(wrong("max_length", format_args!("more than the prompt's {start} tokens"), max));
             }
             (None, Some(max)) => max,
-            (None, None) => context.min(start + Self::DEFAULT_NEW_TOKENS),
+            (None, None) => longest.min(start + Self::DEFAULT_NEW_TOKENS),
         };
-        if wanted > context {
+        if wanted > longest {
             warnings.push(format!("{wanted} tokens are more than the context of {context}: it ends there"));
         }
-        let max_length = wanted.min(context);
+        let max_length = wanted.min(longest);
         let min_length = match self.min_new_tokens {
             Some(new) => ("prompt and min_new_tokens", start.saturating_add(new)),
             None => ("min_length", self.min_length.unwrap_or(0)),
@@ -334,9 +343,6 @@ fn check_prompt(model: &OptConfig, prompt: &[u32], embeds_len: usize) -> Result<
     match prompt.len().saturating_add(embeds_len) {
         0 => fail("expected at least one token, found none".to_owned()),
         len if len > context => fail(format!("expected at most {context} tokens (the context), found {len}")),
-        len if len == context => {
-            fail(format!("expected less than the context of {context} tokens, found {len}: none can follow"))
-        }
         _ => Ok(()),
     }
 }
