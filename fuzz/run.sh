@@ -14,9 +14,9 @@ each=$(($2 / $(echo "$targets" | wc -w)))
 for target in $targets; do
     mkdir -p "corpus/$target"
     found=$(mktemp -d)
-    # 512 MiB and 5 s: an input of 4 KiB that takes more is a fault. The first directory is the one written to.
+    # 1 GiB (the sanitizer keeps freed memory) and 5 s: an input of 4 KiB that takes more is a fault. The first directory is the one written to.
     cargo +nightly fuzz run "$target" "$found" "corpus/$target" -- -max_total_time="$each" -max_len=4096 \
-        -rss_limit_mb=512 -malloc_limit_mb=256 -timeout=5 -print_final_stats=1
+        -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=5 -print_final_stats=1
     if [ "${3:-}" = keep ]; then
         cp "$found"/* "corpus/$target" 2>/dev/null || true
         cargo +nightly fuzz cmin "$target" -- -max_len=4096
