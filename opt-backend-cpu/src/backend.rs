@@ -221,7 +221,8 @@ impl Backend for Cpu {
         bias: Option<HostVector<'_>>,
         dtype: DType,
     ) -> Result<Linear> {
-        let bias = vector(bias);
+        // The bias is rounded like the weight, and kept as f32: it is small, and added in f32.
+        let bias = vector(bias).map(|bias| bias.into_iter().map(|b| dtype.round(b)).collect());
         expect_len("new_linear", "bias", bias.as_ref(), weight.shape()[0])?;
         let weight = Packed::new(&self.pool, weight, dtype, self.level.sizes().panel, "new_linear")?;
         Ok(Linear { weight, bias })
@@ -333,11 +334,7 @@ impl Backend for Cpu {
     fn add_gathered(&self, mut x: Tensor, table: &Table, ids: &[u32]) -> Result<Tensor> {
         let [entries, width] = table.0.shape();
         check::ids("add_gathered", ids, entries)?;
-        if x.shape != [ids.len(), width] {
-            let found =
-                format_args!("expected equal shapes, found {:?} and {:?}", x.shape, [ids.len(), width]);
-            return Err(Error::shape("add_gathered", found));
-        }
+        check::same_shape("add_gathered", [ids.len(), width], x.shape)?;
         let target = Shared(x.data.as_mut_ptr());
         self.entries(table, ids, |row, entry| {
             // SAFETY: row `row` exists and belongs to this task alone.
@@ -381,10 +378,7 @@ impl Backend for Cpu {
     }
 
     fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
-        if x.shape != y.shape {
-            let found = format_args!("expected equal shapes, found {:?} and {:?}", x.shape, y.shape);
-            return Err(Error::shape("add", found));
-        }
+        check::same_shape("add", y.shape, x.shape)?;
         let target = Shared(x.data.as_mut_ptr());
         self.for_ranges(y.data.len(), ELEMENTS, |range| {
             // SAFETY: this range exists and belongs to this task alone.
@@ -402,10 +396,9 @@ impl Backend for Cpu {
         attend: Attend<'_>,
         caches: Option<&mut [&mut Cache]>,
     ) -> Result<Tensor> {
-        for x in [&q, &k, &v] {
-            check::spans("attend", attend, x.shape)?;
-            check::width("attend", x.shape[1], q.shape[1])?;
-        }
+        check::spans("attend", attend, q.shape)?;
+        check::same_shape("attend", k.shape, q.shape)?;
+        check::same_shape("attend", v.shape, q.shape)?;
         let [rows, width] = q.shape;
         let head_dim = width / attend.heads;
         let shape = Shape { heads: attend.heads, head_dim, dtype: CacheDType::F32 };
@@ -465,7 +458,7 @@ impl Backend for Cpu {
     fn take_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let [available, width] = x.shape;
         check::rows("take_rows", rows, available)?;
-        let len = rows.len().checked_mul(width).unwrap_or(usize::MAX);
+        let len = rows.len().saturating_mul(width);
         let mut data = reserve("take_rows", len)?;
         for &row in rows {
             data.extend_from_slice(&x.data[row * width..(row + 1) * width]);

@@ -114,12 +114,12 @@ impl Layer {
     ) -> Result<()> {
         let end = self.len + rows.len();
         self.blocks.truncate(self.len.div_ceil(BLOCK));
-        if self.len % BLOCK != 0 && !rows.is_empty() {
-            if let Some(last) = self.blocks.last_mut() {
-                if Arc::get_mut(last).is_none() {
-                    *last = Arc::new(last.copy(shape)?);
-                }
-            }
+        if let Some(last) = self.blocks.last_mut()
+            && end > self.len
+            && !self.len.is_multiple_of(BLOCK)
+            && Arc::get_mut(last).is_none()
+        {
+            *last = Arc::new(last.copy(shape)?);
         }
         while self.blocks.len() < end.div_ceil(BLOCK) {
             self.blocks.push(Arc::new(Block::new(shape)?));
