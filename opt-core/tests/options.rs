@@ -432,3 +432,11 @@ fn impossible_prompts_are_refused() {
     assert!(config().resolve(&model(), &[], 3, &Extras::default()).is_ok(), "embeddings alone");
     assert!(config().resolve(&model(), &[2], 0, &Extras::default()).is_ok(), "the first token alone");
 }
+
+#[test]
+fn what_the_fuzzer_calls_tells_configs_from_others() {
+    use opt_core::generation::fuzzing;
+    assert!(fuzzing::generation_config(SAVED.as_bytes()) && fuzzing::generation_config(b"{}"));
+    assert!(!fuzzing::generation_config(b"{\"top_k\": \"\xff\"}") && !fuzzing::generation_config(b"3"));
+    assert!(fuzzing::config(br#"{"model_type": "opt"}"#) && !fuzzing::config(br#"{"model_type": "gpt2"}"#));
+}

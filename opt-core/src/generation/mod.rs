@@ -8,6 +8,8 @@
 mod checks;
 mod config;
 mod field;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod math;
 mod plan;
 mod processors;
