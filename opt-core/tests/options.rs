@@ -244,8 +244,10 @@ fn lengths() {
     assert_eq!(length(config()), 23, "20 new tokens, not 20 in all");
     assert_eq!(length(config().max_length(9)), 9);
     assert_eq!(length(config().max_length(9).max_new_tokens(10)), 13);
-    assert_eq!(length(config().max_new_tokens(usize::MAX)), 64);
-    assert_eq!(length(config().max_length(1000)), 64);
+    // The last token is never run, so that it may stand one past the last position.
+    assert_eq!(length(config().max_new_tokens(usize::MAX)), 65);
+    assert_eq!(length(config().max_length(1000)), 65);
+    assert_eq!(length(config().penalty_alpha(0.5).max_length(1000)), 64);
     let (_, warnings) = resolve(&config().max_length(1000)).unwrap();
     assert_eq!(warnings, ["1000 tokens are more than the context of 64: it ends there"]);
 
@@ -427,8 +429,18 @@ fn impossible_prompts_are_refused() {
         "prompt: expected token ids below the vocabulary of 100, found 100 at 2"
     );
     assert_eq!(fail(&[2; 65], 0), "prompt: expected at most 64 tokens (the context), found 65");
-    assert!(fail(&[2; 64], 0).starts_with("prompt: expected less than the context of 64 tokens, found 64"));
+    let contrastive = config().penalty_alpha(0.5).resolve(&model(), &[2; 64], 0, &Extras::default());
+    let message = contrastive.unwrap_err().to_string();
+    assert_eq!(message, "prompt: expected less than 64 tokens, found 64: none can follow");
     assert!(fail(&[2; 60], 5).starts_with("prompt: expected at most 64 tokens"));
     assert!(config().resolve(&model(), &[], 3, &Extras::default()).is_ok(), "embeddings alone");
     assert!(config().resolve(&model(), &[2], 0, &Extras::default()).is_ok(), "the first token alone");
+}
+
+#[test]
+fn what_the_fuzzer_calls_tells_configs_from_others() {
+    use opt_core::generation::fuzzing;
+    assert!(fuzzing::generation_config(SAVED.as_bytes()) && fuzzing::generation_config(b"{}"));
+    assert!(!fuzzing::generation_config(b"{\"top_k\": \"\xff\"}") && !fuzzing::generation_config(b"3"));
+    assert!(fuzzing::config(br#"{"model_type": "opt"}"#) && !fuzzing::config(br#"{"model_type": "gpt2"}"#));
 }

@@ -12,6 +12,8 @@ mod config;
 mod contrastive;
 mod field;
 mod group_beam;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod math;
 mod plan;
 mod processors;
