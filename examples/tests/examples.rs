@@ -1,0 +1,93 @@
+//! Runs every example. `cargo test` builds them beside this test; `cargo test -p opt-examples` is enough.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Folder of the built examples: target/PROFILE/examples, beside the deps/ that this test lies in.
+fn built() -> PathBuf {
+    let test = std::env::current_exe().expect("this test has a path");
+    let profile = test.ancestors().nth(2).expect("it lies in target/PROFILE/deps");
+    profile.join("examples")
+}
+
+/// What an example prints.
+fn output(name: &str) -> String {
+    let program = built().join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    assert!(program.exists(), "{} is not built: run cargo test -p opt-examples", program.display());
+    let ran = Command::new(program).env_remove("OPT_MODEL").output().expect("it starts");
+    assert!(ran.status.success(), "{name}: {}", String::from_utf8_lossy(&ran.stderr));
+    String::from_utf8(ran.stdout).expect("text")
+}
+
+#[test]
+fn five_lines() {
+    let text = output("five_lines");
+    assert!(text.starts_with("The old house stood") && text.len() > 60, "{text}");
+}
+
+#[test]
+fn streaming() {
+    let text = output("streaming");
+    assert!(text.starts_with("The river") && text.contains("\nThe sea"), "{text}");
+}
+
+#[test]
+fn batch() {
+    let text = output("batch");
+    assert_eq!(text.matches("She opened the letter").count(), 2, "{text}");
+    assert!(text.starts_with("The old house stood") && text.contains("[Length]"), "{text}");
+}
+
+#[test]
+fn few_shot() {
+    let text = output("few_shot");
+    assert!(text.contains("Input: He laughed and danced.\nOutput:"), "{text}");
+}
+
+#[test]
+fn beam_search() {
+    let text = output("beam_search");
+    let scores: Vec<f32> = text.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect();
+    assert!(scores.len() == 3 && scores.is_sorted_by(|a, b| a >= b), "{text}");
+}
+
+#[test]
+fn logits() {
+    let text = output("logits");
+    assert!(text.contains("door") && text.contains("log p(fish)"), "{text}");
+}
+
+#[test]
+fn custom_processor() {
+    let text = output("custom_processor");
+    let text = text.trim_end();
+    assert!(text.starts_with("A man in a black hat") && text.len() > 30, "{text}");
+    assert!(!text.contains(['e', 'E']), "{text}");
+}
+
+#[test]
+fn async_tokio() {
+    let text = output("async_tokio");
+    assert!(text.starts_with("The river") && text.contains("\nThe house"), "{text}");
+}
+
+#[test]
+fn session() {
+    let text = output("session");
+    assert_eq!(text.matches("It was a dark and stormy night. Suddenly").count(), 2, "{text}");
+    assert!(text.contains("It was a dark and stormy night. The captain"), "{text}");
+}
+
+/// None is forgotten here.
+#[test]
+fn all_are_run() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let test = std::fs::read_to_string(here.join("tests/examples.rs")).expect("this file");
+    for file in std::fs::read_dir(here.join("examples")).expect("the examples") {
+        let path = file.expect("a file").path();
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        assert!(test.contains(&format!("output(\"{name}\")")), "{name} is not run by this test");
+    }
+}
