@@ -224,7 +224,7 @@ impl OptConfig {
         if let Some((name, found, most)) = sizes.iter().find(|(_, n, most)| *n == 0 || n > most) {
             return fail(format!("{name}: expected 1 to {most}, found {found}"));
         }
-        if self.hidden_size % self.num_attention_heads != 0 {
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             return fail(format!(
                 "hidden_size: expected a multiple of num_attention_heads {}, found {}",
                 self.num_attention_heads, self.hidden_size

@@ -8,7 +8,7 @@ use crate::{
     engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
     generation::{
         Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping,
-        TokenIds, strategy,
+        strategy,
     },
     prompt::{self, Overflow},
     stream::Head,
@@ -168,13 +168,8 @@ impl Opt {
                 config.vocab_size
             ));
         }
-        let generation = generation.unwrap_or_else(|| {
-            let mut defaults = GenerationConfig::default();
-            defaults.bos_token_id = config.bos_token_id;
-            defaults.pad_token_id = config.pad_token_id;
-            defaults.eos_token_id = config.eos_token_id.map(TokenIds::One);
-            defaults
-        });
+        // As in transformers: config.json counts only where there is no generation_config.json.
+        let generation = generation.unwrap_or_else(|| GenerationConfig::from_model(config));
         let make = match load.engine {
             Some(make) => make,
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,

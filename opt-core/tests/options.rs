@@ -254,7 +254,7 @@ fn lengths() {
     // With the default length near the end of the context there is nothing to warn of.
     let prompt = [5; 60];
     let (near, warnings) = config().resolve(&model(), &prompt, 0, &Extras::default()).unwrap();
-    assert_eq!((near.max_length, warnings.len()), (64, 0));
+    assert_eq!((near.max_length, warnings.len()), (65, 0));
 
     // Rows of embeddings count, but are not ids.
     let embeds = |config: GenerationConfig| {
@@ -262,7 +262,7 @@ fn lengths() {
     };
     assert_eq!(embeds(config()).unwrap(), 21);
     assert_eq!(embeds(config().max_length(15)).unwrap(), 5);
-    assert_eq!(embeds(config().max_new_tokens(99)).unwrap(), 54);
+    assert_eq!(embeds(config().max_new_tokens(99)).unwrap(), 55);
     assert!(embeds(config().max_length(11)).is_err());
 
     let (_, warnings) = resolve(&config().max_length(9).min_length(12)).unwrap();

@@ -11,9 +11,9 @@ mod checks;
 mod config;
 mod contrastive;
 mod field;
-mod group_beam;
 #[doc(hidden)]
 pub mod fuzzing;
+mod group_beam;
 pub mod math;
 mod plan;
 mod processors;

@@ -159,10 +159,7 @@ impl GenerationConfig {
         let max_length = self.length(model, prompt.len(), embeds_len, &method, &mut warnings)?;
         self.warn_unused(&method, do_sample, &mut warnings);
 
-        let eos = match &self.eos_token_id {
-            Some(ids) => ids.to_vec(),
-            None => model.eos_token_id.into_iter().collect(),
-        };
+        let eos = self.eos_token_id.as_ref().map(TokenIds::to_vec).unwrap_or_default();
         if self.exponential_decay_length_penalty.is_some() && eos.is_empty() {
             return Err(wrong("exponential_decay_length_penalty", "an eos_token_id to raise", "none"));
         }
@@ -172,7 +169,7 @@ impl GenerationConfig {
             vocab_size: model.vocab_size,
             max_length,
             eos,
-            pad: self.pad_token_id.or(model.pad_token_id),
+            pad: self.pad_token_id,
             method,
             do_sample,
             num_return_sequences,
