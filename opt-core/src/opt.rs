@@ -78,10 +78,7 @@ pub struct Load<'a> {
 
 impl<'a> Load<'a> {
     /// Loads on a backend of the caller's.
-    pub fn on<B: opt_backend::Backend>(backend: B) -> Self
-    where
-        B: Send,
-    {
+    pub fn on(backend: impl opt_backend::Backend) -> Self {
         let make: EngineMaker = Box::new(move |checkpoint, dtype, cancel, progress| {
             backends::engine_on(backend, checkpoint, dtype, cancel, progress)
         });

@@ -159,7 +159,7 @@ impl GenerationConfig {
         let max_length = self.length(model, prompt.len(), embeds_len, &method, &mut warnings)?;
         self.warn_unused(&method, do_sample, &mut warnings);
 
-        let eos = self.eos_token_id.as_ref().map(TokenIds::to_vec).unwrap_or_default();
+        let eos = self.eos_token_id.as_ref().map(super::TokenIds::to_vec).unwrap_or_default();
         if self.exponential_decay_length_penalty.is_some() && eos.is_empty() {
             return Err(wrong("exponential_decay_length_penalty", "an eos_token_id to raise", "none"));
         }
