@@ -122,7 +122,7 @@ impl Heads<'_> {
                     let a = Apart::<M>::new(queries.as_ptr(), width, rows.len());
                     let b = At { start: keys.as_ptr().add(column), stride: BLOCK };
                     let out = At { start: scores.as_mut_ptr().add(i * BLOCK + column), stride };
-                    tile::<S, f32, _, M, 2>(s, head_dim, a, b, out, false);
+                    tile::<S, f32, _, M, 2>(s, head_dim, a, b, out, false, 0);
                 }
             }
         }
@@ -141,10 +141,10 @@ impl Heads<'_> {
                     let b = At { start: values.as_ptr().add(column), stride: value_stride };
                     let out = At { start: mixed.as_mut_ptr().add(column), stride: value_stride };
                     if column + 2 * S::LANES <= value_stride {
-                        tile::<S, f32, _, M, 2>(s, depth, a, b, out, i > 0);
+                        tile::<S, f32, _, M, 2>(s, depth, a, b, out, i > 0, 0);
                         column += 2 * S::LANES;
                     } else {
-                        tile::<S, f32, _, M, 1>(s, depth, a, b, out, i > 0);
+                        tile::<S, f32, _, M, 1>(s, depth, a, b, out, i > 0, 0);
                         column += S::LANES;
                     }
                 }

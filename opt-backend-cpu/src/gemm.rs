@@ -21,8 +21,13 @@ use opt_backend::{Activation, Result};
 const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
+/// Panels of a task of many rows: their outputs, too, are visited block after block and should stay in the cache.
+const PANELS: usize = 6;
 /// Elements of the largest tile.
 const TILE: usize = 12 * 32;
+/// Bytes between the weights that are multiplied and those that are asked for, when each is used once: hardware
+/// prefetch starts anew at every page of 4 KiB.
+const AHEAD: usize = 4096;
 /// Bytes of weights that are worth a task of their own when one row is multiplied.
 const TASK_BYTES: usize = 96 << 10;
 
@@ -67,8 +72,8 @@ pub(crate) unsafe fn multiply(
     // Panels a task: enough tasks to even out threads that are slowed down, none too small.
     let panels: usize = products.iter().map(|p| p.weights.panels()).sum();
     let bytes = products.iter().map(|p| p.weights.panel_bytes()).max().unwrap_or(0).max(1);
-    let smallest = if woven.is_some() { 1 } else { (TASK_BYTES / bytes).max(1) };
-    let share = (panels / (pool.threads() * 8)).max(smallest);
+    let share = panels / (pool.threads() * 8);
+    let share = if woven.is_some() { share.clamp(1, PANELS) } else { share.max(TASK_BYTES / bytes).max(1) };
     let tasks: Vec<(usize, usize, usize)> = (0..groups)
         .flat_map(|group| {
             products.iter().enumerate().flat_map(move |(i, product)| {
@@ -184,7 +189,7 @@ impl<W: Weight> Block<'_, W> {
                     let a = Apart::<M>::new(self.x.as_ptr().add(start), self.depth, self.rows);
                     let b = At { start: elements.as_ptr().add(start * width), stride: width };
                     let out = At { start: sums.as_mut_ptr(), stride: width };
-                    tile::<S, W, _, M, 2>(s, block, a, b, out, start > 0);
+                    tile::<S, W, _, M, 2>(s, block, a, b, out, start > 0, AHEAD / size_of::<W>());
                 }
                 start += block;
             }
@@ -219,8 +224,15 @@ impl<W: Weight> Block<'_, W> {
                     }
                     wide.0.as_ptr()
                 };
+                // While this block is multiplied, the next one is fetched, some lines with each tile.
+                let next = self.next_block(panel, start, block, width);
+                let lines = block * width * size_of::<W>() / 64;
+                let tiles = self.row_range.len().div_ceil(M);
                 let full_width = (panel + 1) * width <= self.outputs;
-                for row in self.row_range.clone().step_by(M) {
+                for (i, row) in self.row_range.clone().step_by(M).enumerate() {
+                    for line in lines * i / tiles..lines * (i + 1) / tiles {
+                        s.prefetch(next.wrapping_byte_add(line * 64));
+                    }
                     let rows = row..self.row_range.end.min(row + M);
                     // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this
                     // panel exist and belong to this task alone. A tile that reaches past them goes by way of `sums`.
@@ -229,13 +241,13 @@ impl<W: Weight> Block<'_, W> {
                         let b = At { start: elements, stride: width };
                         if rows.len() == M && full_width {
                             let out = At { start: self.target(s, row, panel).0, stride: self.outputs };
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0);
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
                         } else {
                             let out = At { start: sums.as_mut_ptr(), stride: width };
                             if start > 0 {
                                 self.copy_in(s, &mut sums, rows.clone(), panel);
                             }
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0);
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
                             self.copy_out(s, &sums, rows.clone(), panel);
                         }
                         if last {
@@ -246,6 +258,14 @@ impl<W: Weight> Block<'_, W> {
             }
             start += block;
         }
+    }
+
+    /// The block that `many` comes to after this one; any address will do where there is none.
+    #[inline(always)]
+    fn next_block(&self, panel: usize, start: usize, block: usize, width: usize) -> *const W {
+        let (panel, start) =
+            if panel + 1 < self.panels.end { (panel + 1, start) } else { (self.panels.start, start + block) };
+        self.weights.panel(panel).as_ptr().wrapping_add(start * width)
     }
 
     /// Where the outputs of `row` and `panel` are, and how many.

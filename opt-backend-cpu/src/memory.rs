@@ -86,8 +86,15 @@ pub(crate) fn out_of_memory(what: &'static str, bytes: usize) -> Error {
 
 /// An empty vector with room for `len` elements.
 pub(crate) fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len).map_err(|_| out_of_memory(what, len.saturating_mul(size_of::<T>())))?;
+    let mut vec: Vec<T> = Vec::new();
+    let bytes = len.saturating_mul(size_of::<T>());
+    vec.try_reserve_exact(len).map_err(|_| out_of_memory(what, bytes))?;
+    if bytes >= 4 * HUGE_PAGE {
+        // Its whole pages: fresh memory this large comes page by page, 25 000 times for the logits of a long prompt.
+        let start = vec.as_mut_ptr().cast::<u8>();
+        let skip = start.align_offset(HUGE_PAGE);
+        advise_huge_pages(start.wrapping_add(skip), (bytes - skip) / HUGE_PAGE * HUGE_PAGE);
+    }
     Ok(vec)
 }
 

@@ -65,7 +65,8 @@ pub(crate) struct At<P> {
     pub(crate) stride: usize,
 }
 
-/// `out = a b`, or `out += a b`, for `M` rows and `N` vectors of columns, over `depth`.
+/// `out = a b`, or `out += a b`, for `M` rows and `N` vectors of columns, over `depth`. Elements of `b` are asked for
+/// `ahead` elements early, unless that is 0.
 ///
 /// # Safety
 /// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
@@ -77,14 +78,26 @@ pub(crate) unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const 
     b: At<*const W>,
     out: At<*mut f32>,
     add: bool,
+    ahead: usize,
 ) {
     let mut sums = [[s.splat(0.0); N]; M];
+    if add && M > 1 {
+        // By the time the sums are complete, what they are added to is there.
+        for r in 0..M {
+            for n in 0..N {
+                s.prefetch(out.start.wrapping_add(r * out.stride + n * S::LANES));
+            }
+        }
+    }
     for k in 0..depth {
         // SAFETY: k < depth, r < M and the N vectors of a row exist by the caller's promise.
         unsafe {
             let row = b.start.add(k * b.stride);
             let mut columns = [s.splat(0.0); N];
             for (n, column) in columns.iter_mut().enumerate() {
+                if ahead > 0 {
+                    s.prefetch(row.wrapping_add(ahead + n * S::LANES));
+                }
                 *column = W::load(s, row.add(n * S::LANES));
             }
             for (r, sums) in sums.iter_mut().enumerate() {

@@ -156,6 +156,9 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_f16(self, p: *const f16) -> Self::V;
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
     unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// Asks for the cache line at `p`, which need not exist.
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
     fn splat(self, x: f32) -> Self::V;
     /// `a * b + c`, fused but for scalar.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
