@@ -37,10 +37,23 @@ struct Layer<B: Backend> {
     fc2: B::Linear,
 }
 
+/// Looks at a tensor on its way.
+type See<'a, B> = &'a mut dyn FnMut(&<B as Backend>::Tensor);
+
+/// The rows of a batch.
+pub(crate) struct Rows<'a> {
+    /// Position of each row.
+    pub(crate) positions: &'a [u32],
+    /// Which rows belong to which sequence.
+    pub(crate) spans: &'a [Span],
+    /// The rows of which the result is needed; `None` is all.
+    pub(crate) wanted: Option<&'a [usize]>,
+}
+
 /// What a forward pass hands out of its inside, beside its result.
 pub(crate) struct Trace<'a, B: Backend> {
     /// Called with the state before each layer: the embeddings, then the output of each layer but the last.
-    pub(crate) hidden: Option<&'a mut dyn FnMut(&B::Tensor)>,
+    pub(crate) hidden: Option<See<'a, B>>,
     /// Receives the attention weights of each layer: for each span, `[heads, rows, positions]`.
     pub(crate) attentions: Option<&'a mut Vec<Vec<Array3<f32>>>>,
     /// Called before each layer with its index; an error ends the pass.
@@ -53,28 +66,26 @@ impl<B: Backend> Decoder<B> {
         Ok(backend.gather(&self.embed_tokens, ids)?)
     }
 
-    /// Runs the decoder over embedded tokens at the given positions.
+    /// Runs the decoder over embedded tokens.
     ///
-    /// With caches (one per span) each sequence continues what its cache holds. `wanted` names the rows of which
-    /// the result is needed, `None` being all; for the others the last layer only feeds the caches. Returns what the
-    /// LM head sees, `[wanted, word_embed_proj_dim]`.
+    /// With caches (one per span) each sequence continues what its cache holds. Of the rows that are not wanted, the
+    /// last layer only feeds the caches. Returns what the LM head sees, `[wanted, word_embed_proj_dim]`.
     pub(crate) fn forward(
         &self,
         b: &B,
         embedded: B::Tensor,
-        positions: &[u32],
-        spans: &[Span],
+        rows: Rows<'_>,
         mut caches: Option<&mut [&mut B::Cache]>,
-        wanted: Option<&[usize]>,
         trace: Trace<'_, B>,
     ) -> Result<B::Tensor> {
         let Trace { mut hidden, mut attentions, before_layer } = trace;
-        let rows: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
+        let Rows { positions, spans, wanted } = rows;
+        let positions: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
         let mut h = match &self.project_in {
             Some(project) => b.linear(&embedded, project, Then::Nothing)?,
             None => embedded,
         };
-        h = b.add_gathered(h, &self.embed_positions, &rows)?;
+        h = b.add_gathered(h, &self.embed_positions, &positions)?;
 
         for (index, layer) in self.layers.iter().enumerate() {
             before_layer(index)?;

@@ -300,8 +300,9 @@ fn methods() {
     let two =
         settings(config().eos_token_id([4, 5]).max_time(0.5).seed(9).do_sample(true).num_return_sequences(3));
     assert_eq!((two.eos, two.max_time, two.seed), (vec![4, 5], Some(Duration::from_millis(500)), 9));
-    assert_eq!((two.do_sample, two.num_return_sequences, two.pad), (true, 3, Some(1)));
-    assert_eq!(settings(config()).eos, [2], "the model's own");
+    assert_eq!((two.do_sample, two.num_return_sequences, two.pad), (true, 3, None));
+    assert!(settings(config()).eos.is_empty(), "nothing ends a sequence unless a config says so");
+    assert_eq!(settings(GenerationConfig::from_model(&model())).eos, [2]);
     assert!(settings(config().eos_token_id([])).eos.is_empty());
     assert_ne!(settings(config()).seed, settings(config()).seed, "a seed of its own for each request");
 }

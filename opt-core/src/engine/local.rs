@@ -77,17 +77,10 @@ impl<B: Backend> LocalEngine<B> {
             before_layer: &mut before_layer,
         };
         let wanted = (plan.wanted.len() < plan.positions.len()).then_some(&plan.wanted[..]);
+        let rows = Rows { positions: &plan.positions, spans: &plan.spans, wanted };
         let last = {
             let mut caches = Caches::new(backend, &mut batch.sequences)?;
-            self.decoder.forward(
-                backend,
-                embedded,
-                &plan.positions,
-                &plan.spans,
-                caches.get(),
-                wanted,
-                trace,
-            )?
+            self.decoder.forward(backend, embedded, rows, caches.get(), trace)?
         };
 
         let mut pending = Pending { hidden: hidden_readbacks, attentions, ..Pending::default() };

@@ -155,7 +155,7 @@ mod tests {
     struct Even;
     impl StoppingCriterion for Even {
         fn should_stop(&self, ids: &[u32], prompt_len: usize) -> bool {
-            (ids.len() - prompt_len) % 2 == 0
+            (ids.len() - prompt_len).is_multiple_of(2)
         }
     }
 
