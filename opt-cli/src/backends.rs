@@ -17,8 +17,9 @@ Examples:
   opt backends
   opt backends --json
 
-One line for each backend of this build: its name, device, threads, instruction set or adapter, number formats and
-limits, or the reason why it cannot be used here. Others come with the features of this program: tch, candle, wgpu.";
+One line for each backend of this build: its name, device, threads, instruction
+set or adapter, number formats and limits, or the reason why it cannot be used
+here.";
 
 /// List the backends of this build and what they found on this machine.
 #[derive(Debug, Args)]

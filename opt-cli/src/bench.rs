@@ -18,10 +18,13 @@ Examples:
   opt bench --model opt-125m
   opt bench --prompt-tokens 128,512 --batch 1,8 --gen-tokens 64 --json
 
-Prefill runs one prompt of random tokens and asks for the logits of its last row, or of every row with --all-logits.
-Decode runs 32 tokens a row, then measures --gen-tokens greedy steps of all rows together; the 32 are not counted.
-Each figure is the median of three runs after one to warm up. peak_rss_mb is the largest memory of the process (VmHWM,
-in MiB) after loading and the runs of one row; null where the system does not say.";
+Prefill runs one prompt of random tokens and asks for the logits of its last
+row, or of every row with --all-logits. Decode runs 32 tokens a row, then
+measures --gen-tokens greedy steps of all rows together; the 32 are not counted.
+Each figure is the median of three runs after one to warm up. First token is
+the first run after loading, of 32 tokens. Peak memory is that of the process
+(VmHWM, in MiB) after loading and the runs of one row; null where the system
+does not say.";
 
 /// Tokens of each row before decoding is measured.
 const DECODE_PROMPT: usize = 32;

@@ -18,8 +18,9 @@ Examples:
   opt convert opt-125m opt-125m-bf16 --dtype bf16
   opt convert opt-125m opt-125m-pickle --format pickle
 
-IN is a directory or a weights file (safetensors, PyTorch pickle or Flax msgpack; of shards their index or directory).
-OUT that ends in .safetensors or .bin is written as one file, with config.json and the tokenizer beside it; any other
+IN is a directory or a weights file: safetensors, PyTorch pickle or Flax
+msgpack; for shards their directory. An OUT that ends in .safetensors or .bin
+is written as one file, with config.json and the tokenizer beside it; any other
 OUT is a directory in Hugging Face layout. OUT appears when it is whole.";
 
 /// Write a model in another file format, number format or number of files.

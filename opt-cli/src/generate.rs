@@ -24,19 +24,25 @@ use std::{
 const HELP: &str = "\
 Examples:
   opt generate \"The old house stood\" --max-new-tokens 100
-  opt generate --do-sample --top-p 0.9 --temperature 0.8 --seed 7 \"The old house stood\"
-  opt generate --num-beams 4 --no-repeat-ngram-size 3 --json \"The old house stood\"
+  opt generate --do-sample --top-p 0.9 --seed 7 \"The old house stood\"
+  opt generate --num-beams 4 --no-repeat-ngram-size 3 \"The old house stood\"
   opt generate --prompts prompts.jsonl --json > continued.jsonl
   echo \"The old house stood\" | opt generate
 
-A line of --prompts is a JSON string, {\"prompt\": \"...\"} or {\"ids\": [...]}; ids are used exactly as given. With --json
-there is one line for each prompt:
-  {\"prompt_ids\": [...], \"sequences\": [{\"ids\": [...], \"text\": \"...\", \"logprobs\": [...], \"score\": null,
-   \"finish_reason\": \"eos\" | \"length\" | \"stop\"}]}
-logprobs are of the model's own distribution, before temperature and other settings. text is null for a model without
-tokenizer. --top-alternatives adds \"alternatives\", for each token a list of {\"id\", \"text\", \"logprob\"}. --stream adds
-lines {\"prompt\": 0, \"sequence\": 0, \"id\": 5, \"text\": \"...\", \"logprob\": -1.5} before, as tokens are made.
-Settings that only matter for sampling do nothing without --do-sample, and a warning says so.";
+A line of --prompts is a JSON string, {\"prompt\": \"...\"} or {\"ids\": [...]};
+ids are used exactly as given. With --json there is one line for each prompt:
+  {\"prompt_ids\": [...], \"sequences\": [{\"ids\": [...], \"text\": \"...\",
+   \"logprobs\": [...], \"score\": null, \"finish_reason\": \"length\"}]}
+- logprobs are of the model's own distribution, before temperature and other
+  settings; score is a beam's; finish_reason is eos, length or stop.
+- text is null for a model without tokenizer.
+- --top-alternatives adds \"alternatives\", for each token a list of
+  {\"id\", \"text\", \"logprob\"}, the most probable first.
+- --stream puts a line before for each token when it is made:
+  {\"prompt\": 0, \"sequence\": 0, \"id\": 5, \"text\": \"...\", \"logprob\": -1.5}
+
+Settings that only matter for sampling do nothing without --do-sample, and a
+warning says so.";
 
 /// Continue prompts.
 #[derive(Debug, Args)]

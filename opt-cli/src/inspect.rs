@@ -20,9 +20,10 @@ Examples:
   opt inspect opt-125m --tensors
   opt inspect opt-125m --json | jq .memory
 
-Only the headers of the files are read. Memory is what the weights and the keys and values of one sequence would take
-in each number format, on the backends of this build that can hold it so; add some scratch memory. The exit code is 1
-if something keeps the model from running.";
+Only the headers of the files are read. Memory is what the weights, and the
+keys and values of one sequence, would take in each number format on the
+backends of this build; add some scratch memory. The exit code is 1 if
+something keeps the model from running.";
 
 /// Say what is in a model and what running it takes, without loading it.
 #[derive(Debug, Args)]
@@ -91,7 +92,7 @@ impl Inspect {
             printed.found;
         let mut rows: Vec<(&str, String)> = vec![
             ("model", path.display().to_string()),
-            ("parameters", format!("{:.1} million ({parameters})", *parameters as f64 / 1e6)),
+            ("parameters", parameters.to_string()),
             (
                 "layers",
                 format!(

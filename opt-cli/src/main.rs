@@ -27,14 +27,21 @@ struct Cli {
 const HELP: &str = "\
 Examples:
   opt generate \"The old house stood\"
-  opt generate --model facebook/opt-125m --do-sample --top-p 0.9 --seed 7 \"Once upon a time\"
+  opt generate --do-sample --top-p 0.9 --seed 7 \"Once upon a time\"
+  opt generate --model opt-125m --num-beams 4 \"Today is a beautiful day\"
   opt score --input lines.jsonl
   opt convert pytorch_model.bin model.safetensors
 
-Models: --model names one; without it $OPT_MODEL, then models/opt-novels here or beside the executable.
-Output: results go to stdout, progress, warnings and errors to stderr. $RUST_LOG asks for a log there as well.
-Exit codes: 0 done, 1 the work failed, 2 wrong usage (also an option's value out of range, and options that
-contradict each other), 130 ended by Ctrl-C. A reader that closes the pipe early is no failure.";
+Models:
+  --model names one; without it $OPT_MODEL, then models/opt-novels here or
+  beside the executable.
+Output:
+  Results go to stdout; progress, warnings and errors to stderr. $RUST_LOG
+  asks for a log there as well.
+Exit codes:
+  0 done, 1 the work failed, 2 wrong usage (also an option's value out of
+  range, and options that contradict each other), 130 ended by Ctrl-C. A
+  reader that closes the pipe early is no failure.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

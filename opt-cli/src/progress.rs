@@ -6,7 +6,7 @@ use opt_core::{CancelToken, Progress};
 use std::{
     io::{self, IsTerminal, Write},
     ops::ControlFlow,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// The side of the command that is not its result.
@@ -52,12 +52,12 @@ impl Console {
 
     /// A bar that counts tensors, tokens or inputs.
     pub(crate) fn bar(&self, what: &'static str) -> Bar {
-        self.styled(what, "{prefix} {wide_bar} {pos}/{len} {elapsed}")
+        self.styled(what, "{prefix} {bar:30} {pos}/{len} {elapsed}")
     }
 
     /// A bar that counts bytes.
     pub(crate) fn byte_bar(&self, what: &'static str) -> Bar {
-        self.styled(what, "{prefix} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {elapsed}")
+        self.styled(what, "{prefix} {bar:30} {decimal_bytes}/{decimal_total_bytes} {elapsed}")
     }
 
     /// A count without an end.
@@ -66,39 +66,53 @@ impl Console {
     }
 
     fn styled(&self, what: &'static str, template: &str) -> Bar {
-        let bar = ProgressBar::with_draw_target(
-            None,
-            if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
-        );
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
         bar.set_prefix(what);
-        Bar(bar)
+        Bar { bar, wanted: self.bars, since: Instant::now() }
     }
 }
 
-/// A progress bar on stderr, if a person sees it. It is gone when dropped.
-pub(crate) struct Bar(ProgressBar);
+/// Work shorter than this shows no bar.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// A progress bar on stderr, if a person sees it and the work takes long. It is gone when dropped.
+pub(crate) struct Bar {
+    bar: ProgressBar,
+    wanted: bool,
+    since: Instant,
+}
 
 impl Bar {
     /// Shows how far the work has come; never ends it.
     pub(crate) fn show(&self, at: Progress<'_>) -> ControlFlow<()> {
-        if !self.0.is_hidden() {
-            self.0.set_length(at.total.max(at.done));
-            self.0.set_position(at.done);
+        if self.is_awake() {
+            self.bar.set_length(at.total.max(at.done));
+            self.bar.set_position(at.done);
         }
         ControlFlow::Continue(())
     }
 
     /// Counts one more.
     pub(crate) fn tick(&self) {
-        self.0.inc(1);
+        self.bar.inc(1);
+        if self.is_awake() {
+            self.bar.tick();
+        }
     }
 
-    /// Takes the bar off the screen until it is shown again.
+    /// Takes the bar off the screen.
     pub(crate) fn hide(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
+    }
+
+    fn is_awake(&self) -> bool {
+        if self.wanted && self.bar.is_hidden() && self.since.elapsed() > PATIENCE {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        !self.bar.is_hidden()
     }
 }
 

@@ -18,13 +18,18 @@ use std::path::PathBuf;
 const HELP: &str = "\
 Examples:
   opt score --input lines.jsonl > scores.jsonl
-  echo '{\"context\": \"He opened the\", \"continuation\": \" door\"}' | opt score --input -
+  echo '{\"context\": \"He opened the\", \"continuation\": \" door\"}' |
+    opt score --input -
 
-A line of input is {\"ids\": [...]}, {\"text\": \"...\"} or {\"context\": \"...\", \"continuation\": \"...\"}. For each there is one
-line of output, in order:
+A line of input is one of
+  {\"ids\": [...]}
+  {\"text\": \"...\"}
+  {\"context\": \"...\", \"continuation\": \"...\"}
+and for each there is one line of output, in order:
   {\"ids\": [...], \"logprobs\": [...], \"logprob\": -12.5, \"greedy\": false}
-logprobs[i] is log p(ids[i + 1] | ids[..=i]) in nats; with a context, those of the continuation's tokens only. logprob
-is their sum, and greedy says whether each of them is the most probable token at its place.";
+logprobs[i] is log p(ids[i + 1] | ids[..=i]) in nats; with a context, those of
+the continuation's tokens only. logprob is their sum, and greedy says whether
+each of them is the most probable token at its place.";
 
 /// Tell how probable a model finds given texts or tokens.
 #[derive(Debug, Args)]

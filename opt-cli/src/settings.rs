@@ -194,12 +194,13 @@ impl Settings {
         }
         let Some(path) = &self.generation_config else { return Ok(config) };
         let file = GenerationConfig::from_file(path)?;
-        // The flag that was given decides between two ways to say the same.
-        let length_given = config.max_new_tokens.is_some() || config.max_length.is_some();
         let mut merged = config.clone().over(&file);
-        if length_given {
-            merged.max_new_tokens = config.max_new_tokens;
-            merged.max_length = config.max_length;
+        // Of two ways to say a length, the one that was typed goes before the one in the file.
+        if config.max_new_tokens.is_some() || config.max_length.is_some() {
+            (merged.max_new_tokens, merged.max_length) = (config.max_new_tokens, config.max_length);
+        }
+        if config.min_new_tokens.is_some() || config.min_length.is_some() {
+            (merged.min_new_tokens, merged.min_length) = (config.min_new_tokens, config.min_length);
         }
         Ok(merged)
     }

@@ -60,7 +60,7 @@ fn an_inspection_says_what_it_takes() {
     assert_eq!(found["backends"][0]["name"], "cpu");
 
     let text = run(opt().args(["inspect", "models/opt-novels", "--tensors"])).done().stdout;
-    for part in ["6967808", "512 tokens", "fc1.weight", "f16", "27.9 MB", "backend cpu"] {
+    for part in ["parameters    6967808", "512 tokens", "fc1.weight", "f16", "27.9 MB", "backend cpu"] {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }
     assert_eq!(run(opt().args(["inspect", "--model", "models/opt-novels", "--tensors"])).done().stdout, text);

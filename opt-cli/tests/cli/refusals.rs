@@ -90,7 +90,8 @@ fn prompts_that_cannot_be_run() {
     let long = format!("{{\"ids\": {:?}}}\n", vec![5; 65]);
     tiny_prompts(long.as_bytes(), &[]).refused(1, &["64", "65"]);
     let cut = tiny_prompts(long.as_bytes(), &["--truncate", "left", "--max-new-tokens", "4"]).json();
-    assert_eq!(ids(&cut[0]["prompt_ids"]).len(), 60);
+    assert_eq!(ids(&cut[0]["prompt_ids"]).len(), 64 + 1 - 4);
+    assert_eq!(ids(&cut[0]["sequences"][0]["ids"]).len(), 4);
 }
 
 #[test]
@@ -140,7 +141,7 @@ fn damaged_models_are_told() {
             b"{\"ids\": [2]}\n",
         )
     };
-    on_it().refused(1, &["config.json"]);
+    on_it().refused(1, &["model.safetensors"]);
     std::fs::copy(tiny("pre_ln").join("config.json"), at("config.json")).expect("a copy");
     on_it().refused(1, &[]);
     let weights = std::fs::read(tiny("pre_ln").join("model.safetensors")).expect("weights");
