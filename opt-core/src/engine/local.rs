@@ -1,7 +1,9 @@
 use super::{BoxFuture, Engine, Forward, Hidden, Input, KvCache, Output, Want};
 use crate::{
-    CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result, checkpoint::Checkpoint,
-    config::OptConfig, decoder::Trace,
+    CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result,
+    checkpoint::Checkpoint,
+    config::OptConfig,
+    decoder::{Rows, Trace},
 };
 use ndarray::{Array2, Array3, s};
 use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
