@@ -40,7 +40,7 @@ pub mod tokenizer;
 pub use decoder::Decoder;
 pub use error::{Error, ErrorKind, Result};
 pub use opt::{Load, Opt};
-pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, ndarray};
+pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, TargetScore, TopK, ndarray};
 pub use progress::{CancelToken, Progress, ProgressFn};
 pub use request::{Generated, GeneratedSequence, Prompt, Request};
 pub use score::{ScoreInput, Scored};
