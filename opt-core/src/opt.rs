@@ -401,7 +401,7 @@ impl Opt {
             use_cache: config.use_cache.unwrap_or(true),
             max_time,
             cancel: request.cancel,
-            slots: Slots::new(),
+            slots: Slots::new(embeds_len),
         };
         Ok((active, head))
     }
