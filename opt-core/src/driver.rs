@@ -142,6 +142,10 @@ impl Driver {
         Self { engine, requests, finished, started: Instant::now() }
     }
 
+    pub(crate) fn runs_on(&self, engine: &Arc<dyn Engine>) -> bool {
+        Arc::ptr_eq(&self.engine, engine)
+    }
+
     pub(crate) fn is_finished(&self) -> bool {
         self.finished.iter().all(|finished| *finished)
     }
