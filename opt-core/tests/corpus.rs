@@ -26,6 +26,7 @@ fn replay(target: &str, run: impl Fn(&[u8]) -> bool) {
         count += 1;
     }
     assert!(count >= 200, "{target}: expected at least 200 inputs, found {count}");
+    eprintln!("{target}: {accepted} of {count} accepted");
     // A corpus of nothing but refusals never gets past the first check.
     assert!(accepted > 20 && accepted < count, "{target}: {accepted} of {count} accepted");
     eprintln!("{target}: {accepted} of {count} accepted");
