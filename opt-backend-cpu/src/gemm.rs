@@ -231,7 +231,7 @@ impl<W: Weight> Block<'_, W> {
                 let full_width = (panel + 1) * width <= self.outputs;
                 for (i, row) in self.row_range.clone().step_by(M).enumerate() {
                     for line in lines * i / tiles..lines * (i + 1) / tiles {
-                        s.prefetch(next.wrapping_byte_add(line * 64));
+                        s.prefetch_far(next.wrapping_byte_add(line * 64));
                     }
                     let rows = row..self.row_range.end.min(row + M);
                     // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this

@@ -357,6 +357,7 @@ fn add_and_take_rows() {
 }
 
 #[test]
+#[allow(clippy::vec_init_then_push)] // one case a line
 fn what_does_not_fit_is_an_error() {
     let cpu = Cpu::new().unwrap();
     let x = || cpu.upload(random(3, 8, 1).view()).unwrap();

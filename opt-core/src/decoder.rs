@@ -12,7 +12,7 @@ use ndarray::Array3;
 use opt_backend::{Activation, Attend, Backend, DType, NormParams, Span, Then};
 
 /// The weights of a model, where `B` keeps them.
-pub struct Decoder<B: Backend> {
+pub(crate) struct Decoder<B: Backend> {
     heads: usize,
     pre_norm: bool,
     activation: Activation,

@@ -1,6 +1,6 @@
 //! A model on a backend, behind an object-safe interface.
 //!
-//! Inside, [`crate::Decoder`] is generic over its backend; [`Engine`] hides which one it is, so that generation,
+//! Inside, the decoder is generic over its backend; [`Engine`] hides which one it is, so that generation,
 //! scoring and serving compile once and an application chooses its backend at run time.
 
 mod cache;

@@ -37,7 +37,7 @@ pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 
-pub use decoder::Decoder;
+use decoder::Decoder;
 pub use error::{Error, ErrorKind, Result};
 pub use opt::{Load, Opt};
 pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, TargetScore, TopK, ndarray};

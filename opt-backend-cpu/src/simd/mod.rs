@@ -159,6 +159,9 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line at `p`, which need not exist.
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
+    /// As [`Simd::prefetch`], but no nearer than the second cache.
+    #[inline(always)]
+    fn prefetch_far<T>(self, _: *const T) {}
     fn splat(self, x: f32) -> Self::V;
     /// `a * b + c`, fused but for scalar.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;

@@ -240,13 +240,12 @@ fn several_sequences_are_told_apart() {
     let json = run(opt().args(arguments).arg("--json")).json();
     let mut expected = String::new();
     for (index, prompt) in ["The river", "A door"].iter().enumerate() {
-        for sequence in 0..2 {
-            let text = json[index]["sequences"][sequence]["text"].as_str().expect("a text");
-            expected.push_str(&format!(
-                "=== prompt {}, sequence {} ===\n{prompt}{text}\n",
-                index + 1,
-                sequence + 1
-            ));
+        let sequences = json[index]["sequences"].as_array().expect("sequences");
+        for (sequence, found) in sequences.iter().enumerate() {
+            let text = found["text"].as_str().expect("a text");
+            let (prompt_number, sequence_number) = (index + 1, sequence + 1);
+            let heading = format!("=== prompt {prompt_number}, sequence {sequence_number} ===");
+            expected.push_str(&format!("{heading}\n{prompt}{text}\n"));
         }
     }
     assert_eq!(text, expected);

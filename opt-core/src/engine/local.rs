@@ -9,7 +9,7 @@ use ndarray::{Array2, Array3, s};
 use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
 use std::{ops::Range, sync::Arc};
 
-/// A [`Decoder`] together with the backend that keeps its weights.
+/// A decoder together with the backend that keeps its weights.
 pub struct LocalEngine<B: Backend> {
     backend: Arc<B>,
     decoder: Decoder<B>,
