@@ -228,9 +228,10 @@ impl fmt::Debug for Tokenizer {
 }
 
 /// Runs untrusted bytes through loading, encoding and decoding: the body of a fuzz target. They are a tokenizer.json,
-/// or a tokenizer_config.json, vocab.json and merges.txt separated by zero bytes.
+/// or a tokenizer_config.json, vocab.json and merges.txt (and a tokenizer.json, which then stands in for those two)
+/// separated by zero bytes. Whether they are a tokenizer.
 #[doc(hidden)]
-pub fn fuzz(data: &[u8]) {
+pub fn fuzz(data: &[u8]) -> bool {
     let mut parts = data.split(|b| *b == 0).map(<[u8]>::to_vec);
     let mut files = TokenizerFiles::default();
     if data.contains(&0) {
@@ -241,7 +242,7 @@ pub fn fuzz(data: &[u8]) {
     } else {
         files.tokenizer_json = parts.next();
     }
-    let Ok(tokenizer) = Tokenizer::from_files(&files) else { return };
+    let Ok(tokenizer) = Tokenizer::from_files(&files) else { return false };
     for text in ["", "It's  a </s> tëst\u{1F600} of 12345\n\n <pad>x\u{0}", "\u{4F60}\u{597D} aAbBcC"] {
         for bos in [Bos::Model, Bos::Always, Bos::Never] {
             let Ok(ids) = tokenizer.encode(text, bos) else { continue };
@@ -254,4 +255,5 @@ pub fn fuzz(data: &[u8]) {
         }
     }
     let _ = tokenizer.token_strings().get(0);
+    true
 }

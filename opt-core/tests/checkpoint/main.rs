@@ -2,7 +2,6 @@
 
 mod bad;
 mod convert;
-mod corpus;
 mod reading;
 
 use opt_core::checkpoint::{Checkpoint, Tensor};
