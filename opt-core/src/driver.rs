@@ -352,11 +352,11 @@ async fn run_jobs(
     engine: &dyn Engine,
     jobs: &mut [Job],
     cancels: &[CancelToken],
-    mut watch: Option<&mut ProgressFn<'_>>,
+    watch: Option<&mut ProgressFn<'_>>,
 ) -> Result<()> {
     let total: usize = jobs.iter().map(Job::len).sum();
     // Only prompts are worth a report: all else is a few tokens.
-    let mut watch = watch.as_deref_mut().filter(|_| jobs.iter().any(|job| job.prompt));
+    let mut watch = watch.filter(|_| jobs.iter().any(|job| job.prompt));
     let mut done = 0;
     while done < total {
         let mut budget = MAX_ROWS;

@@ -257,7 +257,8 @@ impl Session {
         let length =
             |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         let off = length(&mut probe.iter().zip(&ours).map(|(a, b)| a - b));
-        if probe.len() != ours.len() || !(off <= 0.2 * length(&mut ours.iter().copied())) {
+        let near = off <= 0.2 * length(&mut ours.iter().copied());
+        if probe.len() != ours.len() || !near {
             return Err(damaged("it was saved with another model of the same shape"));
         }
         session.ids = numbers("ids", Dtype::U32)?.1;
