@@ -203,9 +203,11 @@ impl Driver {
         }
 
         let elapsed = self.started.elapsed();
-        let each = self.requests.iter_mut().zip(&self.finished).zip(replies);
-        for ((request, _), replies) in each.filter(|((_, finished), _)| !**finished) {
-            request.strategy.advance(replies)?;
+        let several = self.requests.len() > 1;
+        let each = self.requests.iter_mut().zip(&self.finished).zip(replies).enumerate();
+        for (index, ((request, _), replies)) in each.filter(|(_, ((_, finished), _))| !**finished) {
+            let advanced = request.strategy.advance(replies);
+            advanced.map_err(|e| if several { e.at(format_args!("request {}", index + 1)) } else { e })?;
             // Before the new token is handed out, so that it can say that it is the last.
             if request.max_time.is_some_and(|most| elapsed >= most) {
                 request.strategy.interrupt(FinishReason::Length);

@@ -69,7 +69,7 @@ impl TokenStream {
         self.heads.iter().flat_map(|head| head.warnings.iter().map(String::as_str))
     }
 
-    /// The next token, awaited. `None` at the end.
+    /// The next token, awaited. `None` at the end. Dropping the future before it is ready ends the stream.
     pub async fn next_token(&mut self) -> Option<Result<StreamToken>> {
         self.advance(None).await
     }
@@ -90,10 +90,13 @@ impl TokenStream {
             if self.failed.is_some() || self.driver.is_finished() {
                 return None;
             }
+            // If the future is dropped here, the step is lost, and with it the stream.
+            self.failed = Some(ErrorKind::Cancelled);
             if let Err(error) = self.driver.step(watch.as_deref_mut()).await {
                 self.failed = Some(error.kind());
                 return Some(Err(error));
             }
+            self.failed = None;
             self.driver.take_events(&mut self.events);
         }
     }

@@ -5,7 +5,7 @@ mod common;
 use common::tiny::{Tiny, random_ids};
 use ndarray::s;
 use opt_core::{
-    Generated, GeneratedSequence, Opt, Request, Result,
+    CacheDType, Generated, GeneratedSequence, Opt, Request, Result,
     generation::{EarlyStopping, GenerationConfig, LogitsProcessor},
 };
 use proptest::{collection::vec, prelude::*, sample::select, test_runner::Config};
@@ -248,6 +248,50 @@ proptest! {
 /// Ids of several pieces: run by generation in pieces, and in one pass by [`Opt::logits`].
 fn long(lens: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u32>> {
     (any::<u64>(), lens).prop_map(|(seed, len)| random_ids(seed, len, 61))
+}
+
+proptest! {
+    #![proptest_config(cases(48))]
+
+    /// Keys and values in half precision are rounded, but alike in any company.
+    #[test]
+    fn a_half_precision_cache(calls in vec(call(), 2..4)) {
+        let opt = &MODELS[0].1;
+        let with = |call: &(Vec<u32>, GenerationConfig)| request(call).cache_dtype(CacheDType::F16);
+        let batch = opt.generate_batch(calls.iter().map(with)).unwrap();
+        for (call, together) in calls.iter().zip(batch) {
+            let mut without = with(call);
+            without.config.use_cache = Some(false);
+            prop_assert_eq!(&together.sequences, &run(opt, with(call)).sequences);
+            prop_assert_eq!(together.sequences, run(opt, without).sequences);
+        }
+    }
+
+    #[test]
+    fn alternatives_are_the_largest_log_probs(call in call(), count in select(vec![1, 4, 61, usize::MAX])) {
+        let opt = &MODELS[0].1;
+        let plain = run(opt, request(&call)).sequences;
+        let found = run(opt, request(&call).top_alternatives(count).keep_logits()).sequences;
+        for (found, plain) in found.iter().zip(&plain) {
+            prop_assert_eq!(&found.ids, &plain.ids);
+            prop_assert_eq!(found.alternatives.len(), found.ids.len());
+            for (step, alternatives) in found.alternatives.iter().enumerate() {
+                prop_assert_eq!(alternatives.len(), count.min(61));
+                let logits = &found.logits[step];
+                let sum = logits.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
+                let mut all: Vec<f64> = logits.iter().map(|l| f64::from(*l) - sum).collect();
+                let own = all[found.ids[step] as usize];
+                prop_assert!((f64::from(found.log_probs[step]) - own).abs() < 1e-4);
+                for alternative in alternatives {
+                    prop_assert!((f64::from(alternative.log_prob) - all[alternative.id as usize]).abs() < 1e-4);
+                }
+                all.sort_by(|a, b| b.total_cmp(a));
+                for (alternative, expected) in alternatives.iter().zip(all) {
+                    prop_assert!((f64::from(alternative.log_prob) - expected).abs() < 1e-4);
+                }
+            }
+        }
+    }
 }
 
 proptest! {

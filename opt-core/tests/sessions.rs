@@ -302,3 +302,15 @@ fn saving_is_whole_or_not_at_all() {
     assert_eq!(Session::restore(&OPT, &file).unwrap().ids(), session.ids());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }
+
+#[test]
+fn with_a_draft_model() {
+    let draft = Tiny { layers: 1, ..Tiny::default() }.opt();
+    let config = GenerationConfig::default().max_new_tokens(12);
+    let mut session = OPT.session();
+    for turn in [&[5u32, 6, 7][..], &[], &[9, 8, 9, 8]] {
+        let expected = OPT.generate([session.ids(), turn].concat(), &config).unwrap();
+        let found = session.run(Request::new(turn).config(config.clone()).assistant(draft.clone())).unwrap();
+        assert_eq!(found.sequences, expected.sequences);
+    }
+}

@@ -254,4 +254,20 @@ fn a_failure_is_the_last_item() {
     assert!(stream.next().is_none());
     assert_eq!(stream.collect_all().unwrap_err().kind(), ErrorKind::Option);
     assert_eq!(SLOW.generate_batch([request()]).unwrap_err().to_string(), "out of ideas");
+    let batch = [Request::new(&[1u32][..]), request()];
+    assert_eq!(SLOW.generate_batch(batch).unwrap_err().to_string(), "request 2: out of ideas");
+}
+
+#[test]
+fn a_session_outlives_a_cancelled_turn() {
+    let mut session = SLOW.session();
+    session.append(random_ids(2, 30, 300)).unwrap();
+    let mut twin = session.fork().unwrap();
+    let cancel = CancelToken::new();
+    let request = || Request::new(&[1u32, 2][..]).config(new_tokens(20));
+    let mut stream = session.start(request().cancel(cancel.clone())).unwrap();
+    assert!(stream.by_ref().take(3).all(|token| token.is_ok()));
+    cancel.cancel();
+    assert_eq!(session.absorb(stream).unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(session.run(request()).unwrap().sequences, twin.run(request()).unwrap().sequences);
 }

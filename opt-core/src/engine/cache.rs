@@ -8,13 +8,19 @@ use std::{any::Any, fmt, sync::Arc};
 /// Forking is cheap: the two sides share storage until one of them changes.
 pub struct KvCache {
     inner: Box<dyn ErasedCache>,
+    spec: CacheSpec,
     len: usize,
 }
 
 impl KvCache {
     pub(super) fn new<B: Backend>(backend: Arc<B>, spec: CacheSpec) -> Result<Self> {
         let cache = backend.new_cache(spec)?;
-        Ok(Self { inner: Box::new(BackendCache { backend, cache, layers: spec.layers }), len: 0 })
+        Ok(Self { inner: Box::new(BackendCache { backend, cache, layers: spec.layers }), spec, len: 0 })
+    }
+
+    /// Layers, heads and width of a head.
+    pub(super) fn shape(&self) -> [usize; 3] {
+        [self.spec.layers, self.spec.heads, self.spec.head_dim]
     }
 
     /// Positions held.
@@ -32,7 +38,7 @@ impl KvCache {
     /// # Errors
     /// [`crate::ErrorKind::Backend`] if the device fails.
     pub fn fork(&self) -> Result<Self> {
-        Ok(Self { inner: self.inner.fork()?, len: self.len })
+        Ok(Self { inner: self.inner.fork()?, spec: self.spec, len: self.len })
     }
 
     /// Forgets all but the first `len` positions.

@@ -175,6 +175,13 @@ impl<B: Backend> LocalEngine<B> {
             ..Default::default()
         };
         for (sequence, span) in batch.sequences.iter().zip(&plan.spans) {
+            let shape = [config.num_hidden_layers, config.num_attention_heads, config.head_dim()];
+            if let Some(found) = sequence.cache.as_ref().map(|c| c.shape()).filter(|found| *found != shape) {
+                let message = format!(
+                    "expected a cache of this model: layers, heads, head_dim {shape:?}, found {found:?}"
+                );
+                return Err(Error::new(ErrorKind::Option, message));
+            }
             let past = sequence.cache.as_ref().map_or(0, |cache| cache.len());
             let (len, most) = (span.len, config.max_position_embeddings);
             if past + len > most {
