@@ -266,3 +266,32 @@ fn bad_calls() {
         assert!(error.to_string().starts_with("input 1: "), "{error}");
     }
 }
+
+/// Weights that overflowed, as float16 does: nothing can be chosen among NaN, and that is said.
+#[test]
+fn a_model_that_says_nan() {
+    let tiny = Tiny::default();
+    let weights = tiny.weights();
+    let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    let broken: Vec<u8> =
+        weights[..header].iter().copied().chain((header..weights.len()).map(|_| 0xff)).collect();
+    let checkpoint = Checkpoint::from_bytes(&tiny.config(), vec![broken]).unwrap();
+    let opt = Opt::assemble(&checkpoint, None, None, Load::default()).unwrap();
+    let c = GenerationConfig::default;
+    for config in [
+        c(),
+        c().repetition_penalty(1.3),
+        c().do_sample(true),
+        c().num_beams(3),
+        c().num_beams(2).num_beam_groups(2).diversity_penalty(1.0),
+        c().penalty_alpha(0.5).top_k(3),
+        c().prompt_lookup_num_tokens(3),
+    ] {
+        match opt.generate(&[1u32, 2, 1][..], &config) {
+            Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+            Ok(found) => panic!("{:?} came of NaN with {}", found.ids(), config.to_json()),
+        }
+    }
+    let _ = opt.score(&[ScoreInput::all(vec![1, 2, 3])]).unwrap();
+    assert!(opt.session().append(vec![1, 2, 3]).is_ok());
+}

@@ -27,8 +27,10 @@ static DRAFTS: LazyLock<[Opt; 3]> = LazyLock::new(|| {
 static LONG: LazyLock<Opt> =
     LazyLock::new(|| Tiny { context: 1300, hidden: 16, heads: 2, embed: 16, ..Tiny::default() }.opt());
 
+/// So many cases, or as many as `PROPTEST_CASES` says.
 fn cases(count: u32) -> Config {
-    Config { cases: count, failure_persistence: None, ..Config::default() }
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|asked| asked.parse().ok());
+    Config { cases: asked.unwrap_or(count), failure_persistence: None, ..Config::default() }
 }
 
 fn early() -> impl Strategy<Value = EarlyStopping> {

@@ -14,9 +14,9 @@ use std::{
     thread,
 };
 
-/// Large enough that a prompt of 2000 tokens takes a while.
+/// Large enough that a prompt of 1300 tokens takes a while.
 static SLOW: LazyLock<Opt> = LazyLock::new(|| {
-    Tiny { vocab: 300, context: 2048, hidden: 64, layers: 4, heads: 4, embed: 64, ..Tiny::default() }.opt()
+    Tiny { vocab: 300, context: 1400, hidden: 64, layers: 4, heads: 4, embed: 64, ..Tiny::default() }.opt()
 });
 
 fn new_tokens(n: usize) -> GenerationConfig {
@@ -67,7 +67,7 @@ fn characters_are_never_broken() {
     assert!(found.text().contains(char::REPLACEMENT_CHARACTER));
 
     // And whatever hot sampling comes up with.
-    for seed in 0..20 {
+    for seed in 0..6 {
         let config = new_tokens(40).do_sample(true).top_k(0).temperature(9.0).seed(seed);
         let found = opt.generate("It", &config).unwrap();
         let streamed: String = opt.stream("It", &config).unwrap().map(|t| t.unwrap().text).collect();
@@ -94,7 +94,7 @@ fn a_callback_ends_it_at_a_token() {
 
 #[test]
 fn a_callback_ends_it_within_a_long_prompt() {
-    let ids = random_ids(1, 2000, 300);
+    let ids = random_ids(1, 1300, 300);
     let mut reports: Vec<(u64, u64)> = Vec::new();
     let progress = |report: opt_core::Progress<'_>| {
         assert_eq!(report.item, "prompt");
@@ -104,8 +104,8 @@ fn a_callback_ends_it_within_a_long_prompt() {
     let request = || Request::new(&ids[..]).config(new_tokens(3));
     let whole = SLOW.generate_with([request()], |_| ControlFlow::Continue(()), progress).unwrap().remove(0);
     assert!(reports.len() > 4, "{reports:?}");
-    assert!(reports.iter().all(|(_, total)| *total == 2000), "{reports:?}");
-    assert!(reports.is_sorted() && reports[0].0 == 0 && reports[reports.len() - 1].0 > 1500, "{reports:?}");
+    assert!(reports.iter().all(|(_, total)| *total == 1300), "{reports:?}");
+    assert!(reports.is_sorted() && reports[0].0 == 0 && reports[reports.len() - 1].0 > 1000, "{reports:?}");
 
     for stop_at in [0, 3, reports.len() - 1] {
         let mut count = 0;
@@ -140,7 +140,7 @@ fn a_session_runs_only_what_is_new() {
 
 #[test]
 fn a_token_ends_a_prompt_and_a_text_from_another_thread() {
-    let prompt = random_ids(1, 2000, 300);
+    let prompt = random_ids(1, 1300, 300);
     // Which request of the batch the token belongs to makes no difference.
     for which in 0..2 {
         let cancel = CancelToken::new();
@@ -167,14 +167,14 @@ fn a_token_ends_a_prompt_and_a_text_from_another_thread() {
         };
         let error = stream.next_watched(&mut watch).unwrap().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Cancelled);
-        assert!(last < 3900, "it ran to the end: {last}");
+        assert!(last < 2500, "it ran to the end: {last}");
         assert!(stream.next().is_none());
         assert_eq!(stream.collect_all().unwrap_err().kind(), ErrorKind::Cancelled);
         elsewhere.join().unwrap();
     }
 
     let cancel = CancelToken::new();
-    let request = Request::new(&prompt[..20]).config(new_tokens(2000)).cancel(cancel.clone());
+    let request = Request::new(&prompt[..20]).config(new_tokens(1300)).cancel(cancel.clone());
     let stream = SLOW.stream_batch([request]).unwrap();
     let (send, receive) = mpsc::channel();
     let reader = thread::spawn(move || {
@@ -190,7 +190,7 @@ fn a_token_ends_a_prompt_and_a_text_from_another_thread() {
     assert_eq!(receive.iter().take(3).count(), 3);
     cancel.cancel();
     assert_eq!(reader.join().unwrap(), Some(ErrorKind::Cancelled));
-    assert!(receive.try_iter().count() < 1900);
+    assert!(receive.try_iter().count() < 1200);
 
     let before = Request::new(&prompt[..]).cancel(cancel);
     assert_eq!(SLOW.generate_batch([before]).unwrap_err().kind(), ErrorKind::Cancelled);

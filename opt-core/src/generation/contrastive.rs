@@ -82,7 +82,8 @@ impl Contrastive {
             let possible: Vec<_> = possible.collect();
             possible.into_iter().map(candidate(request.settings.keep_scores.then(|| scores.into()))).collect()
         } else {
-            row.top(self.k).map(|(id, log_prob)| (id, log_prob.exp())).map(candidate(None)).collect()
+            let known = row.top(self.k).filter(|(_, log_prob)| !log_prob.is_nan());
+            known.map(|(id, log_prob)| (id, log_prob.exp())).map(candidate(None)).collect()
         };
         match self.candidates.is_empty() {
             true => Err(no_token(self.sequence.new_len())),

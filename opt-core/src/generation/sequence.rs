@@ -206,9 +206,12 @@ impl Row {
     ) -> Result<Token> {
         if random.is_none()
             && !request.wants_rows()
-            && let Some((id, _)) = self.top(1).next()
+            && let Some((id, log_prob)) = self.top(1).next()
         {
-            return Ok(self.token(id, None, 0));
+            return match log_prob.is_nan() {
+                true => Err(no_token(ids.len() - request.prompt.len())),
+                false => Ok(self.token(id, None, 0)),
+            };
         }
         let scores = self.processed(request, ids)?;
         let id = match (argmax(&scores), random) {
