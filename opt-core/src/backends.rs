@@ -70,6 +70,9 @@ fn cpu(options: &BackendOptions) -> Result<Cpu> {
         let message = format!("backend cpu: expected no device or \"cpu\", found {device:?}");
         return Err(Error::new(ErrorKind::Option, message));
     }
+    if options.threads == Some(0) {
+        return Err(Error::new(ErrorKind::Option, "threads: expected at least 1, found 0"));
+    }
     let mut builder = Cpu::builder();
     if let Some(threads) = options.threads {
         builder = builder.threads(threads);

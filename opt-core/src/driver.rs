@@ -36,8 +36,9 @@ pub(crate) struct Active {
 }
 
 /// The cache slots of a request's two models.
-#[derive(Default)]
 pub(crate) struct Slots {
+    /// Rows of embeddings, which lie before the ids and are never cut.
+    embeds: usize,
     target: Vec<Slot>,
     assistant: Vec<Slot>,
 }
@@ -51,8 +52,9 @@ pub(crate) struct Slot {
 }
 
 impl Slots {
-    pub(crate) fn new() -> Self {
-        Self { target: vec![Slot::default()], assistant: vec![Slot::default()] }
+    /// One empty slot for each model, of a request with so many rows of embeddings.
+    pub(crate) fn new(embeds: usize) -> Self {
+        Self { embeds, target: vec![Slot::default()], assistant: vec![Slot::default()] }
     }
 
     fn of(&mut self, model: ModelRole) -> &mut Vec<Slot> {
@@ -75,10 +77,9 @@ impl Slots {
     fn apply(&mut self, op: &CacheOp) -> Result<()> {
         match op {
             CacheOp::Truncate { model, slot, len } => {
+                let embeds = self.embeds;
                 let slot = self.slot(*model, *slot)?;
-                // Rows of embeddings lie before the ids and are never cut.
-                let rows = slot.cache.as_ref().map_or(0, KvCache::len).saturating_sub(slot.ids.len());
-                slot.ids.truncate(len.saturating_sub(rows));
+                slot.ids.truncate(len.saturating_sub(embeds));
                 match &mut slot.cache {
                     Some(cache) => cache.truncate(*len),
                     None => Ok(()),
@@ -141,22 +142,25 @@ impl Driver {
         Self { engine, requests, finished, started: Instant::now() }
     }
 
+    pub(crate) fn runs_on(&self, engine: &Arc<dyn Engine>) -> bool {
+        Arc::ptr_eq(&self.engine, engine)
+    }
+
     pub(crate) fn is_finished(&self) -> bool {
         self.finished.iter().all(|finished| *finished)
     }
 
     /// One step of every request that is not finished. `watch` is told how many tokens of prompts have been run.
+    ///
+    /// The token of any request ends the whole batch: requests that run together are one call of the user's.
     pub(crate) async fn step(&mut self, mut watch: Option<&mut ProgressFn<'_>>) -> Result<()> {
-        let elapsed = self.started.elapsed();
+        let cancels: Vec<CancelToken> = self.requests.iter().map(|r| r.cancel.clone()).collect();
         let mut plans: Vec<Plan> = Vec::with_capacity(self.requests.len());
         for (request, finished) in self.requests.iter_mut().zip(&mut self.finished) {
             request.cancel.check("generation")?;
             if *finished {
                 plans.push(Plan::default());
                 continue;
-            }
-            if request.max_time.is_some_and(|most| elapsed >= most) {
-                request.strategy.interrupt(FinishReason::Length);
             }
             let plan = request.strategy.plan();
             *finished = plan.runs.is_empty();
@@ -189,21 +193,22 @@ impl Driver {
                 }
             }
             if let Some(engine) = request.assistant.clone().filter(|_| !draft.is_empty()) {
-                let cancel = request.cancel.clone();
-                run_jobs(&*engine, &mut draft, &cancel, watch.as_deref_mut()).await?;
+                run_jobs(&*engine, &mut draft, &cancels, watch.as_deref_mut()).await?;
                 finish_jobs(draft, std::slice::from_mut(request), index, &mut replies)?;
             }
         }
         if !target.is_empty() {
-            // One token ends the whole batch: requests that run together are one call of the user's.
-            let cancel = self.requests.iter().map(|r| r.cancel.clone()).next().unwrap_or_default();
-            run_jobs(&*self.engine, &mut target, &cancel, watch).await?;
+            run_jobs(&*self.engine, &mut target, &cancels, watch).await?;
             finish_jobs(target, &mut self.requests, 0, &mut replies)?;
         }
 
-        for (index, replies) in replies.into_iter().enumerate() {
-            if !self.finished[index] {
-                self.requests[index].strategy.advance(replies)?;
+        let elapsed = self.started.elapsed();
+        let each = self.requests.iter_mut().zip(&self.finished).zip(replies);
+        for ((request, _), replies) in each.filter(|((_, finished), _)| !**finished) {
+            request.strategy.advance(replies)?;
+            // Before the new token is handed out, so that it can say that it is the last.
+            if request.max_time.is_some_and(|most| elapsed >= most) {
+                request.strategy.interrupt(FinishReason::Length);
             }
         }
         Ok(())
@@ -233,6 +238,7 @@ struct Job {
     whose: (usize, usize),
     model: ModelRole,
     slot: usize,
+    prompt: bool,
     cache: KvCache,
     keep_cache: bool,
     /// Everything to run, embeddings first.
@@ -278,6 +284,7 @@ impl Job {
             fresh,
             model: run.model,
             slot: run.slot,
+            prompt: run.prompt,
             cache,
             keep_cache: request.use_cache,
             embeds: with_embeds,
@@ -344,11 +351,12 @@ impl Job {
 async fn run_jobs(
     engine: &dyn Engine,
     jobs: &mut [Job],
-    cancel: &CancelToken,
+    cancels: &[CancelToken],
     mut watch: Option<&mut ProgressFn<'_>>,
 ) -> Result<()> {
     let total: usize = jobs.iter().map(Job::len).sum();
-    let prefill = total > jobs.len();
+    // Only prompts are worth a report: all else is a few tokens.
+    let mut watch = watch.as_deref_mut().filter(|_| jobs.iter().any(|job| job.prompt));
     let mut done = 0;
     while done < total {
         let mut budget = MAX_ROWS;
@@ -365,14 +373,15 @@ async fn run_jobs(
         }
         let rows: usize = taking.iter().map(|(_, len)| len).sum();
         let mut in_tokens = |layers: Progress<'_>| match &mut watch {
+            _ if cancels.iter().any(CancelToken::is_cancelled) => ControlFlow::Break(()),
             Some(watch) => {
                 let now = done as u64 + rows as u64 * layers.done / layers.total.max(1);
                 watch(Progress::new("prompt", now, total as u64))
             }
             None => ControlFlow::Continue(()),
         };
-        let watch = if prefill { Some(&mut in_tokens as &mut ProgressFn<'_>) } else { None };
-        let outputs = engine.forward(Forward { sequences, cancel: Some(cancel), watch }).await?;
+        let watch = Some(&mut in_tokens as &mut ProgressFn<'_>);
+        let outputs = engine.forward(Forward { sequences, cancel: None, watch }).await?;
         for ((index, len), output) in taking.into_iter().zip(outputs) {
             jobs[index].take(len, output)?;
         }

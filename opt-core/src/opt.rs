@@ -368,7 +368,10 @@ impl Opt {
             Overflow::TruncateLeft if ids.len() > context => (context + 1).saturating_sub(new_tokens).max(1),
             _ => context,
         };
-        let ids = if embeds.is_none() { prompt::fit(ids, limit, overflow, bos_id)?.ids } else { ids };
+        let (ids, cut) = match embeds {
+            None => prompt::fit(ids, limit, overflow, bos_id).map(|fitted| (fitted.ids, fitted.cut))?,
+            Some(_) => (ids, 0),
+        };
 
         let extras = Extras {
             top_alternatives: request.top_alternatives,
@@ -379,7 +382,7 @@ impl Opt {
         let embeds_len = embeds.as_ref().map_or(0, Array2::nrows);
         let (settings, warnings) = config.resolve(self.config(), &ids, embeds_len, &extras)?;
         if let Some(assistant) = &assistant {
-            self.check_assistant(assistant, embeds_len)?;
+            self.check_assistant(assistant, embeds_len, settings.max_length)?;
         }
         let stop = match &settings.stop_strings[..] {
             [] => None,
@@ -387,10 +390,11 @@ impl Opt {
         };
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
         let stopping = Stopping::new(&settings, stop, &hooks);
-        let head = Head { prompt_ids: ids.clone(), warnings, seed: settings.seed };
+        let head = Head { prompt_ids: ids.clone(), cut, warnings, seed: settings.seed };
         let max_time = settings.max_time;
         // Contrastive search looks at the hidden states of the whole prompt, so that a kept cache does not help it.
-        let start = start.filter(|_| !matches!(settings.method, Method::Contrastive { .. }));
+        // Behind a cut every token stands at another position.
+        let start = start.filter(|_| cut == 0 && !matches!(settings.method, Method::Contrastive { .. }));
         let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
@@ -401,7 +405,7 @@ impl Opt {
             use_cache: config.use_cache.unwrap_or(true),
             max_time,
             cancel: request.cancel,
-            slots: Slots::new(),
+            slots: Slots::new(embeds_len),
         };
         Ok((active, head))
     }
@@ -414,7 +418,7 @@ impl Opt {
         Ok(Arc::clone(self.token_bytes.get_or_init(make)))
     }
 
-    fn check_assistant(&self, assistant: &Opt, embeds_len: usize) -> Result<()> {
+    fn check_assistant(&self, assistant: &Opt, embeds_len: usize, max_length: usize) -> Result<()> {
         let (ours, theirs) = (self.config().vocab_size, assistant.config().vocab_size);
         if ours != theirs {
             let message =
@@ -423,6 +427,14 @@ impl Opt {
         }
         if embeds_len > 0 {
             let message = "assisted decoding: expected a prompt of token ids, found embeddings";
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        // The last token is the target's, and the one before it is drafted but not run.
+        let (least, found) = (max_length.saturating_sub(2), assistant.config().max_position_embeddings);
+        if found < least {
+            let message = format!(
+                "assistant model: expected a context of at least {least} tokens for this request, found {found}"
+            );
             return Err(Error::new(ErrorKind::Option, message));
         }
         Ok(())

@@ -39,13 +39,21 @@ impl ScoreInput {
 
     /// A continuation after a context, tokenized as lm-evaluation-harness does: white space at the end of the context
     /// belongs to the continuation, and the continuation's tokens are those that the whole text has beyond the
-    /// context's. An empty context is the BOS token.
+    /// context's. A context without any token is the BOS token.
     ///
     /// # Errors
-    /// [`ErrorKind::Tokenizer`] for a model without tokenizer, or one without BOS if the context is empty.
+    /// [`ErrorKind::Tokenizer`] for a model without tokenizer, or one without BOS if the context is empty;
+    /// [`ErrorKind::Prompt`] for a continuation without a token of its own.
     pub fn pair(opt: &Opt, context: &str, continuation: &str, bos: Bos) -> Result<Self> {
         let tokenizer = opt.require_tokenizer()?;
-        if context.is_empty() {
+        // What Python's rstrip takes for white space.
+        let blank = |c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c);
+        let trimmed = context.trim_end_matches(blank);
+        let before = if context.is_empty() { 0 } else { tokenizer.encode(trimmed, bos)?.len() };
+        let whole = format!("{context}{continuation}");
+        let input = if before > 0 {
+            Self { ids: tokenizer.encode(&whole, bos)?, from: before }
+        } else {
             let start = tokenizer.bos_id().or(tokenizer.eos_id()).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Tokenizer,
@@ -53,13 +61,17 @@ impl ScoreInput {
                 )
             })?;
             let mut ids = vec![start];
-            ids.extend(tokenizer.encode(continuation, Bos::Never)?);
-            return Ok(Self { ids, from: 1 });
+            ids.extend(tokenizer.encode(&whole, Bos::Never)?);
+            Self { ids, from: 1 }
+        };
+        if input.from >= input.ids.len() {
+            let message = format!(
+                "continuation: expected at least one token beyond the context's {}, found none",
+                input.from
+            );
+            return Err(Error::new(ErrorKind::Prompt, message));
         }
-        let trimmed = context.trim_end();
-        let whole = format!("{context}{continuation}");
-        let from = tokenizer.encode(trimmed, bos)?.len();
-        Ok(Self { ids: tokenizer.encode(&whole, bos)?, from })
+        Ok(input)
     }
 }
 

@@ -59,7 +59,7 @@ impl Session {
     /// As [`Opt::generate`]; the session is then as before.
     pub fn append(&mut self, prompt: impl Into<Prompt>) -> Result<()> {
         let mut ids = self.ids.clone();
-        ids.extend(self.encode(prompt.into())?);
+        ids.extend(self.encode(prompt.into(), Bos::Model)?);
         let context = self.opt.config().max_position_embeddings;
         if ids.len() > context {
             let message =
@@ -114,7 +114,8 @@ impl Session {
     /// As [`Opt::stream`].
     pub fn start(&mut self, mut request: Request) -> Result<TokenStream> {
         let mut ids = self.ids.clone();
-        ids.extend(self.encode(std::mem::replace(&mut request.prompt, Prompt::Ids(Vec::new())))?);
+        let prompt = std::mem::replace(&mut request.prompt, Prompt::Ids(Vec::new()));
+        ids.extend(self.encode(prompt, request.bos)?);
         // The last token must be run for its logits, even if its keys and values are there.
         let mut start = self.cache.as_ref().map(KvCache::fork).transpose()?;
         if let Some(cache) = start.as_mut().filter(|cache| cache.len() >= ids.len()) {
@@ -129,19 +130,29 @@ impl Session {
     /// Runs a turn that [`Session::start`] began to its end and keeps it.
     ///
     /// # Errors
-    /// As [`Opt::generate`]; the session is then as before.
+    /// As [`Opt::generate`], and [`ErrorKind::Option`] for a stream that does not continue this conversation as it
+    /// stands; the session is then as before.
     pub fn absorb(&mut self, stream: TokenStream) -> Result<Generated> {
-        let turns = opt_backend::block_on(stream.finish_with_slots())?;
-        let Some((generated, mut slots)) = turns.into_iter().next() else {
-            return Err(Error::new(
-                ErrorKind::Option,
-                "session: expected a stream of one request, found none",
-            ));
+        let not_ours = || {
+            let message = "session: expected the stream of a turn of this conversation, with nothing added since, \
+                           found another";
+            Error::new(ErrorKind::Option, message)
         };
+        if !stream.continues(self.opt.engine(), &self.ids) {
+            return Err(not_ours());
+        }
+        let turns = opt_backend::block_on(stream.finish_with_slots())?;
+        let (generated, mut slots) = turns.into_iter().next().ok_or_else(not_ours)?;
         let mut ids = generated.prompt_ids.clone();
         ids.extend(generated.ids());
-        let slot = slots.take_prefix(&ids)?;
-        self.cache = slot.and_then(|slot| slot.cache);
+        let ran = slots.take_prefix(&ids)?.and_then(|slot| slot.cache);
+        // A turn that ran nothing, or without a cache, leaves what there was.
+        let shared = self.ids.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+        let kept = self.cache.as_ref().map_or(0, |cache| cache.len().min(shared));
+        match ran {
+            Some(cache) if cache.len() >= kept => self.cache = Some(cache),
+            _ => self.cache.as_mut().map_or(Ok(()), |cache| cache.truncate(kept))?,
+        }
         self.ids = ids;
         Ok(generated)
     }
@@ -202,11 +213,16 @@ impl Session {
     /// Reads a session back that was saved with the same model.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Checkpoint`] if it is damaged or of another model.
+    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Checkpoint`] if it is
+    /// damaged or of another model.
     pub fn restore(opt: &Opt, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|e| {
-            Error::because(ErrorKind::Io, format_args!("{}: cannot read the session", path.display()), e)
+            let kind = match e.kind() {
+                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                _ => ErrorKind::Io,
+            };
+            Error::because(kind, format_args!("{}: cannot read the session", path.display()), e)
         })?;
         Self::from_bytes(opt, &bytes).map_err(|e| e.at(path.display()))
     }
@@ -238,8 +254,10 @@ impl Session {
         let (_, probe) = floats("probe")?;
         let ours = session.probe()?;
         // The dtype may have changed in between; another model differs by far more than rounding.
-        let far = |(a, b): (&f32, &f32)| (a - b).abs() > 0.1 * b.abs().max(1.0);
-        if probe.len() != ours.len() || probe.iter().zip(&ours).any(far) {
+        let length =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let off = length(&mut probe.iter().zip(&ours).map(|(a, b)| a - b));
+        if probe.len() != ours.len() || !(off <= 0.2 * length(&mut ours.iter().copied())) {
             return Err(damaged("it was saved with another model of the same shape"));
         }
         session.ids = numbers("ids", Dtype::U32)?.1;
@@ -275,17 +293,24 @@ impl Session {
         format!("{} {} {}", config.num_attention_heads, config.activation_function, shapes.join(" "))
     }
 
-    /// A few logits by which the model is told from another of the same shape.
+    /// A few logits, less their mean, by which the model is told from another of the same shape.
     fn probe(&self) -> Result<Vec<f32>> {
-        let logits = self.opt.logits(&[0])?;
-        Ok(logits.iter().take(16).copied().collect())
+        let config = self.opt.config();
+        let count = config.max_position_embeddings.min(4) as u32;
+        let ids: Vec<u32> = (0..count).map(|id| id % config.vocab_size.max(1) as u32).collect();
+        let logits = self.opt.logits(&ids)?;
+        let rows = logits.outer_iter().flat_map(|row| {
+            let mean = row.mean().unwrap_or(0.0);
+            row.iter().take(64).map(|logit| logit - mean).collect::<Vec<_>>()
+        });
+        Ok(rows.collect())
     }
 
-    fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
+    fn encode(&self, prompt: Prompt, first: Bos) -> Result<Vec<u32>> {
         match prompt {
             // BOS belongs before the first turn only.
             Prompt::Text(text) => {
-                let bos = if self.ids.is_empty() { Bos::Model } else { Bos::Never };
+                let bos = if self.ids.is_empty() { first } else { Bos::Never };
                 self.opt.require_tokenizer()?.encode(&text, bos)
             }
             Prompt::Ids(ids) => Ok(ids),

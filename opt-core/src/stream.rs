@@ -1,10 +1,14 @@
 use crate::{
-    Generated, GeneratedSequence, ProgressFn, Result,
+    Error, ErrorKind, Generated, GeneratedSequence, ProgressFn, Result,
     driver::{Driver, Slots},
+    engine::Engine,
     generation::{Alternative, FinishReason, SequenceOutput, TokenEvent},
     tokenizer::{Detokenizer, Tokenizer},
 };
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 /// One token of a stream.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,13 +21,14 @@ pub struct StreamToken {
     /// The token.
     pub id: u32,
     /// The text that became certain with it: empty while a character is incomplete, and for a model without tokenizer.
-    /// The texts of a sequence's tokens, one after the other, are the sequence's text.
+    /// The texts of a sequence's tokens, one after the other, are the sequence's text, unless it was stopped within a
+    /// character.
     pub text: String,
     /// log softmax of the raw logits at `id`.
     pub log_prob: f32,
     /// The most probable tokens, if asked for.
     pub alternatives: Vec<Alternative>,
-    /// Set on a sequence's last token.
+    /// Set on a sequence's last token, unless [`TokenStream::stop`] made it the last after it was handed out.
     pub finish: Option<FinishReason>,
 }
 
@@ -36,12 +41,14 @@ pub struct TokenStream {
     texts: Texts,
     events: VecDeque<(usize, TokenEvent)>,
     heads: Vec<Head>,
-    failed: bool,
+    failed: Option<ErrorKind>,
 }
 
 /// What is known of a request before its first token.
 pub(crate) struct Head {
     pub(crate) prompt_ids: Vec<u32>,
+    /// How many tokens were cut off in front of it.
+    pub(crate) cut: usize,
     pub(crate) warnings: Vec<String>,
     pub(crate) seed: u64,
 }
@@ -49,7 +56,7 @@ pub(crate) struct Head {
 impl TokenStream {
     pub(crate) fn new(driver: Driver, tokenizer: Option<Tokenizer>, heads: Vec<Head>) -> Self {
         let texts = Texts { tokenizer, open: HashMap::new() };
-        Self { driver, texts, events: VecDeque::new(), heads, failed: false }
+        Self { driver, texts, events: VecDeque::new(), heads, failed: None }
     }
 
     /// The prompts as they are run; empty for embeddings.
@@ -77,14 +84,14 @@ impl TokenStream {
         loop {
             if let Some((request, event)) = self.events.pop_front() {
                 let token = self.texts.token(request, event);
-                self.failed |= token.is_err();
+                self.failed = token.as_ref().err().map(Error::kind);
                 return Some(token);
             }
-            if self.failed || self.driver.is_finished() {
+            if self.failed.is_some() || self.driver.is_finished() {
                 return None;
             }
             if let Err(error) = self.driver.step(watch.as_deref_mut()).await {
-                self.failed = true;
+                self.failed = Some(error.kind());
                 return Some(Err(error));
             }
             self.driver.take_events(&mut self.events);
@@ -94,6 +101,13 @@ impl TokenStream {
     /// Ends all sequences where they are; they finish with `reason`.
     pub fn stop(&mut self, reason: FinishReason) {
         self.driver.interrupt(reason);
+    }
+
+    /// Whether this is one request to `engine` that continues `ids`.
+    pub(crate) fn continues(&self, engine: &Arc<dyn Engine>, ids: &[u32]) -> bool {
+        let follows = |head: &Head| head.cut > 0 || head.prompt_ids.starts_with(ids);
+        let one = matches!(&self.heads[..], [head] if !head.prompt_ids.is_empty() && follows(head));
+        one && self.driver.runs_on(engine)
     }
 
     /// Runs to the end (what [`TokenStream::next_token`] has given out included) and collects everything.
@@ -114,6 +128,9 @@ impl TokenStream {
     }
 
     pub(crate) async fn finish_with_slots(mut self) -> Result<Vec<(Generated, Slots)>> {
+        if let Some(kind) = self.failed {
+            return Err(Error::new(kind, "the stream has failed before: it has no result"));
+        }
         while !self.driver.is_finished() {
             self.driver.step(None).await?;
         }
@@ -122,7 +139,7 @@ impl TokenStream {
         each.map(|((sequences, slots), head)| {
             let sequence = |output| finished(output, tokenizer.as_ref());
             let sequences = sequences.into_iter().map(sequence).collect::<Result<_>>()?;
-            let Head { prompt_ids, warnings, seed } = head;
+            let Head { prompt_ids, warnings, seed, .. } = head;
             Ok((Generated { prompt_ids, sequences, warnings, seed }, slots))
         })
         .collect()

@@ -1,0 +1,97 @@
+//! Pairs of context and continuation, and scores of many inputs.
+
+mod common;
+
+use common::{named, tiny::Tiny, tiny::random_ids};
+use opt_core::{ErrorKind, ScoreInput, tokenizer::Bos};
+
+/// Ids by the `tokenizers` library and the rule of lm-evaluation-harness (`_encode_pair`): white space at the end of
+/// the context (Python's `rstrip`) moves to the continuation, whose ids are those of the whole text behind as many as
+/// the context has.
+#[test]
+fn pairs_as_in_lm_evaluation_harness() {
+    let pairs: &[(&str, &str, &[u32], &[u32])] = &[
+        ("The river", " was wide", &[477, 2568], &[312, 2888]),
+        ("The river ", "was wide", &[477, 2568], &[312, 2888]),
+        ("The river   ", "was wide", &[477, 2568], &[574, 312, 2888]),
+        ("He said:\n", "Yes", &[734, 385, 29], &[202, 980]),
+        (
+            "Question: who?\nAnswer:",
+            " the old man",
+            &[5208, 426, 346, 29, 460, 34, 202, 3133, 86, 1337, 29],
+            &[266, 642, 441],
+        ),
+        ("un", "happy", &[450], &[3745]),
+        ("na\u{ef}ve caf", "\u{e9}", &[2465, 131, 111, 314, 2049, 73], &[4206]),
+        ("\u{1f600} ", "\u{1f600}", &[176, 257, 250, 226], &[224, 176, 257, 250, 226]),
+        ("It was the\u{a0}", "night", &[810, 312, 266], &[2551, 1385]),
+        ("one\t", "two", &[464], &[201, 4950]),
+        ("\n\nA", "\n\nB", &[202, 202, 36], &[202, 202, 37]),
+        ("end\u{1d}", "more", &[492], &[221, 2214]),
+        ("The \u{3000}", "x", &[477], &[224, 163, 226, 226, 91]),
+    ];
+    let opt = named("opt-novels");
+    for (context, continuation, first, then) in pairs {
+        for (bos, start) in [(Bos::Model, &[2u32][..]), (Bos::Never, &[])] {
+            let found = ScoreInput::pair(&opt, context, continuation, bos).unwrap();
+            let what = format!("{context:?} and {continuation:?}, {bos:?}");
+            assert_eq!(found.ids, [start, first, then].concat(), "{what}");
+            assert_eq!(found.from, start.len() + first.len(), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_blank_context_is_bos() {
+    let opt = named("opt-novels");
+    let the = [266u32];
+    let blank = [224u32, 266];
+    for bos in [Bos::Model, Bos::Never] {
+        let found = ScoreInput::pair(&opt, "", " the", bos).unwrap();
+        assert_eq!((&found.ids[..], found.from), (&[&[2], &the[..]].concat()[..], 1));
+        let found = ScoreInput::pair(&opt, " ", " the", bos).unwrap();
+        assert_eq!((&found.ids[..], found.from), (&[&[2], &blank[..]].concat()[..], 1));
+    }
+}
+
+/// A score of nothing would be the best there is.
+#[test]
+fn a_continuation_without_a_token_of_its_own() {
+    let opt = named("opt-novels");
+    // The last two merge into the context's last token.
+    for (context, continuation) in [("The river", ""), ("", ""), ("The hou", "se stood"), ("I wi", "ll")] {
+        let error = ScoreInput::pair(&opt, context, continuation, Bos::Model).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Prompt);
+        assert!(
+            error.to_string().contains("at least one token") && !error.to_string().contains('\n'),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn many_inputs_come_back_in_order() {
+    let opt = Tiny { context: 700, ..Tiny::default() }.opt();
+    // Around the size of a batch, and single inputs above it.
+    let lengths = [1, 2, 511, 512, 513, 1, 701, 3, 200, 300, 12, 13, 600, 5];
+    let inputs: Vec<ScoreInput> =
+        lengths.iter().map(|len| ScoreInput::all(random_ids(*len as u64, *len, 61))).collect();
+    let mut reports = Vec::new();
+    let mut progress = |report: opt_core::Progress<'_>| {
+        reports.push((report.done, report.total));
+        std::ops::ControlFlow::Continue(())
+    };
+    let cancel = opt_core::CancelToken::new();
+    let scored = opt.score_with(&inputs, &cancel, &mut progress).unwrap();
+    assert_eq!(scored.len(), inputs.len());
+    for (input, together) in inputs.iter().zip(&scored) {
+        assert_eq!(opt.score(std::slice::from_ref(input)).unwrap()[0], *together);
+    }
+    assert_eq!(reports.last(), Some(&(14, 14)));
+    assert!(reports.len() > 5 && reports.is_sorted(), "{reports:?}");
+
+    let mut stop = |_: opt_core::Progress<'_>| std::ops::ControlFlow::Break(());
+    assert_eq!(opt.score_with(&inputs, &cancel, &mut stop).unwrap_err().kind(), ErrorKind::Cancelled);
+    cancel.cancel();
+    assert_eq!(opt.score_with(&inputs, &cancel, &mut stop).unwrap_err().kind(), ErrorKind::Cancelled);
+}
