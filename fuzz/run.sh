@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Mutates for SECONDS, shared by the targets: fuzz/run.sh {TARGET|all} SECONDS [keep]
-# One line a target; the whole log of one that failed, and then a non-zero exit.
+# One line a target; of one that failed also the end of its log, and then a non-zero exit.
 # With `keep`, what was found and reaches code that the corpus does not joins it; otherwise the corpus stays as it is.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -27,7 +27,7 @@ if ! cargo fuzz build "${build[@]}" $([ "$1" = all ] || echo "$1") >"$log" 2>&1;
   exit 1
 fi
 
-# The first match of a pattern's group in the log, or 0.
+# The last match of a pattern's group in the log, or 0.
 number() { sed -nE "s/$1/\1/p" "$log" | tail -n 1 | grep . || echo 0; }
 
 failed=()
@@ -39,7 +39,8 @@ for target in "${targets[@]}"; do
   if ! cargo fuzz run "${build[@]}" "$target" "$found" "$corpus" -- \
     "${limits[@]}" -max_total_time="$each" -print_final_stats=1 >"$log" 2>&1; then
     failed+=("$target")
-    tail -n 100 "$log" >&2
+    # Without the fuzzer's line for every find, and without what does not fit a screen.
+    grep -vE '^#[0-9]+' "$log" | tail -n 60 | cut -c 1-300 >&2 || true
     echo "$target: FAILED; the input is in fuzz/artifacts/$target"
     continue
   fi

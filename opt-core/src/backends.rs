@@ -35,6 +35,7 @@ pub type Listing = (&'static str, Result<Info>);
 /// [`ErrorKind::Unsupported`] for one that is not compiled in (naming the feature), [`ErrorKind::Option`] for an
 /// unknown name or device, [`ErrorKind::Backend`] if it does not start.
 pub fn choose(name: &str, options: &BackendOptions) -> Result<Chosen> {
+    let _ = options; // unused in a build without backends
     match name {
         #[cfg(feature = "cpu")]
         "cpu" => {

@@ -29,7 +29,6 @@ fn replay(target: &str, run: impl Fn(&[u8]) -> bool) {
     eprintln!("{target}: {accepted} of {count} accepted");
     // A corpus of nothing but refusals never gets past the first check.
     assert!(accepted > 20 && accepted < count, "{target}: {accepted} of {count} accepted");
-    eprintln!("{target}: {accepted} of {count} accepted");
 }
 
 /// Files of tensors are also opened as whole checkpoints, which must say no or be complete.
