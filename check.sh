@@ -56,7 +56,10 @@ debian_std() {
   [ "$oldest" = "$msrv" ]
 }
 installed_std() { [ -d "$(rustc --print target-libdir --target "$arm")" ]; }
-arm_tools() { command -v qemu-aarch64 aarch64-linux-gnu-gcc >/dev/null && { installed_std || debian_std; }; }
+arm_tools() {
+  command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null &&
+    { installed_std || debian_std; }
+}
 arm_packages="qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross rustc-web rust-web-src"
 if [ -n "$ci" ] && ! arm_tools; then
   # shellcheck disable=SC2086

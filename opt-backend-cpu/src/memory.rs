@@ -59,7 +59,7 @@ impl Guards {
                 let place = if side == "past the end" {
                     format!("{first} bytes {side}")
                 } else {
-                    format!("{} bytes {side}", ZONE - changed.last().unwrap_or(first))
+                    format!("{} bytes {side}", ZONE - changed.next_back().unwrap_or(first))
                 };
                 let fault = format!("{what}: a buffer of {bytes} bytes was written to {place}");
                 faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
