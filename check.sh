@@ -9,8 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -f "$log" "$log.arm"' EXIT
 ci=${CI:-}
+msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 step() { printf '\n== %s\n' "$*"; }
 skip() { printf 'skipped: %s\n' "$*"; }
@@ -45,10 +46,47 @@ if ! cargo test --workspace --all-features --no-fail-fast >"$log" 2>&1; then
 fi
 grep -E '^(test result|skipped|running [1-9]|     Running|   Doc-tests)' "$log" || true
 
+step "64-bit ARM: the embedded backend, emulated"
+arm=aarch64-unknown-linux-gnu
+# Debian's compiler, if new enough, and the sources of its standard library; what builds the latter is unstable.
+debian_std() {
+  local oldest
+  [ -d /usr/lib/rustlib/src/rust/library ] && [ -x /usr/bin/rustc ] || return 1
+  oldest=$(printf '%s\n' "$msrv" "$(/usr/bin/rustc --version | cut -d' ' -f2)" | sort -V | head -n 1)
+  [ "$oldest" = "$msrv" ]
+}
+installed_std() { [ -d "$(rustc --print target-libdir --target "$arm")" ]; }
+arm_tools() {
+  command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null &&
+    { installed_std || debian_std; }
+}
+arm_packages="qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross rustc-web rust-web-src"
+if [ -n "$ci" ] && ! arm_tools; then
+  # shellcheck disable=SC2086
+  { apt-get update -qq && apt-get install -y -qq $arm_packages; } >"$log.arm" 2>&1 || { cat "$log.arm"; exit 1; }
+fi
+if arm_tools; then
+  arm_run=(cargo test -p opt-backend-cpu --lib --tests --no-fail-fast --target "$arm")
+  if ! installed_std; then
+    arm_run=(env RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 "${arm_run[@]}" -Zbuild-std=std,panic_unwind)
+  fi
+  if ! CARGO_TARGET_DIR=target/aarch64 CARGO_PROFILE_DEV_DEBUG=none OPT_QUICK_TESTS=1 \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+    "${arm_run[@]}" >"$log.arm" 2>&1; then
+    cat "$log.arm"
+    exit 1
+  fi
+  grep -E '^(test result|running [1-9]|     Running)' "$log.arm"
+  cat "$log.arm" >>"$log"
+else
+  skip "aarch64 (needs qemu-aarch64, aarch64-linux-gnu-gcc and Rust's std for it: rustup target add $arm;" \
+    "on Debian: apt-get install $arm_packages)"
+fi
+
 step "packaging"
 cargo package --workspace --allow-dirty --quiet
 
-msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 step "the oldest supported Rust, $msrv"
 if rustc --version | grep -q "^rustc $msrv"; then
   echo "it is the one that ran everything above"

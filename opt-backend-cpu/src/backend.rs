@@ -4,7 +4,7 @@ use crate::{
     Cache, Cpu, Norm, attention,
     cache::{Layer, Shape},
     gemm::{self, After, Product},
-    memory::{Shared, reserve},
+    memory::{Buffer, Guards, Shared, reserve},
     norm,
     pack::Packed,
     vocab,
@@ -24,7 +24,7 @@ const ELEMENTS: usize = 1 << 15;
 
 /// Activations `[rows, width]` in row order.
 pub struct Tensor {
-    data: Vec<f32>,
+    data: Buffer,
     shape: [usize; 2],
 }
 
@@ -62,16 +62,17 @@ impl Tensor {
     /// # Safety
     /// If `write` succeeds, it has written all `rows * width` elements.
     unsafe fn written(
+        guards: &Guards,
         op: &'static str,
         shape: [usize; 2],
         write: impl FnOnce(Shared<f32>) -> Result<()>,
     ) -> Result<Self> {
         let len = shape[0].checked_mul(shape[1]);
         let len = len.ok_or_else(|| crate::memory::out_of_memory(op, usize::MAX))?;
-        let mut data = reserve(op, len)?;
-        write(Shared(data.as_mut_ptr()))?;
-        // SAFETY: room for `len` was reserved and the elements are written.
-        unsafe { data.set_len(len) };
+        let mut data = Buffer::reserve(guards, op, len)?;
+        write(data.target())?;
+        // SAFETY: the caller's promise.
+        unsafe { data.written() };
         Ok(Self { data, shape })
     }
 
@@ -96,16 +97,16 @@ impl Cpu {
             check::width(op, depth, expected)?;
             let len = rows.checked_mul(outputs);
             let len = len.ok_or_else(|| crate::memory::out_of_memory(op, usize::MAX))?;
-            let mut data: Vec<f32> = reserve(op, len)?;
-            products.push(Product { weights: weight, bias, after, out: Shared(data.as_mut_ptr()) });
+            let mut data = Buffer::reserve(&self.guards, op, len)?;
+            products.push(Product { weights: weight, bias, after, out: data.target() });
             outs.push(Tensor { data, shape: [rows, outputs] });
         }
         // SAFETY: depths are checked here, bias when the linear was made, the residual by `linear`; each output has
         // room for its elements, and this function owns it.
-        unsafe { gemm::multiply(&self.pool, self.level, &x.data, x.shape, &products)? };
+        unsafe { gemm::multiply(&self.pool, &self.guards, self.level, &x.data, x.shape, &products)? };
         for out in &mut outs {
             // SAFETY: `multiply` has written every element.
-            unsafe { out.data.set_len(rows * out.shape[1]) };
+            unsafe { out.data.written() };
         }
         outs.try_into().map_err(|_| Error::shape(op, "outputs went missing"))
     }
@@ -198,6 +199,7 @@ impl Backend for Cpu {
             Some(x) => data.extend_from_slice(x),
             None => data.extend(x.iter()),
         }
+        let data = Buffer::holding(&self.guards, "upload", data)?;
         Ok(Tensor { data, shape: x.dim().into() })
     }
 
@@ -212,7 +214,7 @@ impl Backend for Cpu {
 
     fn read_owned(&self, x: Tensor) -> Readback<'_, Array2<f32>> {
         self.counters.read(size_of::<f32>() * x.data.len());
-        ready(Tensor::host(x.data, x.shape, "read"))
+        ready(Tensor::host(x.data.into_vec(), x.shape, "read"))
     }
 
     fn new_linear(
@@ -224,7 +226,8 @@ impl Backend for Cpu {
         // The bias is rounded like the weight, and kept as f32: it is small, and added in f32.
         let bias = vector(bias).map(|bias| bias.into_iter().map(|b| dtype.round(b)).collect());
         expect_len("new_linear", "bias", bias.as_ref(), weight.shape()[0])?;
-        let weight = Packed::new(&self.pool, weight, dtype, self.level.sizes().panel, "new_linear")?;
+        let weight =
+            Packed::new(&self.pool, &self.guards, weight, dtype, self.level.sizes().panel, "new_linear")?;
         Ok(Linear { weight, bias })
     }
 
@@ -261,7 +264,7 @@ impl Backend for Cpu {
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<Table> {
-        Ok(Table(Packed::new(&self.pool, rows, dtype, self.level.sizes().panel, "new_table")?))
+        Ok(Table(Packed::new(&self.pool, &self.guards, rows, dtype, self.level.sizes().panel, "new_table")?))
     }
 
     fn table_shape(&self, table: &Table) -> [usize; 2] {
@@ -328,14 +331,14 @@ impl Backend for Cpu {
             })
         };
         // SAFETY: every row is written.
-        unsafe { Tensor::written("gather", [ids.len(), width], write) }
+        unsafe { Tensor::written(&self.guards, "gather", [ids.len(), width], write) }
     }
 
     fn add_gathered(&self, mut x: Tensor, table: &Table, ids: &[u32]) -> Result<Tensor> {
         let [entries, width] = table.0.shape();
         check::ids("add_gathered", ids, entries)?;
         check::same_shape("add_gathered", [ids.len(), width], x.shape)?;
-        let target = Shared(x.data.as_mut_ptr());
+        let target = x.data.target();
         self.entries(table, ids, |row, entry| {
             // SAFETY: row `row` exists and belongs to this task alone.
             let x = unsafe { std::slice::from_raw_parts_mut(target.at(row * width), width) };
@@ -351,7 +354,7 @@ impl Backend for Cpu {
             unsafe { norm::layer_norm(&self.pool, self.level, &x.data, norm, out) }
         };
         // SAFETY: every row is written.
-        unsafe { Tensor::written("layer_norm", x.shape, write) }
+        unsafe { Tensor::written(&self.guards, "layer_norm", x.shape, write) }
     }
 
     fn linear(&self, x: &Tensor, linear: &Linear, then: Then<Tensor>) -> Result<Tensor> {
@@ -379,7 +382,7 @@ impl Backend for Cpu {
 
     fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
         check::same_shape("add", y.shape, x.shape)?;
-        let target = Shared(x.data.as_mut_ptr());
+        let target = x.data.target();
         self.for_ranges(y.data.len(), ELEMENTS, |range| {
             // SAFETY: this range exists and belongs to this task alone.
             let x = unsafe { std::slice::from_raw_parts_mut(target.at(range.start), range.len()) };
@@ -452,7 +455,7 @@ impl Backend for Cpu {
             Ok(())
         };
         // SAFETY: spans cover all rows or the rest is zeroed.
-        unsafe { Tensor::written("attend", q.shape, write) }
+        unsafe { Tensor::written(&self.guards, "attend", q.shape, write) }
     }
 
     fn take_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
@@ -463,6 +466,7 @@ impl Backend for Cpu {
         for &row in rows {
             data.extend_from_slice(&x.data[row * width..(row + 1) * width]);
         }
+        let data = Buffer::holding(&self.guards, "take_rows", data)?;
         Ok(Tensor { data, shape: [rows.len(), width] })
     }
 
@@ -485,23 +489,21 @@ impl Backend for Cpu {
                 return Err(Error::shape("log_probs", found));
             }
             let share = (LOGITS_HELD / entries.max(1)).clamp(1, targets.len().max(1));
-            let mut logits: Vec<f32> = reserve("log_probs", share * entries)?;
+            let mut logits = Buffer::reserve(&self.guards, "log_probs", share * entries)?;
             let mut scores = Vec::with_capacity(targets.len());
             for (i, targets) in targets.chunks(share).enumerate() {
                 let rows = &x.data[i * share * width..][..targets.len() * width];
-                let product = Product {
-                    weights: &head.0,
-                    bias: None,
-                    after: After::Nothing,
-                    out: Shared(logits.as_mut_ptr()),
-                };
+                let product =
+                    Product { weights: &head.0, bias: None, after: After::Nothing, out: logits.target() };
                 let shape = [targets.len(), width];
-                // SAFETY: the width is checked, and there is room for this many logits.
+                // SAFETY: the width is checked, and there is room for this many logits. The first chunk is the
+                // largest, so with it all are written.
                 unsafe {
-                    gemm::multiply(&self.pool, self.level, rows, shape, &[product])?;
-                    logits.set_len(targets.len() * entries);
+                    gemm::multiply(&self.pool, &self.guards, self.level, rows, shape, &[product])?;
+                    logits.written();
                 }
-                scores.extend(vocab::target_scores(&self.pool, self.level, &logits, entries, targets)?);
+                let logits = &logits[..targets.len() * entries];
+                scores.extend(vocab::target_scores(&self.pool, self.level, logits, entries, targets)?);
             }
             Ok(scores)
         };
@@ -539,4 +541,45 @@ fn brand() -> Option<String> {
 #[cfg(not(target_arch = "x86_64"))]
 fn brand() -> Option<String> {
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opt_backend::conformance::Suite;
+
+    /// A kernel's mistake shows as a fault of the backend, and as a failure of the suite.
+    #[test]
+    fn a_write_past_a_tensor_is_a_fault() {
+        let make = || Cpu::builder().threads(1).guarded(true).build().unwrap();
+        let guards = |cpu: &Cpu| match cpu.guard_faults() {
+            faults if faults.is_empty() => Ok(()),
+            faults => Err(faults.join("; ")),
+        };
+        let cpu = make();
+        let write = |out: Shared<f32>| {
+            // SAFETY: six elements belong to the tensor, and guard zones follow.
+            (0..=6).for_each(|i| unsafe { *out.at(i) = 1.0 });
+            Ok(())
+        };
+        // SAFETY: all six are written.
+        let y = unsafe { Tensor::written(&cpu.guards, "layer_norm", [2, 3], write) }.unwrap();
+        assert_eq!(cpu.block_on(cpu.read(&y)).unwrap(), Array2::from_elem((2, 3), 1.0));
+        assert_eq!(guards(&cpu), Ok(()));
+        drop(y);
+        let fault = "layer_norm: a buffer of 24 bytes was written to 0 bytes past the end";
+        assert_eq!(guards(&cpu), Err(fault.to_owned()));
+
+        // The first case finds what was done before it, and those after it pass.
+        let stray = move || {
+            let cpu = make();
+            // SAFETY: as above.
+            drop(unsafe { Tensor::written(&cpu.guards, "layer_norm", [2, 3], write) });
+            cpu
+        };
+        let report = Suite::new(stray).quick().only(&["add"]).guards(guards).check();
+        assert_eq!(report.failures.len(), 1, "{report}");
+        assert!(report.failures[0].message.contains(fault), "{report}");
+        assert!(report.passed > 0, "{report}");
+    }
 }

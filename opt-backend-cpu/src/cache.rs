@@ -5,7 +5,7 @@
 //! references: a fork copies the list, and an append copies the last block if another cache still refers to it.
 //! Positions past the length hold anything.
 
-use crate::memory::{Aligned, reserve};
+use crate::memory::{Aligned, Guards, reserve};
 use half::f16;
 use opt_backend::{CacheDType, CacheLayer, CacheSpec, Error, ErrorKind, Result, ndarray::Array2};
 use std::{ops::Range, sync::Arc};
@@ -199,9 +199,11 @@ impl Elements {
             vec.resize(len, T::default());
             Ok(vec)
         }
+        // Blocks are written through slices, within which bounds are checked.
+        let guards = &Guards::default();
         match shape.dtype {
-            CacheDType::F32 => Ok(Elements::F32(Aligned::zeroed(len, "cache")?)),
-            CacheDType::F16 => Ok(Elements::F16(Aligned::zeroed(len, "cache")?)),
+            CacheDType::F32 => Ok(Elements::F32(Aligned::zeroed(guards, len, "cache")?)),
+            CacheDType::F16 => Ok(Elements::F16(Aligned::zeroed(guards, len, "cache")?)),
             CacheDType::Int8 => Ok(Elements::Int8(zeros(len)?, zeros(shape.heads * BLOCK)?)),
             other => {
                 Err(Error::new(ErrorKind::Unsupported, "cache", format_args!("no {other:?} caches here")))

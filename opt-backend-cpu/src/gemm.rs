@@ -9,7 +9,7 @@
 //! bias, then activation or residual. So the result of a row is bit-equal however many rows are computed with it.
 
 use crate::{
-    memory::{Aligned, Shared},
+    memory::{Aligned, Guards, Shared},
     pack::{Packed, Panels, for_each_dtype},
     pool::Pool,
     simd::{Kernel, Simd, SimdLevel, Weight, math},
@@ -56,6 +56,7 @@ pub(crate) struct Product<'a> {
 /// and nobody else accesses the outputs.
 pub(crate) unsafe fn multiply(
     pool: &Pool,
+    guards: &Guards,
     level: SimdLevel,
     x: &[f32],
     [rows, depth]: [usize; 2],
@@ -65,7 +66,7 @@ pub(crate) unsafe fn multiply(
         return Ok(());
     }
     let sizes = level.sizes();
-    let woven = if rows > sizes.few { Some(weave(pool, level, x, [rows, depth])?) } else { None };
+    let woven = if rows > sizes.few { Some(weave(pool, guards, level, x, [rows, depth])?) } else { None };
     // Row groups of about equal size, each a whole number of tiles.
     let groups = if woven.is_some() { rows.div_ceil(ROW_GROUP) } else { 1 };
     let group_rows = rows.div_ceil(groups).next_multiple_of(if woven.is_some() { sizes.rows } else { 1 });
@@ -101,10 +102,16 @@ pub(crate) unsafe fn multiply(
 
 /// Interleaves rows by tiles: for each block of [`DEPTH`], for each tile, `[block depth, tile rows]`. Missing rows of
 /// the last tile are zeros.
-fn weave(pool: &Pool, level: SimdLevel, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Aligned<f32>> {
+fn weave(
+    pool: &Pool,
+    guards: &Guards,
+    level: SimdLevel,
+    x: &[f32],
+    [rows, depth]: [usize; 2],
+) -> Result<Aligned<f32>> {
     let tile_rows = level.sizes().rows;
     let tiles = rows.div_ceil(tile_rows);
-    let mut woven = Aligned::<f32>::zeroed(tiles * tile_rows * depth, "linear")?;
+    let mut woven = Aligned::<f32>::zeroed(guards, tiles * tile_rows * depth, "linear")?;
     let target = Shared(woven.as_mut_slice().as_mut_ptr());
     pool.run(tiles, &|t| {
         let first = t * tile_rows;

@@ -46,6 +46,7 @@ pub use cache::Cache;
 pub use norm::Norm;
 pub use simd::SimdLevel;
 
+use memory::Guards;
 use opt_backend::{Counters, Error, ErrorKind, Result};
 use pool::Pool;
 
@@ -60,6 +61,7 @@ const MAX_THREADS: usize = 1024;
 pub struct Cpu {
     pool: Pool,
     level: SimdLevel,
+    guards: Guards,
     counters: Counters,
 }
 
@@ -76,6 +78,7 @@ pub struct Cpu {
 pub struct CpuBuilder {
     threads: Option<usize>,
     simd: Option<SimdLevel>,
+    guarded: bool,
 }
 
 impl Cpu {
@@ -105,6 +108,13 @@ impl Cpu {
     pub fn simd(&self) -> SimdLevel {
         self.level
     }
+
+    /// Writes outside a buffer that were found since the last call, if this was built with
+    /// [`CpuBuilder::guarded`]. A buffer is looked at when it is dropped or read by value.
+    #[doc(hidden)]
+    pub fn guard_faults(&self) -> Vec<String> {
+        self.guards.take()
+    }
 }
 
 impl CpuBuilder {
@@ -117,6 +127,13 @@ impl CpuBuilder {
     /// The instruction set; `None` is `OPT_CPU_SIMD` or else the fastest.
     pub fn simd(mut self, level: Option<SimdLevel>) -> Self {
         self.simd = level;
+        self
+    }
+
+    /// For tests: guard zones around the buffers that kernels write to. Readbacks then copy.
+    #[doc(hidden)]
+    pub fn guarded(mut self, guarded: bool) -> Self {
+        self.guarded = guarded;
         self
     }
 
@@ -150,7 +167,8 @@ impl CpuBuilder {
                 SimdLevel::best()
             )));
         }
-        Ok(Cpu { pool: Pool::new(threads)?, level, counters: Counters::default() })
+        let guards = Guards::new(self.guarded);
+        Ok(Cpu { pool: Pool::new(threads)?, level, guards, counters: Counters::default() })
     }
 }
 

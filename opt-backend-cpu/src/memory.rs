@@ -1,24 +1,161 @@
-//! Buffers: aligned ones for what kernels stream (weights, caches, packed rows), plain vectors for activations.
+//! Buffers: aligned ones for what kernels stream (weights, caches, packed rows), vectors for activations.
 //!
-//! Activations stay `Vec<f32>`, so that a readback can hand the memory itself to the caller. Every large allocation
-//! goes through here, so that running out of memory is an error and not an abort.
+//! Activations are in vectors, so that a readback can hand the memory itself to the caller. Every large allocation
+//! goes through here, so that running out of memory is an error and not an abort. For tests, [`Guards`] surround what
+//! kernels write through pointers by zones that tell of writes outside.
 
 use opt_backend::{Error, ErrorKind, Result};
 use std::{
     alloc::{self, Layout},
     marker::PhantomData,
+    ops::Deref,
     ptr::NonNull,
     slice,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 const CACHE_LINE: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Bytes of a guard zone: more than the widest tile's row, so that a tile one column or row off hits it.
+const ZONE: usize = 512;
+/// What a zone is filled with, and as yet unwritten elements: a NaN as f32, f16 and bf16.
+const PATTERN: u8 = 0xff;
+
+/// Guard zones around the buffers of one backend: none, or [`ZONE`] bytes before and after each, looked at when the
+/// buffer is given back.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Guards(Option<Arc<Mutex<Vec<String>>>>);
+
+impl Guards {
+    pub(crate) fn new(on: bool) -> Self {
+        Self(on.then(Arc::default))
+    }
+
+    /// Bytes before and after a buffer.
+    fn zone(&self) -> usize {
+        if self.0.is_some() { ZONE } else { 0 }
+    }
+
+    /// What was found since the last call, one line a zone.
+    pub(crate) fn take(&self) -> Vec<String> {
+        let Some(faults) = &self.0 else { return Vec::new() };
+        std::mem::take(&mut faults.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Looks at the zones around the `bytes` from `start` on.
+    ///
+    /// # Safety
+    /// If there are zones, they are there and can be read.
+    unsafe fn look(&self, start: *const u8, bytes: usize, what: &str) {
+        let Some(faults) = &self.0 else { return };
+        let zones =
+            [("before the start", start.wrapping_sub(ZONE)), ("past the end", start.wrapping_add(bytes))];
+        for (side, zone) in zones {
+            // SAFETY: the caller's promise.
+            let zone = unsafe { slice::from_raw_parts(zone, ZONE) };
+            let mut changed = zone.iter().enumerate().filter(|&(_, &byte)| byte != PATTERN).map(|(i, _)| i);
+            if let Some(first) = changed.next() {
+                let place = if side == "past the end" {
+                    format!("{first} bytes {side}")
+                } else {
+                    format!("{} bytes {side}", ZONE - changed.next_back().unwrap_or(first))
+                };
+                let fault = format!("{what}: a buffer of {bytes} bytes was written to {place}");
+                faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+            }
+        }
+    }
+}
+
+/// Activations: a vector, with guard zones if there are to be any.
+pub(crate) struct Buffer {
+    /// The elements, between `zone / 4` elements of either zone; empty until they are written.
+    data: Vec<f32>,
+    len: usize,
+    what: &'static str,
+    guards: Guards,
+}
+
+impl Buffer {
+    /// Room for `len` elements, none of them written.
+    pub(crate) fn reserve(guards: &Guards, what: &'static str, len: usize) -> Result<Self> {
+        let zone = guards.zone();
+        let room = len.checked_add(zone / 2).ok_or_else(|| out_of_memory(what, usize::MAX))?;
+        let mut data: Vec<f32> = reserve(what, room)?;
+        if zone > 0 {
+            // SAFETY: there is this much room.
+            unsafe { data.as_mut_ptr().cast::<u8>().write_bytes(PATTERN, room * size_of::<f32>()) };
+        }
+        Ok(Self { data, len, what, guards: guards.clone() })
+    }
+
+    /// What is in `data`.
+    pub(crate) fn holding(guards: &Guards, what: &'static str, data: Vec<f32>) -> Result<Self> {
+        if guards.zone() == 0 {
+            return Ok(Self { len: data.len(), data, what, guards: guards.clone() });
+        }
+        let mut buffer = Self::reserve(guards, what, data.len())?;
+        // SAFETY: there is room for as many, and they are written then.
+        unsafe {
+            buffer.target().at(0).copy_from_nonoverlapping(data.as_ptr(), data.len());
+            buffer.written();
+        }
+        Ok(buffer)
+    }
+
+    /// Elements before the first of ours.
+    fn zone(&self) -> usize {
+        self.guards.zone() / size_of::<f32>()
+    }
+
+    /// Where the elements are or will be.
+    pub(crate) fn target(&mut self) -> Shared<f32> {
+        Shared(self.data.as_mut_ptr().wrapping_add(self.zone()))
+    }
+
+    /// Says that the elements are written.
+    ///
+    /// # Safety
+    /// They are.
+    pub(crate) unsafe fn written(&mut self) {
+        let room = self.len + 2 * self.zone();
+        // SAFETY: room was reserved for all, the zones are written, and so are the elements, the caller promises.
+        unsafe { self.data.set_len(room) };
+    }
+
+    /// The elements, by the memory itself.
+    pub(crate) fn into_vec(mut self) -> Vec<f32> {
+        if self.zone() > 0 { self.to_vec() } else { std::mem::take(&mut self.data) }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        let zone = self.zone();
+        self.data.get(zone..self.data.len() - zone.min(self.data.len())).unwrap_or_default()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.zone() > 0 {
+            let start = self.target().0;
+            // SAFETY: the zones were written when the room was reserved.
+            unsafe { self.guards.look(start.cast(), self.len * size_of::<f32>(), self.what) };
+        }
+    }
+}
 
 /// A fixed-size array of plain numbers that starts at a cache line, or at a huge page if it is larger than one.
 pub(crate) struct Aligned<T: Copy> {
     start: NonNull<T>,
     len: usize,
     layout: Layout,
+    what: &'static str,
+    guards: Guards,
     owns: PhantomData<T>,
 }
 
@@ -29,22 +166,31 @@ unsafe impl<T: Copy + Sync> Sync for Aligned<T> {}
 
 impl<T: Copy> Aligned<T> {
     /// `len` elements of zero bits. `T` must be a number type for which those are a value.
-    pub(crate) fn zeroed(len: usize, what: &'static str) -> Result<Self>
+    pub(crate) fn zeroed(guards: &Guards, len: usize, what: &'static str) -> Result<Self>
     where
         T: crate::simd::Weight,
     {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(what, len))?;
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { CACHE_LINE };
-        let layout = Layout::from_size_align(bytes.max(1), align).map_err(|_| out_of_memory(what, bytes))?;
+        let zone = guards.zone();
+        let room = bytes.max(1).checked_add(2 * zone).ok_or_else(|| out_of_memory(what, bytes))?;
+        let layout = Layout::from_size_align(room, align).map_err(|_| out_of_memory(what, bytes))?;
         // SAFETY: the layout is not empty.
         let start =
             NonNull::new(unsafe { alloc::alloc(layout) }).ok_or_else(|| out_of_memory(what, bytes))?;
         if bytes >= HUGE_PAGE {
             advise_huge_pages(start.as_ptr(), bytes);
         }
-        // SAFETY: `bytes` were just allocated at `start`.
-        unsafe { start.as_ptr().write_bytes(0, bytes) };
-        Ok(Self { start: start.cast(), len, layout, owns: PhantomData })
+        // SAFETY: `room` bytes were just allocated at `start`: a zone, `bytes`, and a zone.
+        let start = unsafe {
+            if zone > 0 {
+                start.as_ptr().write_bytes(PATTERN, room);
+            }
+            let start = start.add(zone);
+            start.as_ptr().write_bytes(0, bytes);
+            start
+        };
+        Ok(Self { start: start.cast(), len, layout, what, guards: guards.clone(), owns: PhantomData })
     }
 
     pub(crate) fn as_slice(&self) -> &[T] {
@@ -60,8 +206,12 @@ impl<T: Copy> Aligned<T> {
 
 impl<T: Copy> Drop for Aligned<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { alloc::dealloc(self.start.as_ptr().cast(), self.layout) }
+        let start = self.start.as_ptr().cast::<u8>();
+        // SAFETY: allocated with this layout, and so much before the first element.
+        unsafe {
+            self.guards.look(start, self.len * size_of::<T>(), self.what);
+            alloc::dealloc(start.sub(self.guards.zone()), self.layout);
+        }
     }
 }
 
@@ -123,5 +273,80 @@ impl<T> Shared<T> {
     pub(crate) unsafe fn at(self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn only_fault(guards: &Guards) -> String {
+        let [fault] = <[String; 1]>::try_from(guards.take()).unwrap();
+        fault
+    }
+
+    /// Writes the elements from `from` to `to`, counted from the first.
+    fn scribble<T: Copy>(target: Shared<T>, from: isize, to: isize, value: T) {
+        for i in from..to {
+            // SAFETY: these tests stay within the zones.
+            unsafe { *target.0.offset(i) = value };
+        }
+    }
+
+    #[test]
+    fn writes_around_a_buffer_are_noticed() {
+        let guards = Guards::new(true);
+        for (from, to, expected) in [
+            (0, 10, None),
+            (0, 11, Some("linear: a buffer of 40 bytes was written to 0 bytes past the end")),
+            (50, 51, Some("linear: a buffer of 40 bytes was written to 160 bytes past the end")),
+            (137, 138, Some("linear: a buffer of 40 bytes was written to 508 bytes past the end")),
+            (-1, 10, Some("linear: a buffer of 40 bytes was written to 1 bytes before the start")),
+            (-128, -127, Some("linear: a buffer of 40 bytes was written to 509 bytes before the start")),
+        ] {
+            let mut buffer = Buffer::reserve(&guards, "linear", 10).unwrap();
+            scribble(buffer.target(), from, to, 1.5);
+            assert_eq!(guards.take(), [""; 0], "nothing is given back yet");
+            drop(buffer);
+            assert_eq!(guards.take(), Vec::from_iter(expected), "{from}..{to}");
+            assert_eq!(guards.take(), [""; 0], "a fault is told once");
+        }
+    }
+
+    #[test]
+    fn writes_around_an_aligned_array_are_noticed() {
+        let guards = Guards::new(true);
+        for (from, to) in [(0, 9), (-1, 8), (12, 13), (-128, -127)] {
+            let mut array = Aligned::<f32>::zeroed(&guards, 8, "weave").unwrap();
+            assert_eq!(array.as_slice(), [0.0; 8]);
+            assert!(array.as_slice().as_ptr().addr().is_multiple_of(CACHE_LINE));
+            scribble(Shared(array.as_mut_slice().as_mut_ptr()), from, to, 2.5);
+            drop(array);
+            assert!(only_fault(&guards).starts_with("weave: a buffer of 32 bytes"), "{from}..{to}");
+        }
+        drop(Aligned::<f32>::zeroed(&guards, 8, "weave").unwrap());
+        assert_eq!(guards.take(), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_written_is_read_with_and_without_zones() {
+        for guards in [Guards::default(), Guards::new(true)] {
+            let mut buffer = Buffer::reserve(&guards, "linear", 3).unwrap();
+            assert!(buffer.is_empty());
+            scribble(buffer.target(), 0, 3, 4.0);
+            // SAFETY: all three are.
+            unsafe { buffer.written() };
+            assert_eq!(*buffer, [4.0; 3]);
+            assert_eq!(buffer.into_vec(), [4.0; 3]);
+            // A readback looks at the zones, too.
+            let mut buffer = Buffer::reserve(&guards, "linear", 3).unwrap();
+            if guards.zone() > 0 {
+                scribble(buffer.target(), 0, 4, 4.0);
+                // SAFETY: all three are, and one more.
+                unsafe { buffer.written() };
+                assert_eq!(buffer.into_vec(), [4.0; 3]);
+                only_fault(&guards);
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@
 //! the last are zeros.
 
 use crate::{
-    memory::{Aligned, Shared},
+    memory::{Aligned, Guards, Shared},
     pool::Pool,
     simd::Weight,
 };
@@ -22,12 +22,18 @@ pub(crate) struct Panels<W: Weight> {
 }
 
 impl<W: Weight> Panels<W> {
-    fn new(pool: &Pool, weight: HostMatrix<'_>, width: usize, what: &'static str) -> Result<Self> {
+    fn new(
+        pool: &Pool,
+        guards: &Guards,
+        weight: HostMatrix<'_>,
+        width: usize,
+        what: &'static str,
+    ) -> Result<Self> {
         let [outputs, depth] = weight.shape();
         let panels = outputs.div_ceil(width);
         let size = panels.checked_mul(width).and_then(|n| n.checked_mul(depth));
         let size = size.ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
-        let mut data = Aligned::<W>::zeroed(size, what)?;
+        let mut data = Aligned::<W>::zeroed(guards, size, what)?;
         let target = Shared(data.as_mut_slice().as_mut_ptr());
         pool.run(if depth == 0 { 0 } else { panels }, &|panel| {
             let rows = panel * width..outputs.min((panel + 1) * width);
@@ -85,15 +91,16 @@ impl Packed {
     /// Packs `weight` as `dtype` into panels of `width` columns.
     pub(crate) fn new(
         pool: &Pool,
+        guards: &Guards,
         weight: HostMatrix<'_>,
         dtype: DType,
         width: usize,
         what: &'static str,
     ) -> Result<Self> {
         Ok(match dtype {
-            DType::F32 => Packed::F32(Panels::new(pool, weight, width, what)?),
-            DType::F16 => Packed::F16(Panels::new(pool, weight, width, what)?),
-            DType::BF16 => Packed::BF16(Panels::new(pool, weight, width, what)?),
+            DType::F32 => Packed::F32(Panels::new(pool, guards, weight, width, what)?),
+            DType::F16 => Packed::F16(Panels::new(pool, guards, weight, width, what)?),
+            DType::BF16 => Packed::BF16(Panels::new(pool, guards, weight, width, what)?),
             other => {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
