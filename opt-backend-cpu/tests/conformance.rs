@@ -3,15 +3,25 @@
 use opt_backend::conformance::Suite;
 use opt_backend_cpu::{Cpu, SimdLevel};
 
-/// The suite; in quick form if `OPT_QUICK_TESTS` is set, for emulated machines.
+/// Whether `OPT_QUICK_TESTS` is set, as for emulated machines, which take a minute for what others do in a second.
+fn quick() -> bool {
+    std::env::var_os("OPT_QUICK_TESTS").is_some()
+}
+
 fn suite(make: impl Fn() -> Cpu + 'static) -> Suite<Cpu> {
     let suite = Suite::new(make);
-    if std::env::var_os("OPT_QUICK_TESTS").is_some() { suite.quick() } else { suite }
+    if quick() { suite.quick() } else { suite }
+}
+
+/// What to test: everything this machine has; the best alone if it is to be quick.
+fn levels() -> Vec<SimdLevel> {
+    let levels = SimdLevel::ALL.into_iter().filter(|level| level.is_available());
+    levels.filter(|&level| !quick() || level == SimdLevel::best()).collect()
 }
 
 #[test]
 fn conformance() {
-    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+    for level in levels() {
         let make = move || Cpu::builder().threads(2).simd(Some(level)).build().expect("the level is there");
         println!("{level}: {}", suite(make).run());
     }
@@ -20,7 +30,7 @@ fn conformance() {
 /// The same with guard zones around every buffer that kernels write to.
 #[test]
 fn nothing_is_written_outside_buffers() {
-    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+    for level in levels() {
         let cpu = Cpu::builder().threads(2).simd(Some(level)).guarded(true);
         let make = move || cpu.clone().build().expect("the level is there");
         let guards = |cpu: &Cpu| match cpu.guard_faults() {
