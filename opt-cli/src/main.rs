@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 /// Run OPT language models: continue texts, score them, convert and measure models.
 #[derive(Debug, Parser)]
-#[command(name = "opt", version, after_help = HELP, arg_required_else_help = true)]
+#[command(name = "opt", version, after_help = HELP, arg_required_else_help = true, allow_negative_numbers = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -37,7 +37,7 @@ pub(crate) struct Settings {
     /// Draw tokens at random instead of taking the most probable.
     #[arg(long, help_heading = "Sampling")]
     do_sample: bool,
-    /// Divide the logits by this: below 1 is bolder, above 1 more varied.
+    /// Divide the logits by this: below 1 keeps closer to the most probable, above 1 is more varied.
     #[arg(long, value_name = "T", value_parser = temperature, allow_hyphen_values = true, help_heading = "Sampling")]
     temperature: Option<f32>,
     /// Draw among the K most probable tokens; 0 is no limit. [default: 50]

@@ -1,6 +1,6 @@
 //! `config.json`: the shape of an OPT model.
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, generation::TokenIds};
 use opt_backend::{Activation, DType};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +36,6 @@ pub struct OptConfig {
     /// Longest context; the position table has [`POSITION_OFFSET`] rows more.
     pub max_position_embeddings: usize,
     /// Width of the token embeddings; `hidden_size` unless given. Where it differs, the model has `project_in/out`.
-    #[serde(deserialize_with = "null_as_zero")]
     pub word_embed_proj_dim: usize,
     /// LayerNorm before each block (true) or after its residual (false, 350m).
     pub do_layer_norm_before: bool,
@@ -63,8 +62,8 @@ pub struct OptConfig {
     pub pad_token_id: Option<u32>,
     /// Token put before a text.
     pub bos_token_id: Option<u32>,
-    /// Token that ends a text.
-    pub eos_token_id: Option<u32>,
+    /// Token or tokens that end a text.
+    pub eos_token_id: Option<TokenIds>,
     /// Always `opt`.
     pub model_type: String,
     /// Number format of the weights in the file, if the config says it.
@@ -72,8 +71,19 @@ pub struct OptConfig {
     pub dtype: Option<String>,
 }
 
-fn null_as_zero<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
-    Ok(Option::<usize>::deserialize(deserializer)?.unwrap_or(0))
+/// The keys of special ids.
+const SPECIAL_IDS: [&str; 3] = ["pad_token_id", "bos_token_id", "eos_token_id"];
+
+/// Ids that are no token's become null (or leave their list): nothing can be equal to them.
+fn drop_impossible(id: &mut serde_json::Value, vocabulary: u64) {
+    let impossible = |id: &serde_json::Value| {
+        id.as_i64().is_some_and(|id| u64::try_from(id).map_or(true, |id| id >= vocabulary))
+    };
+    match id {
+        serde_json::Value::Array(ids) => ids.retain(|id| !impossible(id)),
+        id if impossible(id) => *id = serde_json::Value::Null,
+        _ => {}
+    }
 }
 
 impl Default for OptConfig {
@@ -98,7 +108,7 @@ impl Default for OptConfig {
             init_std: 0.02,
             pad_token_id: Some(1),
             bos_token_id: Some(2),
-            eos_token_id: Some(2),
+            eos_token_id: Some(TokenIds::One(2)),
             model_type: "opt".to_owned(),
             dtype: None,
         }
@@ -106,12 +116,14 @@ impl Default for OptConfig {
 }
 
 impl OptConfig {
-    /// Reads a config.json; keys that OPT does not use are ignored.
+    /// Reads a config.json; keys that OPT does not use are ignored, `null` leaves a key's default standing (and a
+    /// special id without a token), and so does a special id that no token has, such as -1.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for text that is not JSON, another `model_type`, and values no model can have.
     pub fn from_json(text: &str) -> Result<Self> {
         let fail = |e: serde_json::Error| Error::because(ErrorKind::Config, "config.json is not usable", e);
+        let text = text.trim_start_matches('\u{feff}');
         // Through a value, so that a file with both names of the dtype is not a duplicate field to serde.
         let mut value: serde_json::Value = serde_json::from_str(text).map_err(fail)?;
         let Some(map) = value.as_object_mut() else {
@@ -119,6 +131,23 @@ impl OptConfig {
         };
         if map.contains_key("dtype") {
             map.remove("torch_dtype");
+        }
+        if map.get("dtype").and_then(serde_json::Value::as_str) == Some("auto") {
+            map.remove("dtype");
+        }
+        map.retain(|key, value| !value.is_null() || SPECIAL_IDS.contains(&&key[..]));
+        let vocabulary = map.get("vocab_size").and_then(serde_json::Value::as_u64);
+        let vocabulary = vocabulary.unwrap_or(Self::default().vocab_size as u64);
+        for key in SPECIAL_IDS {
+            if let Some(id) = map.get_mut(key) {
+                drop_impossible(id, vocabulary);
+            }
+        }
+        // serde does not name the key whose value it cannot use; one at a time, it is known.
+        for (key, value) in map.iter() {
+            let alone = serde_json::Map::from_iter([(key.clone(), value.clone())]);
+            serde_json::from_value::<Self>(alone.into())
+                .map_err(|e| fail(e).at(format_args!("config.json: {key}")))?;
         }
         let mut config: Self = serde_json::from_value(value).map_err(fail)?;
         if config.word_embed_proj_dim == 0 {
@@ -229,19 +258,6 @@ impl OptConfig {
                 "hidden_size: expected a multiple of num_attention_heads {}, found {}",
                 self.num_attention_heads, self.hidden_size
             ));
-        }
-        let ids = [
-            ("pad_token_id", self.pad_token_id),
-            ("bos_token_id", self.bos_token_id),
-            ("eos_token_id", self.eos_token_id),
-        ];
-        for (name, id) in ids {
-            if let Some(id) = id.filter(|id| *id as usize >= self.vocab_size) {
-                return fail(format!(
-                    "{name}: expected an id below vocab_size {}, found {id}",
-                    self.vocab_size
-                ));
-            }
         }
         if let Some(dtype) = &self.dtype {
             dtype.parse::<DType>().map_err(|e| Error::new(ErrorKind::Config, e).at("config.json: dtype"))?;

@@ -1,4 +1,5 @@
-//! OPT language models (arXiv 2205.01068) for Rust programs: one checkpoint, several backends, the same answer.
+//! OPT language models (arXiv 2205.01068) for Rust programs: checkpoints as Hugging Face ships them, and every way of
+//! generating that transformers has.
 //!
 //! ```
 //! use opt_core::{Opt, generation::GenerationConfig};

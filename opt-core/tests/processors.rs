@@ -143,6 +143,7 @@ fn the_order_is_that_of_transformers_and_custom_processors_have_their_place() {
         .bad_words_ids(vec![vec![3], vec![2]])
         .min_new_tokens(1)
         .forced_bos_token_id(5)
+        .eos_token_id([2])
         .forced_eos_token_id([2])
         .remove_invalid_values(true)
         .exponential_decay_length_penalty((1, 1.5))

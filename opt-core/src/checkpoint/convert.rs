@@ -4,7 +4,7 @@ use super::{
     write::{self, Job, Planned},
     zip::cannot_write,
 };
-use crate::{CancelToken, Error, ErrorKind, Progress, ProgressFn, Result};
+use crate::{CancelToken, Error, ErrorKind, Progress, ProgressFn, Result, config::OptConfig};
 use opt_backend::DType;
 use serde_json::{Value, json};
 use std::{
@@ -288,6 +288,21 @@ impl<'a> Target<'a> {
         Ok(files.into_iter().map(|name| self.output.join(name)).collect())
     }
 
+    /// A weights file is read by the config.json beside it, so one of another model may not stand there.
+    fn check_neighbour(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let path = self.parent.join("config.json");
+        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+        let same = OptConfig::from_json(&text).is_ok_and(|mut found| {
+            found.dtype = checkpoint.config().dtype.clone();
+            found == *checkpoint.config()
+        });
+        if same {
+            return Ok(());
+        }
+        let message = "is another model's: expected none or the input's; convert into a directory of its own";
+        Err(Error::new(ErrorKind::Option, format!("{}: {message}", path.display())))
+    }
+
     fn write_file(
         &self,
         shards: Vec<Vec<Planned<'_>>>,
@@ -296,6 +311,7 @@ impl<'a> Target<'a> {
         warnings: &mut Vec<Warning>,
     ) -> Result<Vec<PathBuf>> {
         let all: Vec<Planned<'_>> = shards.into_iter().flatten().collect();
+        self.check_neighbour(job.checkpoint)?;
         let mut temporary = temporary(0o666).tempfile_in(self.parent).map_err(cannot_write)?;
         self.write_weights(&all, temporary.as_file_mut(), job)?;
         let mut staged = Vec::new();

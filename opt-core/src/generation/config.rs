@@ -17,7 +17,8 @@ pub enum EarlyStopping {
 }
 
 /// One token id or several.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(untagged)]
 #[non_exhaustive]
 pub enum TokenIds {
     /// One id.
@@ -243,7 +244,7 @@ impl GenerationConfig {
         Self {
             pad_token_id: model.pad_token_id,
             bos_token_id: model.bos_token_id,
-            eos_token_id: model.eos_token_id.map(TokenIds::One),
+            eos_token_id: model.eos_token_id.clone(),
             ..Self::default()
         }
     }
