@@ -147,7 +147,7 @@ impl OptConfig {
         for (key, value) in map.iter() {
             let alone = serde_json::Map::from_iter([(key.clone(), value.clone())]);
             serde_json::from_value::<Self>(alone.into())
-                .map_err(|e| fail(e).at(format_args!("config.json: {key}")))?;
+                .map_err(|e| Error::because(ErrorKind::Config, format_args!("config.json: {key}"), e))?;
         }
         let mut config: Self = serde_json::from_value(value).map_err(fail)?;
         if config.word_embed_proj_dim == 0 {
@@ -263,5 +263,39 @@ impl OptConfig {
             dtype.parse::<DType>().map_err(|e| Error::new(ErrorKind::Config, e).at("config.json: dtype"))?;
         }
         self.activation().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<OptConfig> {
+        OptConfig::from_json(json)
+    }
+
+    #[test]
+    fn forms_that_transformers_accepts() {
+        let config =
+            read(r#"{"eos_token_id": [2, 5, 60000], "pad_token_id": -1, "bos_token_id": null}"#).unwrap();
+        assert_eq!(config.eos_token_id, Some(TokenIds::Many(vec![2, 5])));
+        assert_eq!((config.pad_token_id, config.bos_token_id), (None, None));
+        let config = read(r#"{"dropout": null, "tie_word_embeddings": null, "dtype": "auto"}"#).unwrap();
+        assert!(config.tie_word_embeddings && config.dtype.is_none());
+        assert_eq!(read("\u{feff}{}").unwrap().eos_token_id, Some(TokenIds::One(2)));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        for (json, key) in [
+            (r#"{"enable_bias": 3}"#, "enable_bias"),
+            (r#"{"eos_token_id": "x"}"#, "eos_token_id"),
+            (r#"{"hidden_size": 0}"#, "hidden_size"),
+            (r#"{"dtype": "int3"}"#, "dtype"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.to_string().starts_with(&format!("config.json: {key}: ")), "{error}");
+        }
     }
 }

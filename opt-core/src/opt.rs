@@ -218,8 +218,8 @@ impl Opt {
     /// [`ErrorKind::Tokenizer`] if the model came without one.
     pub fn require_tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
-            let message = "expected a model with tokenizer files (tokenizer.json, or vocab.json and merges.txt) for a \
-                           text prompt; found none, so give token ids";
+            let message = "texts and stop strings need a tokenizer (tokenizer.json, or vocab.json and merges.txt), and \
+                           the model came without one; prompts can be given as token ids";
             Error::new(ErrorKind::Tokenizer, message)
         })
     }

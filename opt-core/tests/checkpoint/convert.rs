@@ -197,3 +197,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn no_weights_beside_another_model_s_config() {
+    let place = tempfile::tempdir().unwrap();
+    let config = fs::read_to_string(fixture("pickle").join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["do_layer_norm_before"] =
+        serde_json::json!(!config["do_layer_norm_before"].as_bool().unwrap_or(true));
+    fs::write(place.path().join("config.json"), config.to_string()).unwrap();
+    let error = convert(fixture("pickle"), place.path().join("model.safetensors"), ConvertOptions::default());
+    let error = error.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Option);
+    assert!(error.to_string().contains("config.json: is another model's"), "{error}");
+    no_leftovers(place.path(), &["config.json"]);
+}
