@@ -14,6 +14,9 @@ pub struct Info {
     pub simd: Option<String>,
     /// Formats in which weights can be held.
     pub dtypes: Vec<DType>,
+    /// Bytes of memory that are free for a model when asked, where the device says so. Models that need more are
+    /// refused before anything is loaded.
+    pub memory: Option<u64>,
     /// Largest number of bytes one tensor can be bound with; `None` is without limit.
     pub max_binding: Option<u64>,
     /// Whether the result of a row is bit-equal whatever batch, chunk and thread count it is computed in.
@@ -27,4 +30,12 @@ impl Info {
     pub fn new(name: impl Into<String>, device: impl Into<String>) -> Self {
         Self { name: name.into(), device: device.into(), ..Self::default() }
     }
+}
+
+/// Bytes of main memory that are free for use, where the system says so (Linux).
+pub fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
 }

@@ -41,7 +41,7 @@ pub use backend::{
 pub use counters::{Counters, Counts, Op};
 pub use dtype::{DType, HostMatrix, HostVector};
 pub use error::{Error, ErrorKind, Result};
-pub use info::Info;
+pub use info::{Info, host_memory};
 pub use readback::{MaybeSend, MaybeSync, Readback, block_on, ready};
 pub use reference::{Reference, ReferenceCache};
 

@@ -7,8 +7,14 @@ use crate::{
 use opt_backend::{DType, Info};
 use std::sync::Arc;
 
+#[cfg(feature = "candle")]
+pub use opt_backend_candle::Candle;
 #[cfg(feature = "cpu")]
 pub use opt_backend_cpu::Cpu;
+#[cfg(feature = "tch")]
+pub use opt_backend_tch::Tch;
+#[cfg(feature = "wgpu")]
+pub use opt_backend_wgpu::Wgpu;
 
 /// The names that [`choose`] knows, the default first.
 pub const NAMES: [&str; 4] = ["cpu", "tch", "candle", "wgpu"];
@@ -35,20 +41,13 @@ pub type Listing = (&'static str, Result<Info>);
 /// [`ErrorKind::Unsupported`] for one that is not compiled in (naming the feature), [`ErrorKind::Option`] for an
 /// unknown name or device, [`ErrorKind::Backend`] if it does not start.
 pub fn choose(name: &str, options: &BackendOptions) -> Result<Chosen> {
-    let _ = options; // unused in a build without backends
-    match name {
-        #[cfg(feature = "cpu")]
-        "cpu" => {
-            let cpu = cpu(options)?;
-            Ok(Chosen(Box::new(move |checkpoint, dtype, cancel, progress| {
-                engine_on(cpu, checkpoint, dtype, cancel, progress)
-            })))
-        }
-        _ if NAMES.contains(&name) => {
+    match BACKENDS.iter().find(|backend| backend.name == name) {
+        Some(backend) => (backend.choose)(options),
+        None if NAMES.contains(&name) => {
             let message = format!("backend {name} is not part of this build; enable the feature `{name}`");
             Err(Error::new(ErrorKind::Unsupported, message))
         }
-        _ => {
+        None => {
             let message = format!("unknown backend {name:?}; expected one of {}", NAMES.join(", "));
             Err(Error::new(ErrorKind::Option, message))
         }
@@ -57,12 +56,53 @@ pub fn choose(name: &str, options: &BackendOptions) -> Result<Chosen> {
 
 /// The backends compiled in, each with what it found.
 pub fn list(options: &BackendOptions) -> Vec<Listing> {
-    let _ = options;
-    vec![
-        #[cfg(feature = "cpu")]
-        ("cpu", cpu(options).map(|cpu| opt_backend::Backend::info(&cpu))),
-    ]
+    BACKENDS.iter().map(|backend| (backend.name, (backend.info)(options))).collect()
 }
+
+/// A backend of this build, by what it can be asked before it is started.
+struct Entry {
+    name: &'static str,
+    choose: fn(&BackendOptions) -> Result<Chosen>,
+    info: fn(&BackendOptions) -> Result<Info>,
+}
+
+impl Entry {
+    #[allow(unused)] // in a build without backends
+    const fn new(
+        name: &'static str,
+        choose: fn(&BackendOptions) -> Result<Chosen>,
+        info: fn(&BackendOptions) -> Result<Info>,
+    ) -> Self {
+        Self { name, choose, info }
+    }
+}
+
+/// The entry of a backend that `$start` starts.
+macro_rules! entry {
+    ($name:literal, $start:path) => {
+        Entry::new(
+            $name,
+            |options| {
+                let backend = $start(options)?;
+                Ok(Chosen(Box::new(move |checkpoint, dtype, cancel, progress| {
+                    engine_on(backend, checkpoint, dtype, cancel, progress)
+                })))
+            },
+            |options| $start(options).map(|backend| opt_backend::Backend::info(&backend)),
+        )
+    };
+}
+
+const BACKENDS: &[Entry] = &[
+    #[cfg(feature = "cpu")]
+    entry!("cpu", cpu),
+    #[cfg(feature = "tch")]
+    entry!("tch", tch),
+    #[cfg(feature = "candle")]
+    entry!("candle", candle),
+    #[cfg(feature = "wgpu")]
+    entry!("wgpu", wgpu),
+];
 
 #[cfg(feature = "cpu")]
 fn cpu(options: &BackendOptions) -> Result<Cpu> {
@@ -70,14 +110,47 @@ fn cpu(options: &BackendOptions) -> Result<Cpu> {
         let message = format!("backend cpu: expected no device or \"cpu\", found {device:?}");
         return Err(Error::new(ErrorKind::Option, message));
     }
-    if options.threads == Some(0) {
-        return Err(Error::new(ErrorKind::Option, "threads: expected at least 1, found 0"));
-    }
     let mut builder = Cpu::builder();
-    if let Some(threads) = options.threads {
+    if let Some(threads) = threads(options)? {
         builder = builder.threads(threads);
     }
     Ok(builder.build()?)
+}
+
+#[cfg(feature = "tch")]
+fn tch(options: &BackendOptions) -> Result<Tch> {
+    let mut builder = opt_backend_tch::Builder::default();
+    if let Some(device) = &options.device {
+        builder = builder.device(device);
+    }
+    Ok(builder.build()?)
+}
+
+#[cfg(feature = "candle")]
+fn candle(options: &BackendOptions) -> Result<Candle> {
+    let mut builder = opt_backend_candle::Builder::default();
+    if let Some(device) = &options.device {
+        builder = builder.device(device);
+    }
+    Ok(builder.build()?)
+}
+
+#[cfg(feature = "wgpu")]
+fn wgpu(options: &BackendOptions) -> Result<Wgpu> {
+    let mut builder = opt_backend_wgpu::Builder::default();
+    if let Some(device) = &options.device {
+        builder = builder.device(device);
+    }
+    Ok(builder.build()?)
+}
+
+/// The number of threads asked for.
+#[allow(unused)] // in a build without backends that have threads
+fn threads(options: &BackendOptions) -> Result<Option<usize>> {
+    match options.threads {
+        Some(0) => Err(Error::new(ErrorKind::Option, "threads: expected at least 1, found 0")),
+        threads => Ok(threads),
+    }
 }
 
 pub(crate) fn engine_on<B: opt_backend::Backend>(

@@ -9,6 +9,7 @@ use ndarray::{ArrayView, Dimension};
 /// | computed in | max \|difference\| / max(1, max \|value\|) | NMSE |
 /// |---|---|---|
 /// | f32 | 2e-5 | 1e-10 |
+/// | f32 on a GPU, [`Tolerance::GPU_F32`] | 6e-5 | 1e-9 |
 /// | f16 | 5e-3 | 1e-5 |
 /// | bf16 | 4e-2 | 5e-4 |
 ///
@@ -25,6 +26,9 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
+    /// For f32 in shading languages, which let `exp`, division and the like be off by some units in the last place.
+    pub const GPU_F32: Self = Self { max: 6e-5, nmse: 1e-9 };
+
     /// The tolerance for results computed and held in `dtype`.
     pub const fn of(dtype: DType) -> Self {
         match dtype {

@@ -83,6 +83,8 @@ type Guards<B> = Box<dyn Fn(&B) -> Result<(), String>>;
 pub struct Suite<B: Backend> {
     make: Box<dyn Fn() -> B>,
     activations: DType,
+    tolerance: Option<Tolerance>,
+    dtypes: Option<Vec<DType>>,
     heavy: bool,
     only: Vec<String>,
     no_defaults: Vec<Op>,
@@ -96,6 +98,8 @@ impl<B: Backend> Suite<B> {
         Self {
             make: Box::new(make),
             activations: DType::F32,
+            tolerance: None,
+            dtypes: None,
             heavy: true,
             only: Vec::new(),
             no_defaults: Vec::new(),
@@ -108,6 +112,19 @@ impl<B: Backend> Suite<B> {
     /// are made of numbers that this format can hold.
     pub fn activations(mut self, dtype: DType) -> Self {
         self.activations = dtype;
+        self
+    }
+
+    /// Sets how close results must be; what [`Tolerance::of`] says of the activations unless said otherwise.
+    pub fn tolerance(mut self, tolerance: Tolerance) -> Self {
+        self.tolerance = Some(tolerance);
+        self
+    }
+
+    /// Tries only these formats of weights, not all that [`crate::Info::dtypes`] lists. For backends that compute in
+    /// the format of their weights: one run for each, with the [`Suite::activations`] that belong to it.
+    pub fn dtypes(mut self, dtypes: &[DType]) -> Self {
+        self.dtypes = Some(dtypes.to_vec());
         self
     }
 
@@ -160,8 +177,15 @@ impl<B: Backend> Suite<B> {
         let backend = (self.make)();
         let info = backend.info();
         let mut run = Run {
-            kit: Kit { activations: self.activations, tolerance: Tolerance::of(self.activations) },
-            dtypes: if info.dtypes.is_empty() { vec![DType::F32] } else { info.dtypes.clone() },
+            kit: Kit {
+                activations: self.activations,
+                tolerance: self.tolerance.unwrap_or(Tolerance::of(self.activations)),
+            },
+            dtypes: match &self.dtypes {
+                Some(dtypes) => dtypes.clone(),
+                None if info.dtypes.is_empty() => vec![DType::F32],
+                None => info.dtypes.clone(),
+            },
             max_binding: info.max_binding,
             deterministic: info.deterministic,
             report: Report { backend: format!("{} on {}", info.name, info.device), ..Report::default() },

@@ -30,6 +30,7 @@ impl<B: Backend> LocalEngine<B> {
         mut progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Self> {
         let config = checkpoint.config().clone();
+        check_fits(&backend.info(), &config, dtype)?;
         let mut done = 0;
         let total = config.tensor_shapes().iter().filter(|(_, shape)| shape.len() == 2).count() as u64;
         let mut taken = |name: &str| {
@@ -227,6 +228,33 @@ impl<B: Backend> LocalEngine<B> {
             plan.scored.push(first + kept - rows..first + kept);
         }
         Ok(plan)
+    }
+}
+
+/// Refuses, before anything is loaded, what a device cannot hold: the format of the weights, or their size.
+fn check_fits(info: &Info, config: &OptConfig, dtype: DType) -> Result<()> {
+    let who = format_args!("backend {} on {}", info.name, info.device).to_string();
+    if !info.dtypes.contains(&dtype) {
+        let can: Vec<String> = info.dtypes.iter().map(ToString::to_string).collect();
+        let message = format!("{who}: expected weights held as one of {}, found {dtype}", can.join(", "));
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let bytes = |shape: &[usize]| {
+        let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
+        count.saturating_mul(if shape.len() == 2 { dtype.size() as u64 } else { 4 })
+    };
+    let needed = config.tensor_shapes().iter().fold(0u64, |sum, (_, shape)| sum.saturating_add(bytes(shape)));
+    match info.memory {
+        Some(free) if free < needed => {
+            let mib = |bytes: u64| bytes / (1 << 20);
+            let message = format!(
+                "{who}: expected {} MiB of free memory for the weights as {dtype}, found {} MiB",
+                mib(needed) + 1,
+                mib(free)
+            );
+            Err(Error::new(ErrorKind::Backend, message))
+        }
+        _ => Ok(()),
     }
 }
 
