@@ -180,6 +180,7 @@ impl Backend for Cpu {
         info.threads = self.threads();
         info.simd = Some(self.level.to_string());
         info.dtypes = vec![DType::F32, DType::F16, DType::BF16];
+        info.memory = opt_backend::host_memory();
         info.deterministic = true;
         info
     }

@@ -24,7 +24,9 @@ measures --gen-tokens greedy steps of all rows together; the 32 are not counted.
 Each figure is the median of three runs after one to warm up. First token is
 the first run after loading, of 32 tokens. Peak memory is that of the process
 (VmHWM, in MiB) after loading and the runs of one row; null where the system
-does not say.";
+does not say. Backends with a device of their own also tell how many kernels
+and submissions a decoded token of one row costs, and the most device memory
+that was held (MiB).";
 
 /// Tokens of each row before decoding is measured.
 const DECODE_PROMPT: usize = 32;
@@ -68,6 +70,19 @@ struct Report {
     prefill: Vec<Prefill>,
     decode: Vec<Decode>,
     peak_rss_mb: Option<f64>,
+    #[serde(flatten)]
+    device_work: Option<DeviceWork>,
+}
+
+/// What decoding costs on a device of its own.
+#[derive(Serialize)]
+struct DeviceWork {
+    /// Kernels per decoded token of one row.
+    dispatches: f64,
+    /// Submissions per decoded token of one row.
+    submissions: f64,
+    /// The most memory that was held, MiB.
+    device_mb: f64,
 }
 
 #[derive(Serialize)]
@@ -118,6 +133,7 @@ impl Bench {
         batches.sort_by_key(|rows| *rows > 1);
         let mut peak_rss_mb = None;
         let mut decode = Vec::new();
+        let per_token = work.per_token()?;
         for batch in batches {
             if batch > 1 && peak_rss_mb.is_none() {
                 peak_rss_mb = peak_memory();
@@ -137,6 +153,11 @@ impl Bench {
             prefill,
             decode,
             peak_rss_mb: peak_rss_mb.or_else(peak_memory),
+            device_work: per_token.map(|[dispatches, submissions]| DeviceWork {
+                dispatches,
+                submissions,
+                device_mb: opt.engine().counts().device_peak as f64 / f64::from(1 << 20),
+            }),
         };
         let mut out = Out::new();
         if self.run.show.json { out.json(&report) } else { out.text(&report.text()) }
@@ -221,6 +242,28 @@ impl Work<'_> {
         Ok(started.elapsed().as_secs_f64())
     }
 
+    /// Kernels and submissions per decoded token of one row, where the backend counts them.
+    fn per_token(&self) -> Result<Option<[f64; 2]>, Failure> {
+        const STEPS: usize = 8;
+        let counts = |steps| {
+            let before = self.opt.engine().counts();
+            self.decode(1, steps).map(|_| self.opt.engine().counts().since(&before))
+        };
+        // The prompt is in both.
+        let (prompt, both) = (counts(0)?, counts(STEPS.min(self.most_steps()))?);
+        let steps = STEPS.min(self.most_steps()).max(1) as f64;
+        let per_token = |both: u64, prompt: u64| both.saturating_sub(prompt) as f64 / steps;
+        let counted = both.dispatches > 0;
+        Ok(counted.then(|| {
+            [per_token(both.dispatches, prompt.dispatches), per_token(both.submissions, prompt.submissions)]
+        }))
+    }
+
+    /// How many tokens the context has room for behind the prompt of a row.
+    fn most_steps(&self) -> usize {
+        self.opt.config().max_position_embeddings.saturating_sub(DECODE_PROMPT)
+    }
+
     /// One batch; the most probable next tokens where they were asked for.
     fn forward<'a>(&'a self, sequences: Vec<Sequence<'a>>) -> Result<Vec<u32>, Failure> {
         let batch = Forward { sequences, cancel: Some(&self.console.cancel), watch: None };
@@ -279,6 +322,11 @@ impl Report {
         }
         if let Some(mib) = self.peak_rss_mb {
             text.push_str(&format!("peak memory  {mib:>10.1} MiB\n"));
+        }
+        if let Some(DeviceWork { dispatches, submissions, device_mb }) = &self.device_work {
+            text.push_str(&format!("dispatches   {dispatches:>10.1} a token\n"));
+            text.push_str(&format!("submissions  {submissions:>10.1} a token\n"));
+            text.push_str(&format!("on device    {device_mb:>10.1} MiB\n"));
         }
         text
     }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{novels, tiny::Tiny};
+use common::{backend::load, novels, tiny::Tiny};
 use opt_core::{
     CancelToken, DType, ErrorKind, Load, Opt, Request, ScoreInput,
     backends::{self, BackendOptions},
@@ -19,7 +19,7 @@ fn progress_is_told_and_can_end_it() {
         reports.push((report.item.to_owned(), report.done, report.total));
         ControlFlow::Continue(())
     };
-    Opt::load(novels(), Load::default().progress(&mut watch)).unwrap();
+    Opt::load(novels(), load().progress(&mut watch)).unwrap();
     let total = reports[0].2;
     assert_eq!(reports.len() as u64, total + 1);
     assert!(reports.iter().enumerate().all(|(i, report)| (report.1, report.2) == (i as u64, total)));
@@ -31,7 +31,7 @@ fn progress_is_told_and_can_end_it() {
             count += 1;
             if count > stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let error = Opt::load(novels(), Load::default().progress(&mut watch)).err().unwrap();
+        let error = Opt::load(novels(), load().progress(&mut watch)).err().unwrap();
         assert_eq!((error.kind(), count), (ErrorKind::Cancelled, stop_at + 1));
     }
 }
@@ -48,10 +48,10 @@ fn a_token_ends_it() {
         }
         ControlFlow::Continue(())
     };
-    let load = Load::default().cancel(cancel.clone()).progress(&mut watch);
-    assert_eq!(Opt::load(novels(), load).err().unwrap().kind(), ErrorKind::Cancelled);
+    let watched = load().cancel(cancel.clone()).progress(&mut watch);
+    assert_eq!(Opt::load(novels(), watched).err().unwrap().kind(), ErrorKind::Cancelled);
     assert_eq!(count, 3);
-    let error = Opt::load(novels(), Load::default().cancel(cancel)).err().unwrap();
+    let error = Opt::load(novels(), load().cancel(cancel)).err().unwrap();
     assert_eq!((error.kind(), error.to_string()), (ErrorKind::Cancelled, "loading was cancelled".to_owned()));
 }
 
@@ -64,7 +64,8 @@ fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
 
 #[track_caller]
 fn refused(path: impl AsRef<Path>, kind: ErrorKind, part: &str) {
-    let error = Opt::open(&path).err().unwrap_or_else(|| panic!("{} was opened", path.as_ref().display()));
+    let error =
+        Opt::load(&path, load()).err().unwrap_or_else(|| panic!("{} was opened", path.as_ref().display()));
     let line = error.to_string();
     assert_eq!(error.kind(), kind, "{line}");
     assert!(line.contains(part) && !line.contains('\n'), "{line}");
@@ -76,8 +77,8 @@ fn what_cannot_be_opened() {
     let (config, weights) = (tiny.config(), tiny.weights());
     let (config, weights): (&[u8], &[u8]) = (config.as_bytes(), &weights);
     let dir = folder(&[("config.json", config), ("model.safetensors", weights)]);
-    let opt = Opt::open(dir.path()).unwrap();
-    let by_file = Opt::open(dir.path().join("model.safetensors")).unwrap();
+    let opt = Opt::load(dir.path(), load()).unwrap();
+    let by_file = Opt::load(dir.path().join("model.safetensors"), load()).unwrap();
     let settings = GenerationConfig::default();
     assert_eq!(
         opt.generate(&[1u32][..], &settings).unwrap().ids(),
@@ -116,9 +117,9 @@ fn what_cannot_be_opened() {
     refused(with("vocab.json", b"{}").path(), ErrorKind::Tokenizer, "merges.txt");
 
     // One of the caller's numbers in generation_config.json counts, and one out of range fails when it is used.
-    let opt = Opt::open(with(generation, b"{\"max_new_tokens\": 3}").path()).unwrap();
+    let opt = Opt::load(with(generation, b"{\"max_new_tokens\": 3}").path(), load()).unwrap();
     assert_eq!(opt.generate(&[1u32][..], &settings).unwrap().ids().len(), 3);
-    let opt = Opt::open(with(generation, b"{\"top_p\": 3}").path()).unwrap();
+    let opt = Opt::load(with(generation, b"{\"top_p\": 3}").path(), load()).unwrap();
     assert_eq!(opt.generate(&[1u32][..], &settings).unwrap_err().kind(), ErrorKind::Option);
 }
 
@@ -126,8 +127,8 @@ fn what_cannot_be_opened() {
 fn a_tokenizer_that_knows_more_than_the_model() {
     let tiny = Tiny::default();
     let checkpoint = Checkpoint::from_bytes(&tiny.config(), vec![tiny.weights()]).unwrap();
-    let tokenizer = Opt::open(novels()).unwrap().tokenizer().cloned();
-    let opt = Opt::assemble(&checkpoint, tokenizer, None, Load::default()).unwrap();
+    let tokenizer = Opt::load(novels(), load()).unwrap().tokenizer().cloned();
+    let opt = Opt::assemble(&checkpoint, tokenizer, None, load()).unwrap();
     assert_eq!(opt.warnings().len(), 1);
     let error = opt.generate("The river", &GenerationConfig::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Prompt);
@@ -164,7 +165,7 @@ fn half_precision_says_the_same() {
     let ids = common::tiny::random_ids(4, 40, 61);
     let exact = tiny.opt().logits(&ids).unwrap();
     for dtype in [DType::BF16, DType::F16] {
-        let half = tiny.load(Load::default().dtype(dtype)).logits(&ids).unwrap();
+        let half = tiny.load(load().dtype(dtype)).logits(&ids).unwrap();
         let off: f32 = (&half - &exact).mapv(|x| x * x).sum();
         let length: f32 = exact.mapv(|x| x * x).sum();
         assert!(off > 0.0 && off / length < 2e-3, "{dtype:?}: {}", off / length);
@@ -276,7 +277,7 @@ fn a_model_that_says_nan() {
     let broken: Vec<u8> =
         weights[..header].iter().copied().chain((header..weights.len()).map(|_| 0xff)).collect();
     let checkpoint = Checkpoint::from_bytes(&tiny.config(), vec![broken]).unwrap();
-    let opt = Opt::assemble(&checkpoint, None, None, Load::default()).unwrap();
+    let opt = Opt::assemble(&checkpoint, None, None, load()).unwrap();
     let c = GenerationConfig::default;
     for config in [
         c(),

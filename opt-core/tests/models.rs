@@ -1,11 +1,11 @@
 //! Every knob of the architecture against transformers: logits, hidden states, attentions, log-probabilities, greedy.
 //!
-//! The models run on the CPU backend and on the reference bodies of the trait layer, so that a mistake of the decoder
+//! The models run on the backend under test and on the reference bodies of the trait layer, so that a mistake of the decoder
 //! is told from one of a kernel.
 
 mod common;
 
-use common::{Model, assert_close, models};
+use common::{Model, assert_close, backend, models};
 use ndarray::{Array1, Axis, Ix3, s};
 use opt_core::{
     Opt, ScoreInput,
@@ -18,7 +18,7 @@ fn each(check: impl Fn(&Opt, &str, &Model)) {
     let models = models();
     assert!(models.len() > 30, "expected the model fixtures, found {}", models.len());
     for model in &models {
-        check(&model.on_cpu(), &format!("{} on cpu", model.name), model);
+        check(&model.opt(), &format!("{} on {}", model.name, backend::name()), model);
         check(&model.on_reference(), &format!("{} on the reference", model.name), model);
     }
 }

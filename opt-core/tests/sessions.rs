@@ -2,7 +2,11 @@
 
 mod common;
 
-use common::{named, tiny::Tiny};
+use common::{
+    backend::{self, assert_same, prop_assert_same},
+    named,
+    tiny::Tiny,
+};
 use opt_core::{
     ErrorKind, Opt, Request, Session,
     generation::{FinishReason, GenerationConfig},
@@ -75,7 +79,7 @@ proptest! {
                     let all = [&expected[..], &ids].concat();
                     match (OPT.generate(&all[..], &config), session.generate(&ids[..], &config)) {
                         (Ok(fresh), Ok(found)) => {
-                            prop_assert_eq!(&found.sequences, &fresh.sequences);
+                            prop_assert_same!(found.sequences, fresh.sequences);
                             expected = [&all[..], fresh.ids()].concat();
                         }
                         (Err(fresh), Err(found)) => prop_assert_eq!(found.to_string(), fresh.to_string()),
@@ -87,7 +91,7 @@ proptest! {
                     let Ok(fresh) = OPT.generate(&all[..], &config) else { continue };
                     let mut stream = session.start(Request::new(&ids[..]).config(config)).unwrap();
                     stream.by_ref().take(read).for_each(|token| assert!(token.is_ok()));
-                    prop_assert_eq!(session.absorb(stream).unwrap().sequences, fresh.sequences.clone());
+                    prop_assert_same!(session.absorb(stream).unwrap().sequences, fresh.sequences);
                     expected = [&all[..], fresh.ids()].concat();
                 }
                 Turn::Truncate(len) => {
@@ -123,8 +127,8 @@ fn a_fork_and_its_original_go_their_own_ways() {
             OPT.generate([session.ids(), new].concat(), &config).unwrap().sequences
         };
         let expected = (fresh(&one, &left), fresh(&other, &right));
-        assert_eq!(one.generate(&left[..], &config).unwrap().sequences, expected.0);
-        assert_eq!(other.generate(&right[..], &config).unwrap().sequences, expected.1);
+        assert_same(&one.generate(&left[..], &config).unwrap().sequences, &expected.0);
+        assert_same(&other.generate(&right[..], &config).unwrap().sequences, &expected.1);
     }
 }
 
@@ -165,12 +169,12 @@ fn at_the_end_of_the_context() {
     let mut cut = session.fork().unwrap();
     let expected = OPT.generate_batch([request([cut.ids(), &[3, 4]].concat())]).unwrap().remove(0);
     let found = cut.run(request(vec![3, 4])).unwrap();
-    assert_eq!(found.sequences, expected.sequences);
+    assert_same(&found.sequences, &expected.sequences);
     assert_eq!(cut.ids().len(), CONTEXT + 1);
 
     session.truncate(80).unwrap();
     let expected = OPT.generate(session.ids(), &config).unwrap();
-    assert_eq!(session.generate(Vec::<u32>::new(), &config).unwrap().sequences, expected.sequences);
+    assert_same(&session.generate(Vec::<u32>::new(), &config).unwrap().sequences, &expected.sequences);
 }
 
 #[test]
@@ -205,7 +209,7 @@ fn a_turn_that_fails_leaves_the_session_as_it_was() {
     let early = session.fork().unwrap().start(Request::new(&[8u32][..])).unwrap();
     assert_eq!(session.ids(), [1, 2, 3]);
     let expected = OPT.generate(&[1u32, 2, 3, 7][..], &config).unwrap();
-    assert_eq!(session.generate(&[7u32][..], &config).unwrap().sequences, expected.sequences);
+    assert_same(&session.generate(&[7u32][..], &config).unwrap().sequences, &expected.sequences);
     assert_eq!(session.absorb(early).unwrap_err().kind(), ErrorKind::Option);
     assert_eq!(session.ids().len(), 4 + 6);
 }
@@ -222,10 +226,10 @@ fn a_long_session_restored() {
     session.save(file.path()).unwrap();
     let config = GenerationConfig::default().max_new_tokens(20);
     let expected = opt.generate(&ids[..], &config).unwrap().sequences;
-    assert_eq!(session.generate(Vec::<u32>::new(), &config).unwrap().sequences, expected);
+    assert_same(&session.generate(Vec::<u32>::new(), &config).unwrap().sequences, &expected);
     // The same weights, loaded once more on another number of threads.
     let mut restored = Session::restore(&tiny.on_threads(1), file.path()).unwrap();
-    assert_eq!(restored.generate(Vec::<u32>::new(), &config).unwrap().sequences, expected);
+    assert_same(&restored.generate(Vec::<u32>::new(), &config).unwrap().sequences, &expected);
 }
 
 #[test]
@@ -251,7 +255,7 @@ fn files_that_are_no_session_of_this_model() {
     refused(&Tiny { context: 64, ..Tiny::default() }.opt(), "another shape");
 
     // The same model as bf16: the same words, with a bf16 model's rounding.
-    let bf16 = Tiny::default().load(opt_core::Load::default().dtype(opt_core::DType::BF16));
+    let bf16 = Tiny::default().load(backend::load().dtype(opt_core::DType::BF16));
     Session::restore(&bf16, &file).unwrap();
 
     // Damage at every place: refused, or what was damaged is only a number.
@@ -311,6 +315,6 @@ fn with_a_draft_model() {
     for turn in [&[5u32, 6, 7][..], &[], &[9, 8, 9, 8]] {
         let expected = OPT.generate([session.ids(), turn].concat(), &config).unwrap();
         let found = session.run(Request::new(turn).config(config.clone()).assistant(draft.clone())).unwrap();
-        assert_eq!(found.sequences, expected.sequences);
+        assert_same(&found.sequences, &expected.sequences);
     }
 }

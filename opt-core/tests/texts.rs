@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_close, held_out, logits, named, perplexity, sorting, test_data};
+use common::{assert_close, backend, held_out, logits, named, perplexity, sorting, test_data};
 use ndarray::Axis;
 use opt_core::{Opt, ScoreInput, generation::GenerationConfig, tokenizer::Bos};
 
@@ -70,7 +70,7 @@ fn logits_of_a_sentence() {
 fn a_model_that_sorts() {
     let expected = sorting();
     let Some(dir) = test_data(&expected.model) else { return };
-    let opt = Opt::open(dir).unwrap();
+    let opt = Opt::load(dir, backend::load()).unwrap();
     let settings = GenerationConfig::default().max_new_tokens(6);
     for case in &expected.cases {
         let found = opt.generate(&case.prompt[..], &settings).unwrap();

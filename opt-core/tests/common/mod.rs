@@ -1,13 +1,15 @@
 //! Reads the fixtures that transformers made (`tests/fixtures`, described in its README.md) and compares to them.
-#![allow(dead_code, unreachable_pub)] // each test file uses its own part
+#![allow(dead_code, unused_imports, unreachable_pub)] // each test file uses its own part
 
+pub mod backend;
 pub mod tiny;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ndarray::{Array1, Array2, ArrayD, ArrayView, Dimension, IxDyn};
+pub use backend::assert_close;
+use ndarray::{Array1, Array2, ArrayD, IxDyn};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -400,28 +402,6 @@ pub fn sorting() -> Sorting {
     json(fixtures().join("texts/sort.json"))
 }
 
-/// Fails unless `found` equals `expected` within f32's tolerance: max |difference| at most
-/// 2e-5 max(1, max |expected|), and squared error over squared length (NMSE) at most 1e-10. Infinities and NaN must be
-/// the same.
-#[track_caller]
-pub fn assert_close<D: Dimension>(found: ArrayView<'_, f32, D>, expected: ArrayView<'_, f32, D>, what: &str) {
-    assert_eq!(found.shape(), expected.shape(), "{what}: shape");
-    let (mut worst, mut largest, mut error, mut length) = (0f64, 1f64, 0f64, 0f64);
-    for (f, e) in found.iter().zip(expected.iter()) {
-        if !e.is_finite() || !f.is_finite() {
-            assert!(f == e || f.is_nan() && e.is_nan(), "{what}: found {f}, expected {e}");
-            continue;
-        }
-        let (f, e) = (f64::from(*f), f64::from(*e));
-        worst = worst.max((f - e).abs());
-        largest = largest.max(e.abs());
-        error += (f - e).powi(2);
-        length += e.powi(2);
-    }
-    assert!(worst <= 2e-5 * largest, "{what}: off by {worst:.2e} where the largest value is {largest:.2e}");
-    assert!(error <= 1e-10 * length.max(f64::MIN_POSITIVE), "{what}: NMSE {:.2e}", error / length);
-}
-
 impl Model {
     /// The model on a backend.
     pub fn load(&self, load: opt_core::Load<'_>) -> opt_core::Opt {
@@ -432,9 +412,9 @@ impl Model {
         opt.unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
-    /// The model on the CPU backend.
-    pub fn on_cpu(&self) -> opt_core::Opt {
-        self.load(opt_core::Load::on(opt_core::backends::Cpu::new().unwrap()))
+    /// The model on the backend under test.
+    pub fn opt(&self) -> opt_core::Opt {
+        self.load(backend::load())
     }
 
     /// The model on the reference bodies of the trait layer.
@@ -443,11 +423,11 @@ impl Model {
     }
 }
 
-/// The model that a recorded call names, on the CPU backend.
+/// The model that a recorded call names, on the backend under test.
 pub fn named(name: &str) -> opt_core::Opt {
     match name {
-        "opt-novels" => opt_core::Opt::open(novels()).unwrap(),
-        name => model(name).on_cpu(),
+        "opt-novels" => opt_core::Opt::load(novels(), backend::load()).unwrap(),
+        name => model(name).opt(),
     }
 }
 

@@ -71,15 +71,14 @@ impl Tiny {
         Opt::assemble(&checkpoint, None, None, load).unwrap()
     }
 
-    /// The model on the CPU backend with two threads.
+    /// The model on the backend under test, with two threads.
     pub fn opt(&self) -> Opt {
         self.on_threads(2)
     }
 
-    /// The model on the CPU backend.
+    /// The model on the backend under test.
     pub fn on_threads(&self, threads: usize) -> Opt {
-        let cpu = opt_core::backends::Cpu::builder().threads(threads).build().unwrap();
-        self.load(Load::on(cpu))
+        self.load(super::backend::load_with_threads(Some(threads)))
     }
 }
 
