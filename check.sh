@@ -1,20 +1,37 @@
 #!/usr/bin/env bash
-# The project's tests: formatting, lints, documentation, every test, packaging, the oldest Rust, and some fuzzing.
+# The project's tests: formatting, lints, documentation, every test on every backend, packaging, the oldest Rust, and
+# some fuzzing.
 #
 #   ./check.sh          what this machine can run; says what it skips and why
-#   CI=true ./check.sh  everything; installs what is missing
+#   CI=true ./check.sh  everything; installs what is missing, and leaving anything out is a failure
 #
 # Test data beyond what is in the repository is looked for in OPT_TEST_DATA, else in ../shared/data; real OPT weights
 # in OPT_WEIGHTS. Tests that need either say so when they skip.
 set -euo pipefail
 cd "$(dirname "$0")"
-log=$(mktemp)
-trap 'rm -f "$log" "$log.arm"' EXIT
+log=$(mktemp -d)
+trap 'rm -rf "$log"' EXIT
 ci=${CI:-}
 msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
-step() { printf '\n== %s\n' "$*"; }
-skip() { printf 'skipped: %s\n' "$*"; }
+step() { printf '\n== %s (%d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
+skip() {
+  printf 'skipped: %s\n' "$*"
+  if [ -n "$ci" ]; then
+    echo "nothing may be left out in CI" >&2
+    exit 1
+  fi
+}
+# Runs a command, its output in a file that is shown if it fails; the lines that count tests are shown in any case.
+logged() { # NAME COMMAND...
+  local file="$log/$1"
+  shift
+  if ! "$@" >"$file" 2>&1; then
+    cat "$file"
+    exit 1
+  fi
+  grep -E '^(test result|skipped|running [1-9]|     Running|   Doc-tests)' "$file" || true
+}
 
 if [ -z "${OPT_TEST_DATA:-}" ] && [ -d ../shared/data ]; then
   OPT_TEST_DATA=$(cd ../shared/data && pwd)
@@ -22,79 +39,119 @@ if [ -z "${OPT_TEST_DATA:-}" ] && [ -d ../shared/data ]; then
 fi
 echo "test data: ${OPT_TEST_DATA:-none beyond the repository}; real weights: ${OPT_WEIGHTS:-none}"
 
+step "what the backends need"
+# candle and wgpu build with Rust alone; LibTorch must be there to build tch; wgpu needs an adapter to run.
+features=hub,candle,wgpu
+exclude=()
+if [ -n "$ci" ]; then
+  ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 ||
+    { apt-get update -qq && apt-get install -y -qq mesa-vulkan-drivers libvulkan1; }
+  # A device that is not there is then a failed test, not a skipped one.
+  export OPT_REQUIRE_BACKENDS=1
+fi
+if libtorch=$(ci/libtorch.sh ${ci:+--install} 2>"$log/libtorch"); then
+  eval "$libtorch"
+  features=$features,tch
+  echo "LibTorch: there"
+else
+  skip "tch: $(tail -n 1 "$log/libtorch")"
+  exclude=(--exclude opt-backend-tch)
+fi
+workspace=(--workspace ${exclude[@]+"${exclude[@]}"} --features "$features")
+
 step "formatting"
 cargo fmt --all --check
 
 step "lints"
-cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
+cargo clippy "${workspace[@]}" --all-targets --quiet -- -D warnings
 
 step "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features --quiet
+RUSTDOCFLAGS="-D warnings" cargo doc "${workspace[@]}" --no-deps --quiet
 
-step "the default build needs nothing but Rust"
-if cargo tree -p opt-core -e normal,build --prefix none | grep -E '^(cc|cmake|bindgen|pkg-config) '; then
+step "the default build needs nothing but Rust, and one backend brings no other"
+tree() { cargo tree -p opt-core -e normal,build --prefix none "$@" | cut -d' ' -f1 | sort -u; }
+if tree | grep -xE 'cc|cmake|bindgen|pkg-config'; then
   echo "opt-core's default features compile C code: see above" >&2
   exit 1
 fi
+engines='opt-backend-cpu opt-backend-tch tch opt-backend-candle candle-core opt-backend-wgpu wgpu'
+for feature in cpu tch candle wgpu; do
+  for crate in $engines; do
+    case $crate in *-$feature | $feature | $feature-core) continue ;; esac
+    if tree --no-default-features --features "$feature" | grep -qx "$crate"; then
+      echo "opt-core with the feature $feature alone compiles $crate" >&2
+      exit 1
+    fi
+  done
+done
 cargo build -p opt-core --quiet
 
 step "tests"
-# The output goes through a file so that the tests can be counted and a failure still ends the script.
-if ! cargo test --workspace --all-features --no-fail-fast >"$log" 2>&1; then
-  cat "$log"
-  exit 1
-fi
-grep -E '^(test result|skipped|running [1-9]|     Running|   Doc-tests)' "$log" || true
+logged tests cargo test "${workspace[@]}" --no-fail-fast
 
-step "64-bit ARM: the embedded backend, emulated"
-arm=aarch64-unknown-linux-gnu
-# Debian's compiler, if new enough, and the sources of its standard library; what builds the latter is unstable.
-debian_std() {
-  local oldest
-  [ -d /usr/lib/rustlib/src/rust/library ] && [ -x /usr/bin/rustc ] || return 1
-  oldest=$(printf '%s\n' "$msrv" "$(/usr/bin/rustc --version | cut -d' ' -f2)" | sort -V | head -n 1)
-  [ "$oldest" = "$msrv" ]
+# The tests of opt-core that run a model, each backend in its turn.
+suite=(agreement engine generation loading models properties sampling scoring sessions streaming texts)
+suite_args=()
+for name in "${suite[@]}"; do suite_args+=(--test "$name"); done
+# How many tests of the suite passed in a log.
+passed() {
+  awk -v suite=" ${suite[*]} " '
+    / Running / { split($2, path, /[\/.]/); counts = $2 ~ /^tests\// && index(suite, " " path[2] " ") }
+    /^test result:/ { if (counts) sum += $4; counts = 0 }
+    END { print sum + 0 }' "$1"
 }
-installed_std() { [ -d "$(rustc --print target-libdir --target "$arm")" ]; }
-arm_tools() {
-  command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null &&
-    { installed_std || debian_std; }
-}
-arm_packages="qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross rustc-web rust-web-src"
-if [ -n "$ci" ] && ! arm_tools; then
-  # shellcheck disable=SC2086
-  { apt-get update -qq && apt-get install -y -qq $arm_packages; } >"$log.arm" 2>&1 || { cat "$log.arm"; exit 1; }
-fi
-if arm_tools; then
-  arm_run=(cargo test -p opt-backend-cpu --lib --tests --no-fail-fast --target "$arm")
-  if ! installed_std; then
-    arm_run=(env RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 "${arm_run[@]}" -Zbuild-std=std,panic_unwind)
-  fi
-  # The guarded run of the conformance suite has the cases of the plain one, which is left out for time.
-  if ! CARGO_TARGET_DIR=target/aarch64 CARGO_PROFILE_DEV_DEBUG=none OPT_QUICK_TESTS=1 \
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
-    "${arm_run[@]}" -- --skip conformance >"$log.arm" 2>&1; then
-    cat "$log.arm"
+expected=$(passed "$log/tests")
+[ "$expected" -gt 50 ] || { echo "expected the suite's tests among those that ran, found $expected" >&2; exit 1; }
+declare -A ran=([cpu]=$expected)
+cargo build --quiet "${workspace[@]}" --bin opt
+for backend in tch candle wgpu; do
+  step "the suite on $backend"
+  # The command knows whether a backend is usable here, and why not.
+  found=$(target/debug/opt backends --json | grep "\"name\":\"$backend\"" || true)
+  case $found in
+    '') skip "$backend is not part of this build"; continue ;;
+    *'"error":'*) skip "$backend: $found"; continue ;;
+  esac
+  # Software adapters take a second for what others do in a millisecond: fewer random cases.
+  logged "suite-$backend" env OPT_TEST_BACKEND=$backend PROPTEST_CASES="${PROPTEST_CASES:-8}" \
+    cargo test "${workspace[@]}" --no-fail-fast "${suite_args[@]}"
+  ran[$backend]=$(passed "$log/suite-$backend")
+done
+
+step "tests of the suite by backend"
+for backend in cpu tch candle wgpu; do
+  echo "$backend: ${ran[$backend]:-none}"
+  if [ "${ran[$backend]:-$expected}" != "$expected" ]; then
+    echo "expected $expected tests on $backend as on cpu, found ${ran[$backend]}" >&2
     exit 1
   fi
-  grep -E '^(test result|running [1-9]|     Running)' "$log.arm"
-  cat "$log.arm" >>"$log"
-else
-  skip "aarch64 (needs qemu-aarch64, aarch64-linux-gnu-gcc and Rust's std for it: rustup target add $arm;" \
-    "on Debian: apt-get install $arm_packages)"
-fi
+done
+
+# Scripts of their own say what they need; 3 is their way to say that it is not there.
+for script in arm wasm; do
+  case $script in
+    arm) step "64-bit ARM: the embedded backend, emulated" ;;
+    wasm) step "browsers: wasm32, and opt-novels on WebGPU in Chromium" ;;
+  esac
+  code=0
+  ci/$script.sh "$msrv" >"$log/$script" 2>&1 || code=$?
+  case $code in
+    0) grep -E '^(test result|running [1-9]|     Running|[0-9]+ passed)' "$log/$script" || true ;;
+    3) skip "$(grep '^skipped' "$log/$script" | sed 's/^skipped: //')" ;;
+    *) cat "$log/$script"; exit 1 ;;
+  esac
+done
 
 step "packaging"
-cargo package --workspace --allow-dirty --quiet
+cargo package "${workspace[@]}" --allow-dirty --quiet
 
 step "the oldest supported Rust, $msrv"
 if rustc --version | grep -q "^rustc $msrv"; then
   echo "it is the one that ran everything above"
 elif command -v rustup >/dev/null && rustup run "$msrv" rustc --version >/dev/null 2>&1; then
-  CARGO_TARGET_DIR=target/msrv rustup run "$msrv" cargo check --workspace --all-features --quiet
+  CARGO_TARGET_DIR=target/msrv rustup run "$msrv" cargo check "${workspace[@]}" --quiet
 else
-  skip "no toolchain $msrv here (rustup toolchain install $msrv)"
+  echo "skipped: no toolchain $msrv here (rustup toolchain install $msrv)"
 fi
 
 step "fuzzing"
@@ -106,9 +163,10 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
 elif ! command -v c++ >/dev/null; then
   skip "mutation (the fuzzer's own code needs a C++ compiler); the corpora were replayed by the tests"
 else
-  fuzz/run.sh all "${FUZZ_SECONDS:-60}"
+  fuzz/run.sh all "${FUZZ_SECONDS:-30}"
 fi
 
 step "result"
-awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
-  END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }' "$log"
+cat "$log"/* | awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
+  /^[0-9]+ passed, [0-9]+ failed$/ { passed += $1; failed += $3 }
+  END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }'

@@ -1,19 +1,25 @@
-//! Prefill and decode of the OPT-125m shape, every backend of the build beside every other in one run.
+//! Load, first token, prefill and decode of the OPT-125m shape: every backend of the build beside every other, in one
+//! process.
 //!
-//!     cargo bench -p opt-benches
+//!     cargo bench -p opt-benches --features tch,candle,wgpu
+//!
+//! Criterion's report is target/criterion/report/index.html. A word behind `--` picks some: `-- cpu`, `-- decode`.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BatchSize, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use opt_benches::{ids, load, opt_125m, random};
 use opt_core::{
     CacheDType, DType, Opt,
     backends::{self, BackendOptions},
     engine::{Forward, KvCache, Sequence, Want},
 };
+use std::time::Duration;
 
-/// Runs `tokens` behind each cache and reads the last row's logits.
+/// Runs `tokens` behind each cache and reads the most probable next token of each.
 fn step(opt: &Opt, caches: &mut [KvCache], tokens: &[u32]) {
     let sequence =
-        |cache| Sequence { cache: Some(cache), ..Sequence::new(tokens).want(Want::Logits { rows: 1 }) };
+        |cache| Sequence { cache: Some(cache), ..Sequence::new(tokens).want(Want::TopK { rows: 1, k: 1 }) };
     let sequences = caches.iter_mut().map(sequence).collect();
     opt.engine().forward_blocking(Forward { sequences, ..Forward::default() }).expect("forward");
 }
@@ -22,9 +28,46 @@ fn caches(opt: &Opt, batch: usize) -> Vec<KvCache> {
     (0..batch).map(|_| opt.engine().new_cache(CacheDType::F32).expect("cache")).collect()
 }
 
+/// Adds one backend's figures to the groups that all share.
+fn measure(c: &mut Criterion, name: &str, make: &dyn Fn() -> Opt) {
+    let mut in_group =
+        |group: &str, tokens: Option<usize>, body: &mut dyn FnMut(&mut criterion::Bencher<'_>)| {
+            let mut group = c.benchmark_group(group);
+            group.sample_size(10).sampling_mode(SamplingMode::Flat).warm_up_time(Duration::from_millis(500));
+            if let Some(tokens) = tokens {
+                group.throughput(Throughput::Elements(tokens as u64));
+            }
+            group.bench_function(BenchmarkId::from_parameter(name), |b| body(b));
+        };
+    in_group("load", None, &mut |b| b.iter_with_large_drop(make));
+    // Made when the first figure that was asked for needs it.
+    let opt = std::cell::LazyCell::new(make);
+    for (group, tokens) in [("first token", 32), ("prefill 128", 128), ("prefill 512", 512)] {
+        let counted = (tokens > 32).then_some(tokens);
+        in_group(group, counted, &mut |b| {
+            let prompt = ids(tokens, opt.config());
+            b.iter_batched_ref(
+                || caches(&opt, 1),
+                |caches| step(&opt, caches, &prompt),
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    for batch in [1, 8] {
+        in_group(&format!("decode, batch {batch}"), Some(batch), &mut |b| {
+            let mut caches = caches(&opt, batch);
+            step(&opt, &mut caches, &ids(32, opt.config()));
+            b.iter(|| {
+                step(&opt, &mut caches, &[7]);
+                // Every step is the 33rd, however many there are.
+                caches.iter_mut().for_each(|cache| cache.truncate(32).expect("truncate"));
+            });
+        });
+    }
+}
+
 fn backends(c: &mut Criterion) {
-    let config = opt_125m().expect("config");
-    let checkpoint = random(&config).expect("checkpoint");
+    let checkpoint = random(&opt_125m().expect("config")).expect("checkpoint");
     for (backend, info) in backends::list(&BackendOptions::default()) {
         let info = match info {
             Ok(info) => info,
@@ -33,29 +76,9 @@ fn backends(c: &mut Criterion) {
                 continue;
             }
         };
-        for dtype in info.dtypes.iter().copied().filter(|dtype| *dtype != DType::F16) {
-            let opt = load(&checkpoint, backend, dtype).expect("model");
-            let mut group = c.benchmark_group(format!("{backend} {dtype}"));
-            group.sample_size(10);
-            for tokens in [128, 512] {
-                let prompt = ids(tokens, &config);
-                group.throughput(Throughput::Elements(tokens as u64));
-                group.bench_function(BenchmarkId::new("prefill", tokens), |b| {
-                    b.iter(|| step(&opt, &mut caches(&opt, 1), &prompt));
-                });
-            }
-            for batch in [1, 8] {
-                let mut caches = caches(&opt, batch);
-                step(&opt, &mut caches, &ids(32, &config));
-                group.throughput(Throughput::Elements(batch as u64));
-                group.bench_function(BenchmarkId::new("decode", batch), |b| {
-                    b.iter(|| {
-                        step(&opt, &mut caches, &[7]);
-                        // Every step is the 33rd, however many there are.
-                        caches.iter_mut().for_each(|cache| cache.truncate(32).expect("truncate"));
-                    });
-                });
-            }
+        eprintln!("{backend}: {}", info.device);
+        for dtype in info.dtypes.iter().copied().filter(|dtype| *dtype != DType::F16 || backend == "wgpu") {
+            measure(c, &format!("{backend} {dtype}"), &|| load(&checkpoint, backend, dtype).expect("model"));
         }
     }
 }

@@ -15,12 +15,18 @@ pub fn opt_125m() -> Result<OptConfig> {
     OptConfig::from_json(r#"{"model_type": "opt"}"#)
 }
 
-/// A model of the given shape with random weights, in memory as a bf16 safetensors file.
+/// A model of the given shape with random weights, in memory.
 ///
 /// # Errors
 /// [`opt_core::ErrorKind::Checkpoint`] if the file is not what the configuration asks for, which would be a mistake
 /// here.
 pub fn random(config: &OptConfig) -> Result<Checkpoint> {
+    let text = serde_json::to_string(config).unwrap_or_default();
+    Checkpoint::from_bytes(&text, vec![random_file(config)])
+}
+
+/// The bytes of a bf16 safetensors file of random weights.
+pub fn random_file(config: &OptConfig) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     let mut end = 0;
     for (name, shape) in config.tensor_shapes() {
@@ -44,8 +50,7 @@ pub fn random(config: &OptConfig) -> Result<Checkpoint> {
         let bits = (state as u16 & 0x807f) | (121 << 7);
         file.extend(bits.to_le_bytes());
     }
-    let config = serde_json::to_string(config).unwrap_or_default();
-    Checkpoint::from_bytes(&config, vec![file])
+    file
 }
 
 /// The model on a backend by name, weights held as `dtype`.

@@ -1,5 +1,6 @@
 //! Runs the built command: what it prints, and how it ends.
 
+mod backends;
 mod bench;
 mod checkpoints;
 mod ends;
@@ -39,6 +40,13 @@ fn opt() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_opt"));
     command.current_dir(root()).env_remove("OPT_MODEL").env_remove("RUST_LOG").stdin(Stdio::null());
     command
+}
+
+/// The backends that this build was made without.
+fn absent_backends() -> Vec<&'static str> {
+    let listed = run(opt().args(["backends", "--json"])).json();
+    let absent = |name: &&str| listed.iter().all(|backend| backend["name"] != *name);
+    ["cpu", "tch", "candle", "wgpu"].into_iter().filter(absent).collect()
 }
 
 /// What a run left behind.

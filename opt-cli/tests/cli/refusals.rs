@@ -121,7 +121,7 @@ fn models_and_backends_that_are_not_there() {
     if !cfg!(feature = "hub") {
         generate(&["--model", "facebook/opt-125m", "The river"]).refused(1, &["facebook/opt-125m", "`hub`"]);
     }
-    for backend in ["tch", "candle", "wgpu"] {
+    for backend in absent_backends() {
         generate(&["--backend", backend, "The river"]).refused(1, &[backend, "feature"]);
     }
     generate(&["--backend", "cuda", "The river"]).refused(2, &["cuda", "tch"]);

@@ -19,12 +19,13 @@ pub type Config = serde_json::Map<String, serde_json::Value>;
 
 /// The folder of the fixtures.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    repository().join("opt-core/tests/fixtures")
 }
 
-/// The repository's root.
+/// The repository's root; `OPT_TEST_REPOSITORY` where the tests were carried to another machine.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    let built_in = || Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    std::env::var_os("OPT_TEST_REPOSITORY").map_or_else(built_in, PathBuf::from)
 }
 
 /// The folder of the small trained model.
