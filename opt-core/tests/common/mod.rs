@@ -1,6 +1,7 @@
 //! Reads the fixtures that transformers made (`tests/fixtures`, described in its README.md) and compares to them.
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part
 
+pub mod late;
 pub mod tiny;
 
 use std::collections::BTreeMap;
