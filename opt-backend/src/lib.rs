@@ -42,7 +42,7 @@ pub use counters::{Counters, Counts, Op};
 pub use dtype::{DType, HostMatrix, HostVector};
 pub use error::{Error, ErrorKind, Result};
 pub use info::{Info, host_memory};
-pub use readback::{MaybeSend, MaybeSync, Readback, block_on, ready};
+pub use readback::{BoxFuture, MaybeSend, MaybeSync, Readback, block_on, ready};
 pub use reference::{Reference, ReferenceCache};
 
 pub use {half, ndarray};

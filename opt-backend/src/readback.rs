@@ -23,13 +23,16 @@ pub trait MaybeSync {}
 #[cfg(target_arch = "wasm32")]
 impl<T: ?Sized> MaybeSync for T {}
 
+/// A boxed future; `Send` everywhere but on wasm32.
+#[cfg(not(target_arch = "wasm32"))]
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+/// A boxed future; `Send` everywhere but on wasm32.
+#[cfg(target_arch = "wasm32")]
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
 /// A value on its way from the device: awaitable, and it can fail. Native code may wait for it with
 /// [`crate::Backend::block_on`].
-#[cfg(not(target_arch = "wasm32"))]
-pub type Readback<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
-/// A value on its way from the device: awaitable, and it can fail.
-#[cfg(target_arch = "wasm32")]
-pub type Readback<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
+pub type Readback<'a, T> = BoxFuture<'a, Result<T>>;
 
 /// A readback whose value is at hand already.
 pub fn ready<'a, T: MaybeSend + 'a>(value: Result<T>) -> Readback<'a, T> {

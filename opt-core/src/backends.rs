@@ -1,11 +1,7 @@
 //! The backends of this build. The only place that names them.
 
-use crate::{
-    CancelToken, Error, ErrorKind, ProgressFn, Result, checkpoint::Checkpoint, engine::Engine,
-    opt::EngineMaker,
-};
-use opt_backend::{DType, Info};
-use std::sync::Arc;
+use crate::{Error, ErrorKind, Result, opt::MakeEngine};
+use opt_backend::Info;
 
 #[cfg(feature = "candle")]
 pub use opt_backend_candle::Candle;
@@ -30,7 +26,7 @@ pub struct BackendOptions {
 }
 
 /// A backend of this build, as a value that [`crate::Load::with`] takes.
-pub struct Chosen(pub(crate) EngineMaker);
+pub struct Chosen(pub(crate) Box<dyn MakeEngine>);
 
 /// What a backend of this build found on this machine, or why it cannot be used here.
 pub type Listing = (&'static str, Result<Info>);
@@ -78,16 +74,12 @@ impl Entry {
 }
 
 /// The entry of a backend that `$start` starts.
+#[allow(unused_macros)] // in a build without backends
 macro_rules! entry {
     ($name:literal, $start:path) => {
         Entry::new(
             $name,
-            |options| {
-                let backend = $start(options)?;
-                Ok(Chosen(Box::new(move |checkpoint, dtype, cancel, progress| {
-                    engine_on(backend, checkpoint, dtype, cancel, progress)
-                })))
-            },
+            |options| Ok(Chosen(Box::new($start(options)?))),
             |options| $start(options).map(|backend| opt_backend::Backend::info(&backend)),
         )
     };
@@ -151,14 +143,4 @@ fn threads(options: &BackendOptions) -> Result<Option<usize>> {
         Some(0) => Err(Error::new(ErrorKind::Option, "threads: expected at least 1, found 0")),
         threads => Ok(threads),
     }
-}
-
-pub(crate) fn engine_on<B: opt_backend::Backend>(
-    backend: B,
-    checkpoint: &Checkpoint,
-    dtype: DType,
-    cancel: Option<&CancelToken>,
-    progress: Option<&mut ProgressFn<'_>>,
-) -> Result<Arc<dyn Engine>> {
-    Ok(Arc::new(crate::engine::LocalEngine::load(backend, checkpoint, dtype, cancel, progress)?))
 }

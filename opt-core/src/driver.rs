@@ -10,12 +10,8 @@ use crate::{
 };
 use ndarray::{Array2, Axis, concatenate};
 use opt_backend::CacheDType;
-use std::{
-    collections::VecDeque,
-    ops::ControlFlow,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
+use web_time::Instant;
 
 /// Rows of one forward pass. Longer prompts are run in pieces, which bounds memory and lets a cancellation through.
 pub(crate) const MAX_ROWS: usize = 512;

@@ -9,18 +9,11 @@ mod local;
 pub use cache::KvCache;
 pub use local::LocalEngine;
 pub(crate) use local::check_vocabulary;
+pub use opt_backend::BoxFuture;
 
 use crate::{CancelToken, ProgressFn, Result, config::OptConfig};
 use ndarray::{Array2, Array3, ArrayView2};
 use opt_backend::{CacheDType, Counts, Info, MaybeSend, MaybeSync, TargetScore, TopK};
-use std::{future::Future, pin::Pin};
-
-/// A boxed future; `Send` everywhere but on wasm32.
-#[cfg(not(target_arch = "wasm32"))]
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-/// A boxed future; `Send` everywhere but on wasm32.
-#[cfg(target_arch = "wasm32")]
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// A model that can be run. One engine may be used from many threads at once.
 pub trait Engine: MaybeSend + MaybeSync {

@@ -15,9 +15,17 @@
 //! [`Opt`] is the front door. Behind it: a [`checkpoint`] is read and handed, tensor by tensor, to a backend; the
 //! decoder runs on it behind the object-safe [`engine::Engine`]; [`generation`] decides, as a pure state machine,
 //! what to run next. Everything is usable on its own.
+//!
+//! Each method that waits for the device has an awaitable twin: [`Opt::generate`] and [`Opt::generate_async`], the
+//! iterator's `next` and [`TokenStream::next_token`], [`TokenStream::collect_all`] and [`TokenStream::finish`], and so
+//! on. On wasm32-unknown-unknown (browsers) there are only those, since its one thread cannot wait. There are no files
+//! either, so that what takes a path fails there: see [`Opt::assemble`] for a model from bytes.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(not(target_arch = "wasm32"))]
+mod blocking;
+mod callbacks;
 mod decoder;
 mod driver;
 mod error;
@@ -38,11 +46,12 @@ pub mod hub;
 pub mod prompt;
 pub mod tokenizer;
 
+pub use callbacks::ProgressFn;
 use decoder::Decoder;
 pub use error::{Error, ErrorKind, Result};
 pub use opt::{Load, Opt};
 pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, TargetScore, TopK, ndarray};
-pub use progress::{CancelToken, Progress, ProgressFn};
+pub use progress::{CancelToken, Progress};
 pub use request::{Generated, GeneratedSequence, Prompt, Request};
 pub use score::{ScoreInput, Scored};
 pub use session::Session;

@@ -5,7 +5,7 @@ use crate::{
     checkpoint::Checkpoint,
     config::OptConfig,
     driver::{Active, Driver, Slots},
-    engine::{Engine, Forward, Hidden, KvCache, Output, Sequence, Want},
+    engine::{Engine, Forward, Hidden, KvCache, LocalEngine, Output, Sequence, Want},
     generation::{
         Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping,
         strategy,
@@ -14,8 +14,8 @@ use crate::{
     stream::Head,
     tokenizer::Tokenizer,
 };
-use ndarray::Array2;
-use opt_backend::{DType, Info};
+use ndarray::{Array2, Array3};
+use opt_backend::{Backend, DType, Info, MaybeSend, MaybeSync};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -43,23 +43,37 @@ pub struct Opt {
     token_bytes: Arc<OnceLock<Arc<Vec<Vec<u8>>>>>,
 }
 
+// Everywhere but on wasm32, these are Send and Sync.
 const _: () = {
-    const fn shared<T: Send + Sync + 'static>() {}
-    const fn owned<T: Send + 'static>() {}
+    const fn shared<T: MaybeSend + MaybeSync + 'static>() {}
+    const fn owned<T: MaybeSend + 'static>() {}
     shared::<Opt>();
     owned::<TokenStream>();
     owned::<Session>();
 };
 
-pub(crate) type EngineMaker = Box<
-    dyn FnOnce(
-            &Checkpoint,
-            DType,
-            Option<&CancelToken>,
-            Option<&mut ProgressFn<'_>>,
-        ) -> Result<Arc<dyn Engine>>
-        + Send,
->;
+/// A backend that is ready to take a checkpoint's weights over.
+pub(crate) trait MakeEngine: MaybeSend {
+    fn make(
+        self: Box<Self>,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        cancel: Option<&CancelToken>,
+        progress: Option<&mut ProgressFn<'_>>,
+    ) -> Result<Arc<dyn Engine>>;
+}
+
+impl<B: Backend> MakeEngine for B {
+    fn make(
+        self: Box<Self>,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        cancel: Option<&CancelToken>,
+        progress: Option<&mut ProgressFn<'_>>,
+    ) -> Result<Arc<dyn Engine>> {
+        Ok(Arc::new(LocalEngine::load(*self, checkpoint, dtype, cancel, progress)?))
+    }
+}
 
 /// How to load a model: where to, held how, watched by whom.
 ///
@@ -70,7 +84,7 @@ pub(crate) type EngineMaker = Box<
 /// ```
 #[derive(Default)]
 pub struct Load<'a> {
-    engine: Option<EngineMaker>,
+    engine: Option<Box<dyn MakeEngine>>,
     dtype: DType,
     cancel: Option<CancelToken>,
     progress: Option<&'a mut ProgressFn<'a>>,
@@ -78,11 +92,8 @@ pub struct Load<'a> {
 
 impl<'a> Load<'a> {
     /// Loads on a backend of the caller's.
-    pub fn on(backend: impl opt_backend::Backend) -> Self {
-        let make: EngineMaker = Box::new(move |checkpoint, dtype, cancel, progress| {
-            backends::engine_on(backend, checkpoint, dtype, cancel, progress)
-        });
-        Self { engine: Some(make), ..Self::default() }
+    pub fn on(backend: impl Backend) -> Self {
+        Self { engine: Some(Box::new(backend)), ..Self::default() }
     }
 
     /// Loads on a backend chosen by name; see [`backends::choose`].
@@ -167,12 +178,12 @@ impl Opt {
         }
         // As in transformers: config.json counts only where there is no generation_config.json.
         let generation = generation.unwrap_or_else(|| GenerationConfig::from_model(config));
-        let make = match load.engine {
-            Some(make) => make,
+        let backend = match load.engine {
+            Some(backend) => backend,
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
-        let engine = make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
+        let engine = backend.make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
         Ok(Self {
             engine,
             tokenizer,
@@ -224,26 +235,28 @@ impl Opt {
         })
     }
 
-    /// Continues a prompt.
+    /// [`Opt::generate`], awaited.
     ///
     /// # Errors
-    /// [`ErrorKind::Prompt`] and [`ErrorKind::Option`] for what cannot be run, [`ErrorKind::Backend`].
-    pub fn generate(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generated> {
-        let request = Request::new(prompt).config(config.clone());
-        let mut all = self.stream_batch([request])?.collect_all()?;
+    /// Those of [`Opt::generate`].
+    pub async fn generate_async(
+        &self,
+        prompt: impl Into<Prompt>,
+        config: &GenerationConfig,
+    ) -> Result<Generated> {
+        let mut all = self.stream(prompt, config)?.finish().await?;
         all.pop().ok_or_else(|| Error::new(ErrorKind::Backend, "expected one result, found none"))
     }
 
-    /// Continues several prompts as one batch, each with its own settings. The results are those of running each
-    /// alone.
+    /// [`Opt::generate_batch`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate`], naming the request.
-    pub fn generate_batch(
+    /// Those of [`Opt::generate_batch`].
+    pub async fn generate_batch_async(
         &self,
         requests: impl IntoIterator<Item = impl Into<Request>>,
     ) -> Result<Vec<Generated>> {
-        self.stream_batch(requests)?.collect_all()
+        self.stream_batch(requests)?.finish().await
     }
 
     /// Continues a prompt, token by token.
@@ -286,26 +299,24 @@ impl Opt {
         Ok(TokenStream::new(Driver::new(Arc::clone(&self.engine), active), self.tokenizer.clone(), heads))
     }
 
-    /// Continues several prompts and hands each token to `see`, which can end it all; so can `progress`, which is
-    /// told how far the prompts have been run.
+    /// [`Opt::generate_with`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate_batch`]; [`ErrorKind::Cancelled`] if `progress` ended it. Ending it from `see` is no error:
-    /// the sequences so far are the result.
-    pub fn generate_with(
+    /// Those of [`Opt::generate_with`].
+    pub async fn generate_with_async(
         &self,
         requests: impl IntoIterator<Item = impl Into<Request>>,
         mut see: impl FnMut(&StreamToken) -> ControlFlow<()>,
-        mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()> + Send,
+        mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()> + MaybeSend,
     ) -> Result<Vec<Generated>> {
         let mut stream = self.stream_batch(requests)?;
-        while let Some(token) = stream.next_watched(&mut progress) {
+        while let Some(token) = stream.next_token_watched(&mut progress).await {
             if see(&token?).is_break() {
                 stream.stop(crate::generation::FinishReason::Stop);
                 break;
             }
         }
-        stream.collect_all()
+        stream.finish().await
     }
 
     /// An empty conversation that keeps its cache.
@@ -313,42 +324,41 @@ impl Opt {
         Session::new(self.clone())
     }
 
-    /// Logits `[tokens, vocab_size]` of every position of `ids`.
+    /// [`Opt::logits`], awaited.
     ///
     /// # Errors
-    /// [`ErrorKind::Prompt`] for ids that cannot be run, [`ErrorKind::Backend`].
-    pub fn logits(&self, ids: &[u32]) -> Result<Array2<f32>> {
-        let output = self.run_one(Sequence::new(ids).want(Want::Logits { rows: ids.len() }))?;
+    /// Those of [`Opt::logits`].
+    pub async fn logits_async(&self, ids: &[u32]) -> Result<Array2<f32>> {
+        let output = self.run_one(Sequence::new(ids).want(Want::Logits { rows: ids.len() })).await?;
         output.logits.ok_or_else(|| Error::new(ErrorKind::Prompt, "expected at least one token, found none"))
     }
 
-    /// Hidden states of every position of `ids`, as transformers gives them: the embeddings, the output of each layer
-    /// but the last, and the last one after the final LayerNorm and `project_out`; each `[tokens, width]`.
+    /// [`Opt::hidden_states`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::logits`].
-    pub fn hidden_states(&self, ids: &[u32]) -> Result<Vec<Array2<f32>>> {
+    /// Those of [`Opt::logits`].
+    pub async fn hidden_states_async(&self, ids: &[u32]) -> Result<Vec<Array2<f32>>> {
         let mut sequence = Sequence::new(ids);
         sequence.hidden = Hidden::All;
-        Ok(self.run_one(sequence)?.hidden)
+        Ok(self.run_one(sequence).await?.hidden)
     }
 
-    /// Attention weights of each layer, `[heads, tokens, tokens]`. Slow: for looking.
+    /// [`Opt::attentions`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::logits`].
-    pub fn attentions(&self, ids: &[u32]) -> Result<Vec<ndarray::Array3<f32>>> {
+    /// Those of [`Opt::logits`].
+    pub async fn attentions_async(&self, ids: &[u32]) -> Result<Vec<Array3<f32>>> {
         let mut sequence = Sequence::new(ids);
         sequence.attentions = true;
-        Ok(self.run_one(sequence)?.attentions)
+        Ok(self.run_one(sequence).await?.attentions)
     }
 
-    fn run_one<'a>(&'a self, sequence: Sequence<'a>) -> Result<Output> {
+    async fn run_one<'a>(&'a self, sequence: Sequence<'a>) -> Result<Output> {
         if sequence.input.is_empty() {
             return Err(Error::new(ErrorKind::Prompt, "expected at least one token, found none"));
         }
         let batch = Forward { sequences: vec![sequence], ..Forward::default() };
-        Ok(self.engine.forward_blocking(batch)?.pop().unwrap_or_default())
+        Ok(self.engine.forward(batch).await?.pop().unwrap_or_default())
     }
 
     /// Everything a request needs to run. `start` is a cache that holds the first tokens of the prompt.

@@ -59,6 +59,3 @@ impl<'a> Progress<'a> {
         Self { item, done, total }
     }
 }
-
-/// Is told how far work has come; returning `Break` cancels it.
-pub type ProgressFn<'a> = dyn FnMut(Progress<'_>) -> std::ops::ControlFlow<()> + Send + 'a;

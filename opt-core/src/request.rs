@@ -5,7 +5,7 @@ use crate::{
     tokenizer::Bos,
 };
 use ndarray::Array2;
-use opt_backend::CacheDType;
+use opt_backend::{CacheDType, MaybeSend, MaybeSync};
 use std::sync::Arc;
 
 /// What to continue.
@@ -133,7 +133,10 @@ impl Request {
 
     /// Allows only the tokens that `allowed` names for the ids so far.
     #[must_use]
-    pub fn allow_only(mut self, allowed: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static) -> Self {
+    pub fn allow_only(
+        mut self,
+        allowed: impl Fn(&[u32]) -> Vec<u32> + MaybeSend + MaybeSync + 'static,
+    ) -> Self {
         self.hooks.prefix_allowed_tokens = Some(Arc::new(allowed));
         self
     }

@@ -7,6 +7,7 @@ use crate::{
     engine::{Forward, Sequence, Want},
     tokenizer::Bos,
 };
+use std::ops::ControlFlow;
 
 /// Tokens to score: those from `from` on, each given all before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,31 +77,19 @@ impl ScoreInput {
 }
 
 impl Opt {
-    /// Log-probabilities of given tokens. Inputs are run as ragged batches; the order of results is theirs.
-    ///
-    /// ```
-    /// use opt_core::{Opt, ScoreInput, tokenizer::Bos};
-    ///
-    /// let opt = Opt::open("../models/opt-novels")?;
-    /// let likely = ScoreInput::pair(&opt, "He opened the", " door", Bos::Model)?;
-    /// let unlikely = ScoreInput::pair(&opt, "He opened the", " of", Bos::Model)?;
-    /// let scores = opt.score(&[likely, unlikely])?;
-    /// assert!(scores[0].log_prob > scores[1].log_prob);
-    /// # Ok::<(), opt_core::Error>(())
-    /// ```
+    /// [`Opt::score`], awaited.
     ///
     /// # Errors
-    /// [`ErrorKind::Prompt`] for an input that is empty, longer than the context or outside the vocabulary, naming
-    /// it; [`ErrorKind::Backend`].
-    pub fn score(&self, inputs: &[ScoreInput]) -> Result<Vec<Scored>> {
-        self.score_with(inputs, &CancelToken::new(), &mut |_| std::ops::ControlFlow::Continue(()))
+    /// Those of [`Opt::score`].
+    pub async fn score_async(&self, inputs: &[ScoreInput]) -> Result<Vec<Scored>> {
+        self.score_with_async(inputs, &CancelToken::new(), &mut |_| ControlFlow::Continue(())).await
     }
 
-    /// [`Opt::score`], which `cancel` and `progress` can end.
+    /// [`Opt::score_with`], awaited.
     ///
     /// # Errors
-    /// Those of [`Opt::score`], and [`ErrorKind::Cancelled`].
-    pub fn score_with(
+    /// Those of [`Opt::score_with`].
+    pub async fn score_with_async(
         &self,
         inputs: &[ScoreInput],
         cancel: &CancelToken,
@@ -121,7 +110,7 @@ impl Opt {
             let count = rest.iter().take_while(fits).count().max(1);
             let (batch, later) = rest.split_at(count);
             rest = later;
-            scored.extend(self.score_batch(batch, cancel)?);
+            scored.extend(self.score_batch(batch, cancel).await?);
             if progress(Progress::new("inputs", scored.len() as u64, inputs.len() as u64)).is_break() {
                 return Err(Error::new(ErrorKind::Cancelled, "scoring was cancelled"));
             }
@@ -129,14 +118,14 @@ impl Opt {
         Ok(scored)
     }
 
-    fn score_batch(&self, inputs: &[ScoreInput], cancel: &CancelToken) -> Result<Vec<Scored>> {
+    async fn score_batch(&self, inputs: &[ScoreInput], cancel: &CancelToken) -> Result<Vec<Scored>> {
         let sequences = inputs.iter().map(|input| {
             // The last token is only ever a target.
             let run = input.ids.len().saturating_sub(1);
             Sequence::new(&input.ids[..run]).want(Want::LogProbs { targets: &input.ids[input.from..] })
         });
         let batch = Forward { sequences: sequences.collect(), cancel: Some(cancel), watch: None };
-        let outputs = self.engine().forward_blocking(batch)?;
+        let outputs = self.engine().forward(batch).await?;
         let each = inputs.iter().zip(outputs);
         Ok(each
             .map(|(input, output)| {

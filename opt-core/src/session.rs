@@ -9,7 +9,7 @@ use bytemuck::cast_slice;
 use ndarray::Array2;
 use opt_backend::CacheLayer;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use std::{collections::HashMap, io::Write, path::Path, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 /// A conversation whose keys and values are kept, so that each turn runs only what is new.
 ///
@@ -53,11 +53,11 @@ impl Session {
         self.opt.require_tokenizer()?.decode(&self.ids, true)
     }
 
-    /// Adds to the conversation without generating, and runs it.
+    /// [`Session::append`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate`]; the session is then as before.
-    pub fn append(&mut self, prompt: impl Into<Prompt>) -> Result<()> {
+    /// Those of [`Session::append`].
+    pub async fn append_async(&mut self, prompt: impl Into<Prompt>) -> Result<()> {
         let mut ids = self.ids.clone();
         ids.extend(self.encode(prompt.into(), Bos::Model)?);
         let context = self.opt.config().max_position_embeddings;
@@ -75,10 +75,8 @@ impl Session {
         for piece in ids[before..].chunks(crate::driver::MAX_ROWS) {
             let mut sequence = Sequence::new(piece);
             sequence.cache = Some(&mut cache);
-            result = self
-                .opt
-                .engine()
-                .forward_blocking(Forward { sequences: vec![sequence], ..Forward::default() });
+            let batch = Forward { sequences: vec![sequence], ..Forward::default() };
+            result = self.opt.engine().forward(batch).await;
             if result.is_err() {
                 cache.truncate(before)?;
                 break;
@@ -90,21 +88,25 @@ impl Session {
         Ok(())
     }
 
-    /// Adds a prompt (which may be empty) and continues it; prompt and continuation become part of the conversation.
+    /// [`Session::generate`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate`]; the session is then as before.
-    pub fn generate(&mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generated> {
-        self.run(Request::new(prompt).config(config.clone()))
+    /// Those of [`Session::generate`].
+    pub async fn generate_async(
+        &mut self,
+        prompt: impl Into<Prompt>,
+        config: &GenerationConfig,
+    ) -> Result<Generated> {
+        self.run_async(Request::new(prompt).config(config.clone())).await
     }
 
-    /// [`Session::generate`] with all that a request can say.
+    /// [`Session::run`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate`]; the session is then as before.
-    pub fn run(&mut self, request: Request) -> Result<Generated> {
+    /// Those of [`Session::run`].
+    pub async fn run_async(&mut self, request: Request) -> Result<Generated> {
         let stream = self.start(request)?;
-        self.absorb(stream)
+        self.absorb_async(stream).await
     }
 
     /// Begins a turn whose tokens are to be seen as they are made. Hand the stream back to [`Session::absorb`], read
@@ -127,12 +129,11 @@ impl Session {
         Ok(TokenStream::new(driver, self.opt.tokenizer().cloned(), vec![head]))
     }
 
-    /// Runs a turn that [`Session::start`] began to its end and keeps it.
+    /// [`Session::absorb`], awaited.
     ///
     /// # Errors
-    /// As [`Opt::generate`], and [`ErrorKind::Option`] for a stream that does not continue this conversation as it
-    /// stands; the session is then as before.
-    pub fn absorb(&mut self, stream: TokenStream) -> Result<Generated> {
+    /// Those of [`Session::absorb`].
+    pub async fn absorb_async(&mut self, stream: TokenStream) -> Result<Generated> {
         let not_ours = || {
             let message = "session: expected the stream of a turn of this conversation, with nothing added since, \
                            found another";
@@ -141,7 +142,7 @@ impl Session {
         if !stream.continues(self.opt.engine(), &self.ids) {
             return Err(not_ours());
         }
-        let turns = opt_backend::block_on(stream.finish_with_slots())?;
+        let turns = stream.finish_with_slots().await?;
         let (generated, mut slots) = turns.into_iter().next().ok_or_else(not_ours)?;
         let mut ids = generated.prompt_ids.clone();
         ids.extend(generated.ids());
@@ -175,59 +176,41 @@ impl Session {
         self.cache.as_mut().map_or(Ok(()), |cache| cache.truncate(len))
     }
 
-    /// Writes tokens, keys and values to a safetensors file; an existing file is replaced once the new one is whole.
+    /// Tokens, keys and values as a safetensors file, awaited: what [`Session::save`] writes, for those who keep it
+    /// elsewhere than in a file.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] if it cannot be written, [`ErrorKind::Backend`] if the device fails.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let layers = self.cache.as_ref().map(|cache| opt_backend::block_on(cache.read())).transpose()?;
-        let probe = self.probe()?;
+    /// [`ErrorKind::Backend`] if the device fails.
+    pub async fn to_bytes_async(&self) -> Result<Vec<u8>> {
+        let layers = match &self.cache {
+            Some(cache) => cache.read().await?,
+            None => Vec::new(),
+        };
+        let probe = self.probe().await?;
         let metadata =
             HashMap::from([("format".to_owned(), FORMAT.to_owned()), ("config".to_owned(), self.shape())]);
-        let write = || -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let write = || -> std::result::Result<Vec<u8>, Box<dyn std::error::Error + Send + Sync>> {
             let mut tensors = vec![
                 ("ids".to_owned(), TensorView::new(Dtype::U32, vec![self.ids.len()], cast_slice(&self.ids))?),
                 ("probe".to_owned(), TensorView::new(Dtype::F32, vec![probe.len()], cast_slice(&probe))?),
             ];
-            for (index, layer) in layers.iter().flatten().enumerate() {
+            for (index, layer) in layers.iter().enumerate() {
                 for (name, rows) in [("keys", &layer.keys), ("values", &layer.values)] {
                     let data = rows.as_slice().ok_or("keys and values do not lie in order")?;
                     let view = TensorView::new(Dtype::F32, rows.shape().to_vec(), cast_slice(data))?;
                     tensors.push((format!("layers.{index}.{name}"), view));
                 }
             }
-            let bytes = safetensors::serialize(tensors, Some(metadata))?;
-            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let mut file = tempfile::NamedTempFile::new_in(dir)?;
-            file.write_all(&bytes)?;
-            file.as_file().sync_all()?;
-            file.persist(path)?;
-            Ok(())
+            Ok(safetensors::serialize(tensors, Some(metadata))?)
         };
-        write().map_err(|e| {
-            Error::because(ErrorKind::Io, format_args!("{}: cannot write the session", path.display()), e)
-        })
+        write().map_err(|e| Error::because(ErrorKind::Backend, "the session cannot be written", e))
     }
 
-    /// Reads a session back that was saved with the same model.
+    /// Reads what [`Session::to_bytes_async`] gave, with the same model.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Checkpoint`] if it is
-    /// damaged or of another model.
-    pub fn restore(opt: &Opt, path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|e| {
-            let kind = match e.kind() {
-                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
-                _ => ErrorKind::Io,
-            };
-            Error::because(kind, format_args!("{}: cannot read the session", path.display()), e)
-        })?;
-        Self::from_bytes(opt, &bytes).map_err(|e| e.at(path.display()))
-    }
-
-    fn from_bytes(opt: &Opt, bytes: &[u8]) -> Result<Self> {
+    /// [`ErrorKind::Checkpoint`] if it is damaged or of another model, [`ErrorKind::Backend`] if the device fails.
+    pub async fn from_bytes_async(opt: &Opt, bytes: &[u8]) -> Result<Self> {
         let damaged = |what: &str| Error::new(ErrorKind::Checkpoint, format!("not a usable session: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| damaged(&e.to_string()))?;
         let file = SafeTensors::deserialize(bytes).map_err(|e| damaged(&e.to_string()))?;
@@ -252,7 +235,7 @@ impl Session {
             Ok::<_, Error>((shape, floats))
         };
         let (_, probe) = floats("probe")?;
-        let ours = session.probe()?;
+        let ours = session.probe().await?;
         // The dtype may have changed in between; another model differs by far more than rounding.
         let length =
             |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
@@ -295,11 +278,11 @@ impl Session {
     }
 
     /// A few logits, less their mean, by which the model is told from another of the same shape.
-    fn probe(&self) -> Result<Vec<f32>> {
+    async fn probe(&self) -> Result<Vec<f32>> {
         let config = self.opt.config();
         let count = config.max_position_embeddings.min(4) as u32;
         let ids: Vec<u32> = (0..count).map(|id| id % config.vocab_size.max(1) as u32).collect();
-        let logits = self.opt.logits(&ids)?;
+        let logits = self.opt.logits_async(&ids).await?;
         let rows = logits.outer_iter().flat_map(|row| {
             let mean = row.mean().unwrap_or(0.0);
             row.iter().take(64).map(|logit| logit - mean).collect::<Vec<_>>()

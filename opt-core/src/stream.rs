@@ -74,10 +74,9 @@ impl TokenStream {
         self.advance(None).await
     }
 
-    /// Like the iterator's `next`, and tells `watch` how far the prompts have been run; it can cancel there.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn next_watched(&mut self, watch: &mut ProgressFn<'_>) -> Option<Result<StreamToken>> {
-        opt_backend::block_on(self.advance(Some(watch)))
+    /// Like [`TokenStream::next_token`], and tells `watch` how far the prompts have been run; it can cancel there.
+    pub async fn next_token_watched(&mut self, watch: &mut ProgressFn<'_>) -> Option<Result<StreamToken>> {
+        self.advance(Some(watch)).await
     }
 
     async fn advance(&mut self, mut watch: Option<&mut ProgressFn<'_>>) -> Option<Result<StreamToken>> {
@@ -113,16 +112,7 @@ impl TokenStream {
         one && self.driver.runs_on(engine)
     }
 
-    /// Runs to the end (what [`TokenStream::next_token`] has given out included) and collects everything.
-    ///
-    /// # Errors
-    /// What a step failed with.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn collect_all(self) -> Result<Vec<Generated>> {
-        opt_backend::block_on(self.finish())
-    }
-
-    /// [`TokenStream::collect_all`], awaited.
+    /// Runs to the end and collects everything, what [`TokenStream::next_token`] has given out included.
     ///
     /// # Errors
     /// What a step failed with.
@@ -146,15 +136,6 @@ impl TokenStream {
             Ok((Generated { prompt_ids, sequences, warnings, seed }, slots))
         })
         .collect()
-    }
-}
-
-#[cfg(not(target_arch = "wasm32"))]
-impl Iterator for TokenStream {
-    type Item = Result<StreamToken>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        opt_backend::block_on(self.advance(None))
     }
 }
 

@@ -5,7 +5,7 @@ use super::{
     zip::cannot_write,
 };
 use crate::{CancelToken, Error, ErrorKind, Progress, ProgressFn, Result, config::OptConfig};
-use opt_backend::DType;
+use opt_backend::{DType, MaybeSend};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -64,7 +64,7 @@ impl<'a> ConvertOptions<'a> {
 
     /// Sets [`ConvertOptions::progress`].
     #[must_use]
-    pub fn progress(self, progress: impl FnMut(Progress<'_>) -> ControlFlow<()> + Send + 'a) -> Self {
+    pub fn progress(self, progress: impl FnMut(Progress<'_>) -> ControlFlow<()> + MaybeSend + 'a) -> Self {
         Self { progress: Some(Box::new(progress)), ..self }
     }
 

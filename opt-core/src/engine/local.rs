@@ -50,11 +50,16 @@ impl<B: Backend> LocalEngine<B> {
         Ok(Self { backend: Arc::new(backend), decoder, config })
     }
 
-    /// Starts the work; what is left to wait for is in the result.
-    fn enqueue(&self, batch: &mut Forward<'_>) -> Result<Pending<'_>> {
-        let backend = &*self.backend;
+    /// Runs a batch. The caches are not yet told how many rows they grew by.
+    async fn run(&self, batch: &mut Forward<'_>) -> Result<Vec<Output>> {
         let plan = self.check(batch)?;
-        let embedded = self.embed(batch)?;
+        let embedded = self.embed(&batch.sequences).await?;
+        self.enqueue(batch, plan, embedded)?.wait(&batch.sequences).await
+    }
+
+    /// Starts the work; what is left to wait for is in the result.
+    fn enqueue(&self, batch: &mut Forward<'_>, plan: BatchPlan, embedded: B::Tensor) -> Result<Pending<'_>> {
+        let backend = &*self.backend;
 
         let mut hidden_readbacks = Vec::new();
         let mut attentions = Vec::new();
@@ -139,20 +144,28 @@ impl<B: Backend> LocalEngine<B> {
     }
 
     /// Token embeddings of all rows.
-    fn embed(&self, batch: &Forward<'_>) -> Result<B::Tensor> {
+    async fn embed(&self, sequences: &[super::Sequence<'_>]) -> Result<B::Tensor> {
         let backend = &*self.backend;
-        let ids = |input: &Input<'_>| if let Input::Ids(ids) = input { ids.to_vec() } else { Vec::new() };
-        let all_ids: Vec<u32> = batch.sequences.iter().flat_map(|s| ids(&s.input)).collect();
-        let rows: usize = batch.sequences.iter().map(|s| s.input.len()).sum();
-        if all_ids.len() == rows {
-            return self.decoder.embed(backend, &all_ids);
+        let ids: Vec<u32> = sequences
+            .iter()
+            .filter_map(|s| if let Input::Ids(ids) = s.input { Some(ids) } else { None })
+            .flatten()
+            .copied()
+            .collect();
+        let rows: usize = sequences.iter().map(|s| s.input.len()).sum();
+        if ids.len() == rows {
+            return self.decoder.embed(backend, &ids);
         }
         // Embeddings from outside are rare and come once a prompt: they are laid between the table's on the host.
-        let table = self.decoder.embed(backend, &all_ids)?;
-        let table = backend.block_on(backend.read_owned(table))?;
-        let mut merged = Array2::zeros((rows, self.config.word_embed_proj_dim));
+        let width = self.config.word_embed_proj_dim;
+        let table = if ids.is_empty() {
+            Array2::zeros((0, width))
+        } else {
+            backend.read_owned(self.decoder.embed(backend, &ids)?).await?
+        };
+        let mut merged = Array2::zeros((rows, width));
         let (mut row, mut from_table) = (0, 0);
-        for sequence in &batch.sequences {
+        for sequence in sequences {
             let len = sequence.input.len();
             let mut target = merged.slice_mut(s![row..row + len, ..]);
             match sequence.input {
@@ -428,10 +441,7 @@ impl<B: Backend> Engine for LocalEngine<B> {
 
     fn forward<'a>(&'a self, mut batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>> {
         Box::pin(async move {
-            let result = match self.enqueue(&mut batch) {
-                Ok(pending) => pending.wait(&batch.sequences).await,
-                Err(error) => Err(error),
-            };
+            let result = self.run(&mut batch).await;
             for sequence in &mut batch.sequences {
                 let rows = sequence.input.len();
                 if let Some(cache) = sequence.cache.as_deref_mut() {

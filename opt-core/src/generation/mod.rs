@@ -25,12 +25,13 @@ mod settings;
 mod single;
 mod stopping;
 
+pub use crate::callbacks::PrefixFn;
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
 pub use plan::{
     Alternative, CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
     SequenceOutput, Strategy, TokenEvent,
 };
-pub use processors::{Hooks, LogitsProcessor, PrefixFn, ProcessorChain};
+pub use processors::{Hooks, LogitsProcessor, ProcessorChain};
 pub use random::Random;
 pub use request::{Request, strategy};
 pub use settings::{AssistantSchedule, Extras, Method, Settings};

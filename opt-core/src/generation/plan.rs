@@ -163,7 +163,7 @@ pub struct SequenceOutput {
 }
 
 /// The decision part of generation for one request. See the module's documentation.
-pub trait Strategy: Send {
+pub trait Strategy: opt_backend::MaybeSend {
     /// What to run next; no runs once finished. Called again only after [`Strategy::advance`].
     fn plan(&mut self) -> Plan;
 

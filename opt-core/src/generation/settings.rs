@@ -1,9 +1,6 @@
 use super::{EarlyStopping, GenerationConfig, checks::wrong};
 use crate::{Error, ErrorKind, Result, config::OptConfig};
-use std::{
-    hash::{BuildHasher, Hasher, RandomState},
-    time::Duration,
-};
+use std::time::Duration;
 
 /// How the length of a draft develops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -178,7 +175,7 @@ impl GenerationConfig {
             // Longer than a duration can be is as good as no limit.
             max_time: self.max_time.and_then(|s| Duration::try_from_secs_f64(s).ok()),
             stop_strings: self.stop_strings.clone().unwrap_or_default(),
-            seed: self.seed.unwrap_or_else(entropy),
+            seed: self.seed.map_or_else(entropy, Ok)?,
             top_alternatives: extras.top_alternatives.min(model.vocab_size),
             keep_scores: extras.keep_scores,
             keep_logits: extras.keep_logits,
@@ -356,7 +353,9 @@ fn check_returns(count: usize, method: &Method, do_sample: bool) -> Result<()> {
     if count > most.0 { Err(wrong("num_return_sequences", most.1, count)) } else { Ok(()) }
 }
 
-/// A seed that differs from run to run; std's hash maps already get such numbers from the system.
-fn entropy() -> u64 {
-    RandomState::new().build_hasher().finish()
+/// A seed that differs from run to run.
+fn entropy() -> Result<u64> {
+    getrandom::u64().map_err(|e| {
+        Error::because(ErrorKind::Unsupported, "seed: expected one, since there is no randomness here", e)
+    })
 }

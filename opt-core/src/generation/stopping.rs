@@ -1,8 +1,9 @@
 use super::{FinishReason, Hooks, Settings};
+use opt_backend::{MaybeSend, MaybeSync};
 use std::{fmt, sync::Arc};
 
 /// A caller's own reason to stop a sequence.
-pub trait StoppingCriterion: Send + Sync {
+pub trait StoppingCriterion: MaybeSend + MaybeSync {
     /// Whether the sequence `ids` (prompt and generated) is complete; asked after each new token.
     fn should_stop(&self, ids: &[u32], prompt_len: usize) -> bool;
 }

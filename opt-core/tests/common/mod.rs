@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, unreachable_pub)] // each test file uses its own part
 
 pub mod backend;
+pub mod late;
 pub mod tiny;
 
 use std::collections::BTreeMap;

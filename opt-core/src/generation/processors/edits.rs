@@ -1,6 +1,7 @@
 //! Processors that change the scores of a few tokens, whatever the others are.
 
-use super::{LogitsProcessor, PrefixFn};
+use super::LogitsProcessor;
+use crate::callbacks::PrefixFn;
 use crate::{Error, ErrorKind, Result};
 
 /// Rules a token out; ids outside the row are passed over.

@@ -6,10 +6,11 @@ mod numeric;
 mod repetition;
 
 use super::{GenerationConfig, Method, Settings, StoppingCriterion, TokenIds, field::decimal};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, callbacks::PrefixFn};
 use edits::{Edit, ExponentialDecay, PrefixConstraint, SequenceBias, When};
 use filters::{Epsilon, Eta, MinP, TopK, TopP, Typical};
 use numeric::{RemoveInvalid, Renormalize, Temperature};
+use opt_backend::{MaybeSend, MaybeSync};
 use repetition::{NoRepeatNgram, RepetitionPenalty};
 use std::{fmt, sync::Arc};
 
@@ -17,7 +18,7 @@ use std::{fmt, sync::Arc};
 ///
 /// Stateless: whatever it needs follows from its construction and from `ids`, so one value serves all rows, beams and
 /// threads.
-pub trait LogitsProcessor: Send + Sync {
+pub trait LogitsProcessor: MaybeSend + MaybeSync {
     /// What it is called in [`ProcessorChain::names`].
     fn name(&self) -> &str;
 
@@ -27,9 +28,6 @@ pub trait LogitsProcessor: Send + Sync {
     /// Whatever the implementation cannot do; it ends the request.
     fn process(&self, ids: &[u32], scores: &mut [f32]) -> Result<()>;
 }
-
-/// The tokens that may follow `ids` (prompt and generated).
-pub type PrefixFn = Arc<dyn Fn(&[u32]) -> Vec<u32> + Send + Sync>;
 
 /// Callbacks of the caller's.
 ///
@@ -75,7 +73,7 @@ impl Hooks {
     #[must_use]
     pub fn prefix_allowed_tokens(
         mut self,
-        allowed: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static,
+        allowed: impl Fn(&[u32]) -> Vec<u32> + MaybeSend + MaybeSync + 'static,
     ) -> Self {
         self.prefix_allowed_tokens = Some(Arc::new(allowed));
         self
