@@ -1,0 +1,79 @@
+//! The suite every backend must pass, on each way of computing.
+//!
+//! `OPT_CANDLE_DEVICE` names the device (`cuda:0`, `metal`); the CPU if it is not set. This file needs nothing but
+//! the device, so that the program built from it (`cargo test -p opt-backend-candle --features cuda --test
+//! conformance --no-run`) can be carried to a machine that has one.
+
+use opt_backend::{
+    DType, Op,
+    conformance::{Suite, Tolerance},
+};
+use opt_backend_candle::{Builder, Candle};
+
+/// What has to be an override: everything but looking at attention weights.
+const OVERRIDDEN: [Op; 11] = [
+    Op::Gather,
+    Op::AddGathered,
+    Op::LayerNorm,
+    Op::Linear,
+    Op::Qkv,
+    Op::Add,
+    Op::Attend,
+    Op::TakeRows,
+    Op::Logits,
+    Op::LogProbs,
+    Op::TopK,
+];
+
+fn device() -> String {
+    std::env::var("OPT_CANDLE_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
+}
+
+fn on_cpu() -> bool {
+    device() == "cpu"
+}
+
+fn suite(builder: Builder) -> Suite<Candle> {
+    let builder = builder.device(device());
+    // One value for the whole run: a device is opened once.
+    let make = move || builder.clone().build().expect("the device of OPT_CANDLE_DEVICE");
+    Suite::new(make).no_defaults(&OVERRIDDEN).reads_per_step(1)
+}
+
+/// On the CPU activations and sums are f32 whatever the weights are held in.
+#[test]
+fn cpu() {
+    if !on_cpu() {
+        println!("skipped: OPT_CANDLE_DEVICE is {}, which computes by candle's own ops", device());
+        return;
+    }
+    for threads in [1, 3] {
+        println!("{threads} threads: {}", suite(Candle::builder().threads(threads)).run());
+    }
+}
+
+/// candle's own ops, which is how GPUs compute, with f32 weights.
+#[test]
+fn plain_f32() {
+    let suite = suite(Candle::builder().plain(true)).dtypes(&[DType::F32]);
+    // CUDA and Metal leave exp and division a few units in the last place.
+    let suite = if on_cpu() { suite } else { suite.tolerance(Tolerance::GPU_F32) };
+    println!("{}", suite.run());
+}
+
+/// With f16 weights: products take their input in f16.
+#[test]
+fn plain_f16() {
+    plain_half(DType::F16);
+}
+
+/// With bf16 weights: products take their input in bf16.
+#[test]
+fn plain_bf16() {
+    plain_half(DType::BF16);
+}
+
+fn plain_half(dtype: DType) {
+    let suite = suite(Candle::builder().plain(true)).dtypes(&[dtype]).activations(dtype);
+    println!("{}", suite.run());
+}
