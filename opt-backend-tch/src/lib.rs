@@ -1,29 +1,170 @@
-//! The LibTorch backend.
+//! The LibTorch backend of opt-rs, through [`tch`]: CPU, CUDA and MPS.
+//!
+//! # LibTorch
+//!
+//! This crate needs LibTorch **2.13.0**, and no other: tch 0.26 is compiled against its C++ headers. The shortest way
+//! is Python's wheel (CUDA included, about 5 GB; it works without a GPU):
+//!
+//! ```text
+//! python3 -m venv torch && torch/bin/pip install torch==2.13.0
+//! export PATH=$PWD/torch/bin:$PATH LIBTORCH_USE_PYTORCH=1
+//! export LD_LIBRARY_PATH=$(python3 -c 'import torch; print(torch.__path__[0])')/lib
+//! cargo run --features tch
+//! ```
+//!
+//! Or unpack the LibTorch archive of <https://pytorch.org/get-started/locally> and set `LIBTORCH` to it. What is
+//! missing is said by this crate's build script; `torch-sys` may add its own, longer message.
+//!
+//! `LD_LIBRARY_PATH` (macOS: `DYLD_LIBRARY_PATH`, Windows: `PATH`) is needed when a program runs, not when it is
+//! built: without it the system says that `libtorch_cpu.so` cannot be opened. A program can carry the folder with it:
+//! `RUSTFLAGS="-C link-arg=-Wl,-rpath,/path/to/torch/lib"`. This crate's own tests do so; from here other crates'
+//! programs cannot be reached.
+//!
+//! # What is computed in which format
+//!
+//! The residual stream, LayerNorm, softmax and attention are f32, whatever the weights are. Products are computed in
+//! the format of their weights: their input is rounded to it on the way, and their result is in it until a residual is
+//! added or attention widens it. So bf16 and f16 cost the rounding of each linear's input and output, which is what
+//! transformers does, and not in addition that of every sum along the residual stream. Weights of f32 are multiplied
+//! in f32, never in TF32: [`Builder::build`] checks that.
+//!
+//! # Threads
+//!
+//! One value may be used from many threads at once, and several may be at work on one device. LibTorch's CPU threads
+//! belong to the thread that calls: each calling thread gets a team of [`Builder::threads`]. A server that calls from
+//! eight threads on eight cores is best served by teams of one.
+//!
+//! ```no_run
+//! use opt_backend::{Backend, DType, HostMatrix, Then, ndarray::array};
+//! use opt_backend_tch::Tch;
+//!
+//! let tch = Tch::builder().device("cpu").threads(2).build()?;
+//! let weight = array![[1.0_f32, 2.0], [3.0, 4.0], [5.0, 6.0]];
+//! let linear = tch.new_linear(HostMatrix::F32(weight.view()), None, DType::F32)?;
+//! let x = tch.upload(array![[1.0, 10.0]].view())?;
+//! let y = tch.linear(&x, &linear, Then::Nothing)?;
+//! assert_eq!(tch.block_on(tch.read(&y))?, array![[21.0, 43.0, 65.0]]);
+//! # Ok::<(), opt_backend::Error>(())
+//! ```
 
-use opt_backend::{Error, ErrorKind, Result};
+mod activation;
+mod attention;
+mod backend;
+mod cache;
+mod device;
+mod error;
+mod tensor;
+mod vocab;
+mod weights;
 
-/// The backend.
-pub use opt_backend::Reference as Tch;
+pub use cache::Cache;
+pub use tensor::Tensor;
+pub use weights::{Linear, Norm, Table};
 
-/// How to start the backend.
+use opt_backend::{Counters, Error, ErrorKind, Result};
+use tch::Device;
+
+/// Threads a [`Tch`] may be built with at most; beyond it a number is a mistake.
+const MAX_THREADS: usize = 1024;
+
+/// LibTorch on one device.
+#[derive(Debug)]
+pub struct Tch {
+    device: Device,
+    /// Threads of one call on the CPU.
+    threads: i32,
+    counters: Counters,
+}
+
+/// Settings of a [`Tch`].
 #[derive(Debug, Clone, Default)]
 pub struct Builder {
     device: Option<String>,
+    threads: Option<usize>,
+}
+
+impl Tch {
+    /// On the CPU, with as many threads as LibTorch chooses: one per core, or `OMP_NUM_THREADS`.
+    ///
+    /// # Errors
+    /// As [`Builder::build`].
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// On the CUDA device `index`.
+    ///
+    /// # Errors
+    /// As [`Builder::build`].
+    pub fn cuda(index: usize) -> Result<Self> {
+        Self::builder().device(format!("cuda:{index}")).build()
+    }
+
+    /// On the GPU of an Apple machine.
+    ///
+    /// # Errors
+    /// As [`Builder::build`].
+    pub fn mps() -> Result<Self> {
+        Self::builder().device("mps").build()
+    }
+
+    /// Settings to build one with.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
 }
 
 impl Builder {
-    /// Chooses a device by the backend's own name of it.
+    /// The device: `cpu` (the default), `cuda`, `cuda:N` or `mps`.
     #[must_use]
     pub fn device(mut self, device: impl Into<String>) -> Self {
         self.device = Some(device.into());
         self
     }
 
-    /// Starts it.
+    /// Threads that compute one call on the CPU.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Finds the device.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`].
+    /// [`ErrorKind::Unsupported`] for a device that is unknown or not there, a number of threads that cannot be, a
+    /// LibTorch of another version than 2.13, or one that is set to multiply f32 in less.
     pub fn build(self) -> Result<Tch> {
-        Err(Error::new(ErrorKind::Unsupported, "tch", "this backend is not written yet"))
+        device::check_version()?;
+        let device = device::named(self.device.as_deref().unwrap_or("cpu"))?;
+        let threads = match self.threads {
+            None => tch::get_num_threads(),
+            Some(threads) => match i32::try_from(threads) {
+                Ok(found) if (1..=MAX_THREADS).contains(&threads) => found,
+                _ => {
+                    let message = format_args!("expected 1 to {MAX_THREADS} threads, found {threads}");
+                    return Err(Error::new(ErrorKind::Unsupported, "tch", message));
+                }
+            },
+        };
+        let tch = Tch { device, threads, counters: Counters::default() };
+        let _at_work = tch.at_work();
+        device::check_products_are_f32(device)?;
+        drop(_at_work);
+        Ok(tch)
     }
 }
+
+const _: () = {
+    const fn users_may_share<T: Send + Sync>() {}
+    users_may_share::<Tch>();
+    users_may_share::<Tensor>();
+    users_may_share::<Linear>();
+    users_may_share::<Norm>();
+    users_may_share::<Table>();
+    users_may_share::<Cache>();
+};

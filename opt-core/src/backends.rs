@@ -111,9 +111,12 @@ fn cpu(options: &BackendOptions) -> Result<Cpu> {
 
 #[cfg(feature = "tch")]
 fn tch(options: &BackendOptions) -> Result<Tch> {
-    let mut builder = opt_backend_tch::Builder::default();
+    let mut builder = Tch::builder();
     if let Some(device) = &options.device {
         builder = builder.device(device);
+    }
+    if let Some(threads) = threads(options)? {
+        builder = builder.threads(threads);
     }
     Ok(builder.build()?)
 }

@@ -1,0 +1,128 @@
+//! Devices by name, and what LibTorch finds on this machine.
+
+use crate::error::torch;
+use opt_backend::{Error, ErrorKind, Result};
+use tch::{Cuda, Device, Kind, Tensor, utils};
+
+const OP: &str = "tch";
+
+/// The LibTorch that this crate is made for, as (major, minor).
+const VERSION: [u8; 2] = [2, 13];
+
+/// The device called `name`, if it is there.
+pub(crate) fn named(name: &str) -> Result<Device> {
+    let device = match (name, name.strip_prefix("cuda:")) {
+        ("cpu", _) => Some(Device::Cpu),
+        ("cuda", _) => Some(Device::Cuda(0)),
+        ("mps", _) => Some(Device::Mps),
+        (_, Some(index)) if index.bytes().all(|b| b.is_ascii_digit()) => index.parse().ok().map(Device::Cuda),
+        _ => None,
+    };
+    let Some(device) = device else {
+        return Err(unsupported(format!(
+            "unknown device {name:?}; expected cpu, cuda, cuda:N or mps; here are {}",
+            available().join(", ")
+        )));
+    };
+    check(device)?;
+    Ok(device)
+}
+
+/// Fails unless the device is there.
+pub(crate) fn check(device: Device) -> Result<()> {
+    let here = match device {
+        Device::Cpu => true,
+        Device::Cuda(index) => i64::try_from(index).is_ok_and(|index| index < Cuda::device_count()),
+        Device::Mps => utils::has_mps(),
+        Device::Vulkan => false,
+    };
+    if here {
+        return Ok(());
+    }
+    let reason = match device {
+        Device::Cuda(_) if Cuda::device_count() > 0 => "",
+        Device::Cuda(_) if utils::has_cuda() => "",
+        Device::Cuda(_) => "; LibTorch finds no CUDA: is it a build with CUDA, and is there a driver?",
+        _ => "",
+    };
+    Err(unsupported(format!(
+        "device {} is not there; expected one of {}{reason}",
+        name(device),
+        available().join(", ")
+    )))
+}
+
+/// The name of a device, as users write it.
+pub(crate) fn name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        Device::Mps => "mps".to_owned(),
+        Device::Vulkan => "vulkan".to_owned(),
+    }
+}
+
+fn available() -> Vec<String> {
+    let cuda = (0..usize::try_from(Cuda::device_count()).unwrap_or(0)).map(|i| name(Device::Cuda(i)));
+    let mps = utils::has_mps().then(|| name(Device::Mps));
+    [name(Device::Cpu)].into_iter().chain(cuda).chain(mps).collect()
+}
+
+fn unsupported(message: String) -> Error {
+    Error::new(ErrorKind::Unsupported, OP, message)
+}
+
+/// The version of the LibTorch that is loaded, `[major, minor, patch]`.
+fn version() -> [u8; 3] {
+    unsafe extern "C" {
+        // torch/csrc/inductor/aoti_torch/c/shim.h, part of LibTorch's stable C interface.
+        safe fn aoti_torch_abi_version() -> u64;
+    }
+    let [major, minor, patch, ..] = aoti_torch_abi_version().to_be_bytes();
+    [major, minor, patch]
+}
+
+pub(crate) fn version_text() -> String {
+    version().map(|part| part.to_string()).join(".")
+}
+
+/// Fails if the LibTorch that is loaded is another than this crate was made for. (One whose symbols differ does not
+/// get this far: then the system says that a symbol is missing.)
+pub(crate) fn check_version() -> Result<()> {
+    let [major, minor, _] = version();
+    if [major, minor] == VERSION {
+        return Ok(());
+    }
+    let [wanted_major, wanted_minor] = VERSION;
+    Err(unsupported(format!(
+        "expected LibTorch {wanted_major}.{wanted_minor}, found {}; get it with pip install \
+         torch=={wanted_major}.{wanted_minor}.0 and put its folder torch/lib first on LD_LIBRARY_PATH",
+        version_text()
+    )))
+}
+
+/// Fails if products of f32 matrices are computed in less, as TF32 or bf16: settings of the process or of the
+/// environment may say so, and results would be wrong by a thousandth.
+pub(crate) fn check_products_are_f32(device: Device) -> Result<()> {
+    const N: i64 = 64;
+    // 1 + 2⁻²⁰ is an f32, and 1 in a format of 10 or 7 bits.
+    let exact = 1.0 + f64::from(2f32.powi(-20));
+    let product = || {
+        let x = Tensor::f_full([N, N], exact, (Kind::Float, device))?;
+        let identity = Tensor::f_eye(N, (Kind::Float, device))?;
+        x.f_mm(&identity)?
+            .f_to_dtype(Kind::Float, false, false)?
+            .f_sub_scalar(1.0)?
+            .f_amin([0, 1], false)?
+            .f_double_value(&[])
+    };
+    let found = product().map_err(torch(OP))?;
+    if found == exact - 1.0 {
+        return Ok(());
+    }
+    Err(unsupported(format!(
+        "products of f32 are not computed in f32 on {} (TF32 or bf16 in their place); unset \
+         TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and ONEDNN_DEFAULT_FPMATH_MODE, and leave float32_matmul_precision at highest",
+        name(device)
+    )))
+}

@@ -1,0 +1,47 @@
+//! The suite every backend must pass, once for each format of weights: this backend computes in the format of its
+//! weights.
+//!
+//! `OPT_TCH_TEST_DEVICE` (`cuda:0`, `mps`) runs all of it on another device than the CPU.
+
+use opt_backend::{
+    DType, Op,
+    conformance::{Suite, Tolerance},
+};
+use opt_backend_tch::Tch;
+
+/// The device to test, and whether it is the CPU.
+fn device() -> (String, bool) {
+    let device = std::env::var("OPT_TCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let cpu = device == "cpu";
+    (device, cpu)
+}
+
+fn suite(dtype: DType) -> Suite<Tch> {
+    let (device, cpu) = device();
+    let make = move || {
+        let builder = Tch::builder().device(&device);
+        if cpu { builder.threads(2) } else { builder }.build().expect("the device is there")
+    };
+    // Attention weights are for looking: the trait's own body is all there need be.
+    let ops: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
+    let suite = Suite::new(make).dtypes(&[dtype]).activations(dtype).no_defaults(&ops).reads_per_step(1);
+    match dtype {
+        DType::F32 if !cpu => suite.tolerance(Tolerance::GPU_F32),
+        _ => suite,
+    }
+}
+
+#[test]
+fn f32() {
+    println!("f32: {}", suite(DType::F32).run());
+}
+
+#[test]
+fn bf16() {
+    println!("bf16: {}", suite(DType::BF16).run());
+}
+
+#[test]
+fn f16() {
+    println!("f16: {}", suite(DType::F16).run());
+}
