@@ -203,3 +203,74 @@ impl Stored {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn append(cache: &mut Cache, rows: usize) {
+        cache
+            .append("test", &Device::Cpu, 0, rows, |room, at| {
+                let (heads, dim) = (cache_shape().heads, cache_shape().head_dim);
+                let new = Tensor::full(at as f32, (heads, rows, dim), &Device::Cpu).unwrap();
+                room.keys.write(&new, at).and_then(|()| room.values.write(&new, at)).unwrap();
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    fn cache_shape() -> CacheSpec {
+        CacheSpec { layers: 1, heads: 2, head_dim: 4, dtype: CacheDType::F32, capacity_hint: 0 }
+    }
+
+    fn room(cache: &Cache) -> *const Room {
+        cache.layers[0].room.as_ref().map_or(std::ptr::null(), Arc::as_ptr)
+    }
+
+    #[test]
+    fn rooms_double_and_are_copied_only_when_shared() {
+        let mut cache = Cache::new(cache_shape()).unwrap();
+        assert!(room(&cache).is_null());
+        append(&mut cache, 0);
+        assert!(room(&cache).is_null(), "nothing is allocated for nothing");
+        let (mut rooms, mut capacities) = (Vec::new(), Vec::new());
+        for _ in 0..300 {
+            append(&mut cache, 1);
+            let capacity = cache.layers[0].held().unwrap().0.capacity;
+            if rooms.last() != Some(&room(&cache)) {
+                rooms.push(room(&cache));
+                capacities.push(capacity);
+            }
+        }
+        assert_eq!(capacities, [64, 128, 256, 512], "one step in hundreds moves the cache");
+
+        let fork = cache.fork();
+        assert_eq!(room(&fork), room(&cache), "a fork copies nothing");
+        append(&mut cache, 1);
+        assert_ne!(room(&fork), room(&cache), "an append beside a fork copies");
+        let own = room(&cache);
+        append(&mut cache, 1);
+        assert_eq!(room(&cache), own, "and only once");
+        let shared = room(&fork);
+        drop(cache);
+        let mut fork = fork;
+        append(&mut fork, 1);
+        assert_eq!(room(&fork), shared, "what nobody else holds is written in place");
+        fork.truncate(10);
+        append(&mut fork, 1);
+        assert_eq!(room(&fork), shared);
+        assert_eq!(fork.layers[0].len, 11);
+    }
+
+    #[test]
+    fn a_failed_append_adds_nothing() {
+        let mut cache = Cache::new(cache_shape()).unwrap();
+        append(&mut cache, 5);
+        let fail = |_: &Room, _| Err(Error::new(ErrorKind::Device, "test", "no"));
+        assert!(cache.append("test", &Device::Cpu, 0, 3, fail).is_err());
+        assert_eq!(cache.layers[0].len, 5);
+        let error = cache.append("test", &Device::Cpu, 0, usize::MAX / 2, fail).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfMemory);
+        assert_eq!(cache.read(0).unwrap().keys.nrows(), 5);
+    }
+}

@@ -123,9 +123,12 @@ fn tch(options: &BackendOptions) -> Result<Tch> {
 
 #[cfg(feature = "candle")]
 fn candle(options: &BackendOptions) -> Result<Candle> {
-    let mut builder = opt_backend_candle::Builder::default();
+    let mut builder = Candle::builder();
     if let Some(device) = &options.device {
         builder = builder.device(device);
+    }
+    if let Some(threads) = threads(options)? {
+        builder = builder.threads(threads);
     }
     Ok(builder.build()?)
 }
