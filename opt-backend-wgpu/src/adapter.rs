@@ -1,0 +1,129 @@
+//! The adapters of this machine, and the choice of one.
+
+use opt_backend::{Error, ErrorKind, Result};
+use std::fmt;
+
+/// What a machine computes on, as WebGPU sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Adapter {
+    /// Its place in the list: what [`crate::Builder::device`] takes.
+    pub index: usize,
+    /// As its driver calls it.
+    pub name: String,
+    /// What it is reached through: `vulkan`, `metal`, `dx12`, `webgpu`.
+    pub api: String,
+    /// What it is: `discrete GPU`, `integrated GPU`, `virtual GPU`, `CPU` or `other`.
+    pub kind: &'static str,
+    /// Its driver and the driver's version.
+    pub driver: String,
+}
+
+impl fmt::Display for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({}, {})", self.index, self.name, self.api, self.kind)
+    }
+}
+
+/// The adapters of this machine, in the order of their indices.
+pub async fn adapters_async() -> Vec<Adapter> {
+    let adapters = found(&instance()).await;
+    adapters.iter().enumerate().map(|(index, adapter)| describe(index, &adapter.get_info())).collect()
+}
+
+/// The adapters of this machine, in the order of their indices.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn adapters() -> Vec<Adapter> {
+    opt_backend::block_on(adapters_async())
+}
+
+pub(crate) fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::PRIMARY;
+    // Drivers' own validation finds what wgpu's does, later.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    wgpu::Instance::new(descriptor)
+}
+
+pub(crate) async fn found(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    if cfg!(target_arch = "wasm32") {
+        // Browsers hand out one adapter, and only on request.
+        let options = wgpu::RequestAdapterOptions {
+            power_preference: wgpu::PowerPreference::HighPerformance,
+            ..Default::default()
+        };
+        return instance.request_adapter(&options).await.into_iter().collect();
+    }
+    let able = |adapter: &wgpu::Adapter| {
+        adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
+    };
+    instance.enumerate_adapters(wgpu::Backends::PRIMARY).await.into_iter().filter(able).collect()
+}
+
+fn kind(device: wgpu::DeviceType) -> &'static str {
+    match device {
+        wgpu::DeviceType::DiscreteGpu => "discrete GPU",
+        wgpu::DeviceType::IntegratedGpu => "integrated GPU",
+        wgpu::DeviceType::VirtualGpu => "virtual GPU",
+        wgpu::DeviceType::Cpu => "CPU",
+        wgpu::DeviceType::Other => "other",
+    }
+}
+
+pub(crate) fn describe(index: usize, info: &wgpu::AdapterInfo) -> Adapter {
+    let driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
+    let name = if info.name.is_empty() { "WebGPU".to_owned() } else { info.name.clone() };
+    let api = match info.backend {
+        wgpu::Backend::BrowserWebGpu => "webgpu".to_owned(),
+        backend => backend.to_str().to_owned(),
+    };
+    Adapter { index, name, api, kind: kind(info.device_type), driver }
+}
+
+/// The adapter called `wanted`, by index or by a part of its name; the most capable if none is asked for.
+pub(crate) async fn choose(
+    instance: &wgpu::Instance,
+    wanted: Option<&str>,
+) -> Result<(Adapter, wgpu::Adapter)> {
+    let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, "wgpu", message));
+    let mut adapters = found(instance).await;
+    let list: Vec<Adapter> =
+        adapters.iter().enumerate().map(|(index, adapter)| describe(index, &adapter.get_info())).collect();
+    if list.is_empty() {
+        let advice = if cfg!(target_arch = "wasm32") {
+            "this browser offers no WebGPU adapter; use one with WebGPU enabled"
+        } else if cfg!(target_os = "linux") {
+            "no adapter found; install a Vulkan driver for the GPU, or mesa-vulkan-drivers for a software adapter"
+        } else {
+            "no adapter found; install a driver for the GPU (Direct3D 12, Metal or Vulkan)"
+        };
+        return refuse(advice.to_owned());
+    }
+    let chosen = match wanted {
+        None => {
+            let rank = |adapter: &&Adapter| {
+                ["discrete GPU", "integrated GPU", "virtual GPU", "other", "CPU"]
+                    .iter()
+                    .position(|kind| *kind == adapter.kind)
+            };
+            list.iter().min_by_key(rank)
+        }
+        Some(wanted) => {
+            let lower = wanted.trim().to_lowercase();
+            let by_index = lower.parse::<usize>().ok().and_then(|index| list.get(index));
+            let exact = || list.iter().find(|adapter| adapter.name.to_lowercase() == lower);
+            let part = || list.iter().find(|adapter| adapter.name.to_lowercase().contains(&lower));
+            by_index.or_else(exact).or_else(|| part().filter(|_| !lower.is_empty()))
+        }
+    };
+    match chosen.cloned() {
+        Some(chosen) => {
+            let adapter = adapters.swap_remove(chosen.index);
+            Ok((chosen, adapter))
+        }
+        None => {
+            let all: Vec<String> = list.iter().map(ToString::to_string).collect();
+            refuse(format!("no adapter {:?}; there are: {}", wanted.unwrap_or_default(), all.join("; ")))
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! The shaders and their variants, compiled when first needed and kept.
+
+use crate::template::{self, Defines};
+use opt_backend::{CacheDType, DType};
+use std::{collections::HashMap, sync::Arc};
+
+/// Positions of a page of a KV cache.
+pub(crate) const PAGE: usize = 32;
+/// Columns of a tile of `matmul.wgsl`; rows as well.
+pub(crate) const TILE: usize = 64;
+/// Candidates that one workgroup of `sort.wgsl` sorts.
+pub(crate) const SORTED: usize = 1024;
+/// Threads of `attend.wgsl`, and positions of its tiles.
+pub(crate) const ATTEND_THREADS: usize = 256;
+/// The widest head that `attend.wgsl` can do: four columns a thread, and its vectors fit workgroup memory.
+pub(crate) const HEAD_DIM_MOST: usize = 512;
+
+/// A shader with all that is fixed when it is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Variant {
+    /// x Wᵀ for up to `rows` rows a workgroup; of three W at once where `three`.
+    MatVec {
+        dtype: DType,
+        rows: u32,
+        threads: u32,
+        residual: bool,
+        three: bool,
+    },
+    /// x Wᵀ in tiles.
+    MatMul {
+        dtype: DType,
+        residual: bool,
+    },
+    /// Table entries by id, added to another tensor where `add`.
+    Gather {
+        dtype: DType,
+        add: bool,
+    },
+    Add,
+    LayerNorm {
+        threads: u32,
+    },
+    Append {
+        dtype: CacheDType,
+        quads: u32,
+    },
+    /// Attention of up to `queries` rows of a sequence; with `new`, of one row that is not in the cache yet.
+    Attend {
+        dtype: CacheDType,
+        quads: u32,
+        queries: u32,
+        new: bool,
+    },
+    Stats {
+        targets: bool,
+    },
+    Sort {
+        merge: bool,
+    },
+}
+
+/// What shaders may use beyond WebGPU's core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extras {
+    pub(crate) subgroups: bool,
+    pub(crate) f16: bool,
+}
+
+/// How a shader binds a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+macro_rules! sources {
+    ($($name:literal),*) => {
+        /// The shader or part named `name`.
+        fn source(name: &str) -> Option<&'static str> {
+            match name {
+                $($name => Some(include_str!(concat!("shaders/", $name, ".wgsl"))),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+sources!(
+    "activation",
+    "add",
+    "append",
+    "attend",
+    "cache",
+    "encode",
+    "gather",
+    "keys",
+    "layer_norm",
+    "matmul",
+    "matvec",
+    "product",
+    "reduce",
+    "sort",
+    "stats",
+    "weights"
+);
+
+impl Variant {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Variant::MatVec { .. } => "matvec",
+            Variant::MatMul { .. } => "matmul",
+            Variant::Gather { .. } => "gather",
+            Variant::Add => "add",
+            Variant::LayerNorm { .. } => "layer_norm",
+            Variant::Append { .. } => "append",
+            Variant::Attend { .. } => "attend",
+            Variant::Stats { .. } => "stats",
+            Variant::Sort { .. } => "sort",
+        }
+    }
+
+    /// The storage buffers, in the order of their bindings. The uniforms come before them.
+    pub(crate) fn bindings(self) -> &'static [Access] {
+        use Access::{Read as R, Write as W};
+        match self {
+            Variant::MatVec { three: true, .. } => &[R, W, R, R, R],
+            Variant::MatVec { residual: true, .. } | Variant::MatMul { residual: true, .. } => &[R, W, R, R],
+            Variant::MatVec { .. } | Variant::MatMul { .. } => &[R, W, R],
+            Variant::Gather { add: true, .. } => &[R, W, R, R],
+            Variant::Gather { .. } => &[R, W, R],
+            Variant::Add => &[W, R, R],
+            Variant::LayerNorm { .. } => &[R, W, R],
+            Variant::Append { .. } => &[R, W, R, R],
+            Variant::Attend { new: true, .. } => &[R, R, W, W, R, R],
+            Variant::Attend { .. } => &[R, R, W, R],
+            Variant::Stats { .. } => &[R, R, W],
+            Variant::Sort { .. } => &[R, W],
+        }
+    }
+
+    /// The WGSL of this variant.
+    pub(crate) fn text(self, extras: Extras) -> Result<String, String> {
+        let mut defines = Defines::new();
+        let mut define = |name: &'static str, value: usize| {
+            defines.insert(name, value.to_string());
+        };
+        let on = usize::from;
+        define("SUBGROUPS", on(extras.subgroups));
+        match self {
+            Variant::MatVec { rows, threads, residual, three, .. } => {
+                let (rows, threads) = (rows as usize, threads as usize);
+                define("ROWS", rows);
+                define("THREADS", threads);
+                define("RESIDUAL", on(residual));
+                define("THREE", on(three));
+                // Subgroups have at least four invocations.
+                define("SUBGROUPS_MOST", threads / 4);
+                define("PARTIALS", if extras.subgroups { rows * threads / 4 } else { rows * threads });
+            }
+            Variant::MatMul { residual, .. } => define("RESIDUAL", on(residual)),
+            Variant::Gather { add, .. } => define("ADD", on(add)),
+            Variant::LayerNorm { threads } => {
+                define("THREADS", threads as usize);
+                define("SUBGROUPS_MOST", threads as usize / 4);
+            }
+            Variant::Append { quads, .. } => {
+                define("PAGE", PAGE);
+                define("HEAD_QUADS", quads as usize);
+            }
+            Variant::Attend { quads, queries, new, .. } => {
+                let (quads, queries) = (quads as usize, queries as usize);
+                define("PAGE", PAGE);
+                define("HEAD_QUADS", quads);
+                define("QUERIES", queries);
+                define("QUERY_QUADS", quads * queries);
+                define("NEW", on(new));
+                define("THREADS", ATTEND_THREADS);
+                define("SHARES", ATTEND_THREADS / quads.max(1));
+                define("SCORES", score_words(queries));
+                define("PARTIALS", 16 * queries);
+                define("TILE_PAGES", ATTEND_THREADS / PAGE);
+                define("JOB_WORDS", if new { 6 } else { 4 });
+            }
+            Variant::Stats { targets } => define("TARGETS", on(targets)),
+            Variant::Sort { merge } => define("MERGE", on(merge)),
+            Variant::Add => {}
+        }
+        match self {
+            Variant::MatVec { dtype, .. } | Variant::MatMul { dtype, .. } | Variant::Gather { dtype, .. } => {
+                let name = match dtype {
+                    DType::F16 => "F16",
+                    DType::BF16 => "BF16",
+                    _ => "F32",
+                };
+                define(name, 1);
+                define("NATIVE", on(extras.f16 && dtype == DType::F16));
+                let quad = match dtype {
+                    DType::F16 if extras.f16 => "vec4<f16>",
+                    DType::F16 | DType::BF16 => "vec2<u32>",
+                    _ => "vec4<f32>",
+                };
+                defines.insert("QUAD", quad.into());
+            }
+            Variant::Append { dtype, .. } | Variant::Attend { dtype, .. } => {
+                let (name, unit) = match dtype {
+                    CacheDType::F16 => ("F16", "vec2<u32>"),
+                    CacheDType::Int8 => ("Int8", "u32"),
+                    _ => ("F32", "vec4<f32>"),
+                };
+                define(name, 1);
+                defines.insert("UNIT", unit.into());
+            }
+            _ => {}
+        }
+        let text = source(self.name()).unwrap_or_default();
+        template::expand(text, &defines, &source).map_err(|error| format!("{}.wgsl: {error}", self.name()))
+    }
+}
+
+/// Words of workgroup memory that attention keeps scores in; at least a vec4 a thread.
+fn score_words(queries: usize) -> usize {
+    ATTEND_THREADS * queries.max(4)
+}
+
+/// The most rows an attention workgroup can take, up to eight, within `limit` bytes of workgroup memory.
+pub(crate) fn queries_most(quads: usize, limit: usize) -> u32 {
+    let fits = |queries: &u32| {
+        let queries = *queries as usize;
+        4 * (score_words(queries) + 16 * queries + ATTEND_THREADS / PAGE) + 16 * quads * queries <= limit
+    };
+    [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+}
+
+/// A compiled shader.
+pub(crate) struct Kernel {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+    /// Kernels of equal bindings share a layout, and so bind groups.
+    pub(crate) layout_id: u64,
+    pub(crate) id: u64,
+}
+
+/// Compiled shaders and their layouts.
+#[derive(Default)]
+pub(crate) struct Kernels {
+    kernels: HashMap<Variant, Arc<Kernel>>,
+    layouts: HashMap<&'static [Access], (u64, wgpu::BindGroupLayout)>,
+}
+
+/// Bytes of uniforms of a dispatch.
+pub(crate) const UNIFORM_BYTES: u64 = 64;
+
+impl Kernels {
+    /// The kernel, if it is compiled.
+    pub(crate) fn ready(&self, variant: Variant) -> Option<Arc<Kernel>> {
+        self.kernels.get(&variant).cloned()
+    }
+
+    /// Compiles a kernel and keeps it. What the device finds wrong with it, it reports to the error scope.
+    pub(crate) fn compile(
+        &mut self,
+        device: &wgpu::Device,
+        extras: Extras,
+        variant: Variant,
+    ) -> Result<(), String> {
+        let text = variant.text(extras)?;
+        let label = Some(variant.name());
+        let descriptor =
+            wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };
+        let checks =
+            wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
+        // SAFETY: every check stays on but that which bounds loops, and every loop of these shaders counts up to, or
+        // halves down from, a number that does not change inside it.
+        let module = unsafe { device.create_shader_module_trusted(descriptor, checks) };
+        let next = self.layouts.len() as u64;
+        let bindings = variant.bindings();
+        let (layout_id, layout) =
+            self.layouts.entry(bindings).or_insert_with(|| (next, layout_of(device, bindings))).clone();
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                // Every kernel writes workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        let id = self.kernels.len() as u64;
+        self.kernels.insert(variant, Arc::new(Kernel { pipeline, layout, layout_id, id }));
+        Ok(())
+    }
+}
+
+fn layout_of(device: &wgpu::Device, bindings: &[Access]) -> wgpu::BindGroupLayout {
+    let entry = |binding: usize, ty, has_dynamic_offset, min_binding_size| wgpu::BindGroupLayoutEntry {
+        binding: binding as u32,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset, min_binding_size },
+        count: None,
+    };
+    let uniform = entry(0, wgpu::BufferBindingType::Uniform, true, wgpu::BufferSize::new(UNIFORM_BYTES));
+    let storage = bindings.iter().enumerate().map(|(i, access)| {
+        let read_only = *access == Access::Read;
+        entry(i + 1, wgpu::BufferBindingType::Storage { read_only }, false, None)
+    });
+    let entries: Vec<_> = std::iter::once(uniform).chain(storage).collect();
+    device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kind of variant that the backend asks for.
+    fn variants() -> Vec<Variant> {
+        let mut all = vec![Variant::Add, Variant::Stats { targets: false }, Variant::Stats { targets: true }];
+        all.extend([false, true].map(|merge| Variant::Sort { merge }));
+        all.extend([64, 256].map(|threads| Variant::LayerNorm { threads }));
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            all.extend([false, true].map(|add| Variant::Gather { dtype, add }));
+            for residual in [false, true] {
+                all.push(Variant::MatMul { dtype, residual });
+                for rows in [1, 2, 4, 8] {
+                    for threads in if rows <= 2 { &[64, 256][..] } else { &[64] } {
+                        let threads = *threads;
+                        all.push(Variant::MatVec { dtype, rows, threads, residual, three: false });
+                        all.push(Variant::MatVec { dtype, rows, threads, residual: false, three: true });
+                    }
+                }
+            }
+        }
+        for dtype in [CacheDType::F32, CacheDType::F16, CacheDType::Int8] {
+            for quads in [1, 2, 16, 20, 32, 128] {
+                all.push(Variant::Append { dtype, quads });
+                let mut queries = 1;
+                while queries <= queries_most(quads as usize, 16 << 10) {
+                    all.push(Variant::Attend { dtype, quads, queries, new: false });
+                    queries *= 2;
+                }
+            }
+        }
+        all.extend([1, 2, 16, 20, 32, 128].map(|quads| Variant::Attend {
+            dtype: CacheDType::F32,
+            quads,
+            queries: 1,
+            new: true,
+        }));
+        all
+    }
+
+    /// Parses and validates every shader, without a GPU, and holds it to WebGPU's default limits.
+    #[test]
+    fn every_variant_is_valid() {
+        let mut checked = 0;
+        for extras in [(false, false), (true, false), (false, true), (true, true)] {
+            let extras = Extras { subgroups: extras.0, f16: extras.1 };
+            let mut capabilities = naga::valid::Capabilities::empty();
+            capabilities.insert(naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32);
+            capabilities.set(naga::valid::Capabilities::SUBGROUP, extras.subgroups);
+            capabilities.set(naga::valid::Capabilities::SHADER_FLOAT16, extras.f16);
+            let mut validator =
+                naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities);
+            validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
+            validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
+            for variant in variants() {
+                let text = variant.text(extras).expect("the template is well formed");
+                let module = match naga::front::wgsl::parse_str(&text) {
+                    Ok(module) => module,
+                    Err(error) => panic!("{variant:?}: {}", error.emit_to_string(&text)),
+                };
+                if let Err(error) = validator.validate(&module) {
+                    panic!("{variant:?}: {}\n{text}", error.emit_to_string(&text));
+                }
+                within_default_limits(variant, &module);
+                checked += 1;
+            }
+        }
+        println!("{checked} shaders");
+    }
+
+    fn within_default_limits(variant: Variant, module: &naga::Module) {
+        let [entry] = &module.entry_points[..] else { panic!("{variant:?}: one entry point expected") };
+        assert_eq!(entry.name, "main");
+        assert!(
+            entry.workgroup_size.iter().product::<u32>() <= 256,
+            "{variant:?}: {:?}",
+            entry.workgroup_size
+        );
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).expect("types have layouts");
+        let (mut workgroup, mut storage) = (0, Vec::new());
+        for (_, global) in module.global_variables.iter() {
+            match global.space {
+                naga::AddressSpace::WorkGroup => workgroup += layouter[global.ty].size.next_multiple_of(16),
+                naga::AddressSpace::Storage { access } => {
+                    let binding = global.binding.expect("storage is bound").binding;
+                    storage.push((binding, access.contains(naga::StorageAccess::STORE)));
+                }
+                naga::AddressSpace::Uniform => {
+                    assert!(u64::from(layouter[global.ty].size) <= UNIFORM_BYTES, "{variant:?}: uniforms");
+                }
+                _ => {}
+            }
+        }
+        assert!(workgroup <= 16 << 10, "{variant:?}: {workgroup} bytes of workgroup memory");
+        storage.sort_unstable();
+        let expected = variant.bindings().iter().zip(1..).map(|(access, i)| (i, *access == Access::Write));
+        assert_eq!(storage, expected.collect::<Vec<_>>(), "{variant:?}: bindings");
+    }
+}

@@ -1,0 +1,186 @@
+//! Products with weights: a matrix-vector kernel for few rows, a tiled one for many.
+
+use crate::{
+    gpu::Gpu,
+    kernels::{TILE, Variant},
+    recorder::Recorder,
+    tensor::{Tensor, quads, ranges},
+    weights::{Linear, Matrix, MatrixPart},
+};
+use opt_backend::{Activation, Error, ErrorKind, Result, Then, check};
+use std::{ops::Range, sync::Arc};
+
+/// Rows from which on tiles of 64 pay. Below, weights are read once for every eight rows.
+const TILED_FROM: usize = 17;
+
+/// The number of an activation in `activation.wgsl`.
+fn number(op: &'static str, activation: Activation) -> Result<u32> {
+    Ok(match activation {
+        Activation::Linear => 0,
+        Activation::Relu => 1,
+        Activation::Gelu => 2,
+        Activation::GeluTanh => 3,
+        Activation::Gelu10 => 4,
+        Activation::QuickGelu => 5,
+        Activation::Silu => 6,
+        Activation::Sigmoid => 7,
+        Activation::Tanh => 8,
+        Activation::Relu6 => 9,
+        Activation::Relu2 => 10,
+        Activation::LeakyRelu => 11,
+        Activation::Mish => 12,
+        Activation::Laplace => 13,
+        other => return Err(Error::new(ErrorKind::Unsupported, op, format_args!("no kernel for {other}"))),
+    })
+}
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Default)]
+struct After<'a> {
+    activation: u32,
+    residual: Option<&'a Tensor>,
+}
+
+fn lost(op: &'static str) -> Error {
+    Error::shape(op, "expected rows of at least one element")
+}
+
+impl Gpu {
+    /// `x Wᵀ + b`, then what `then` says.
+    pub(crate) fn linear(
+        self: &Arc<Self>,
+        x: &Tensor,
+        linear: &Linear,
+        then: Then<Tensor>,
+    ) -> Result<Tensor> {
+        let op = "linear";
+        let [outputs, inputs] = linear.weight.shape;
+        check::width(op, x.width(), inputs)?;
+        let after = match &then {
+            Then::Nothing => After::default(),
+            Then::Activate(activation) => After { activation: number(op, *activation)?, residual: None },
+            Then::Add(residual) => {
+                check::same_shape(op, residual.shape(), [x.rows(), outputs])?;
+                After { activation: 0, residual: Some(residual) }
+            }
+            other => {
+                return Err(Error::new(ErrorKind::Unsupported, op, format_args!("cannot do {other:?}")));
+            }
+        };
+        self.product(op, x, &linear.weight, after)
+    }
+
+    /// `x Tᵀ`.
+    pub(crate) fn logits(self: &Arc<Self>, op: &'static str, x: &Tensor, table: &Matrix) -> Result<Tensor> {
+        check::width(op, x.width(), table.shape[1])?;
+        self.product(op, x, table, After::default())
+    }
+
+    /// Queries, keys and values of one input, in one dispatch where the three are alike and rows are few.
+    pub(crate) fn qkv(self: &Arc<Self>, x: &Tensor, linears: [&Linear; 3]) -> Result<[Tensor; 3]> {
+        let op = "qkv";
+        for linear in linears {
+            check::width(op, x.width(), linear.weight.shape[1])?;
+        }
+        let matrices = linears.map(|linear| &linear.weight);
+        let rows = x.rows();
+        if let [[q], [k], [v]] = matrices.map(|matrix| &matrix.parts[..])
+            && (1..TILED_FROM).contains(&rows)
+            && matrices.iter().all(|m| m.shape == matrices[0].shape && m.dtype == matrices[0].dtype)
+            && k.bias_at == q.bias_at
+            && v.bias_at == q.bias_at
+            && let Some((outs, stride)) = Tensor::several::<3>(self, op, [rows, matrices[0].shape[0]])?
+            && let (Some(x_rows), Some(out)) = (x.slice(&(0..rows)), outs[0].shared())
+            && ranges(&[x]).len() == 1
+        {
+            let block = (rows as u32).min(8).next_power_of_two();
+            let variant = matvec(matrices[0], block, false, true);
+            let column_groups = quads(matrices[0].shape[0]);
+            let uniforms = [
+                rows as u32,
+                x.quads() as u32,
+                matrices[0].shape[0] as u32,
+                outs[0].quads() as u32,
+                0,
+                q.bias_at,
+                0,
+                column_groups as u32,
+                stride as u32,
+            ];
+            let buffers = [x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()].map(Some);
+            let groups = (rows.div_ceil(block as usize) * 3 * column_groups) as u64;
+            self.record(op, 0, 1)?.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
+            return Ok(outs);
+        }
+        let each = |matrix: &Matrix| self.product(op, x, matrix, After::default());
+        Ok([each(matrices[0])?, each(matrices[1])?, each(matrices[2])?])
+    }
+
+    fn product(
+        self: &Arc<Self>,
+        op: &'static str,
+        x: &Tensor,
+        matrix: &Matrix,
+        after: After<'_>,
+    ) -> Result<Tensor> {
+        let out = Tensor::new(self, op, [x.rows(), matrix.shape[0]])?;
+        let mut operands = vec![x, &out];
+        operands.extend(after.residual);
+        let ranges = ranges(&operands);
+        let mut recorder = self.record(op, 0, ranges.len() * matrix.parts.len())?;
+        for rows in &ranges {
+            for part in &matrix.parts {
+                self.product_part(&mut recorder, op, x, (matrix, part), &out, after, rows)?;
+            }
+        }
+        drop(recorder);
+        Ok(out)
+    }
+
+    #[allow(clippy::too_many_arguments)] // one dispatch, and all that it binds
+    fn product_part(
+        &self,
+        recorder: &mut Recorder,
+        op: &'static str,
+        x: &Tensor,
+        (matrix, part): (&Matrix, &MatrixPart),
+        out: &Tensor,
+        After { activation, residual }: After<'_>,
+        rows: &Range<usize>,
+    ) -> Result<()> {
+        let columns = part.rows.len();
+        let tiled = rows.len() >= TILED_FROM;
+        let column_groups = if tiled { columns.div_ceil(TILE) } else { quads(columns) };
+        let uniforms = [
+            rows.len() as u32,
+            x.quads() as u32,
+            columns as u32,
+            out.quads() as u32,
+            (part.rows.start / 4) as u32,
+            part.bias_at,
+            activation,
+            column_groups as u32,
+            0,
+        ];
+        let (Some(x), Some(out)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
+        let mut buffers = vec![Some(x), Some(out), Some(part.buffer.whole())];
+        if let Some(residual) = residual {
+            buffers.push(Some(residual.slice(rows).ok_or_else(|| lost(op))?));
+        }
+        let with_residual = residual.is_some();
+        let (variant, row_groups) = if tiled {
+            (Variant::MatMul { dtype: matrix.dtype, residual: with_residual }, rows.len().div_ceil(TILE))
+        } else {
+            let block = (rows.len() as u32).min(8).next_power_of_two();
+            (matvec(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
+        };
+        recorder.dispatch(self, op, variant, &uniforms, &buffers, (row_groups * column_groups) as u64)
+    }
+}
+
+/// The matrix-vector kernel for `rows` rows at a time.
+fn matvec(matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
+    // Deep products of few rows take more threads, as long as their sums fit workgroup memory.
+    let threads = if rows <= 2 && matrix.quads() > 256 { 256 } else { 64 };
+    Variant::MatVec { dtype: matrix.dtype, rows, threads, residual, three }
+}

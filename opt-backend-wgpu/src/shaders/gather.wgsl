@@ -1,0 +1,45 @@
+// Rows of a table, or of a tensor, by id; added to x where ADD is set. Of a table in several parts, each dispatch
+// writes the rows whose ids lie in its part.
+#if NATIVE
+enable f16;
+#endif
+
+struct Args {
+    rows: u32,
+    // Quads of a row.
+    quads: u32,
+    // Word of `data` at which the ids begin.
+    ids_at: u32,
+    // The entries of this part.
+    first: u32,
+    count: u32,
+}
+
+@group(0) @binding(0) var<uniform> args: Args;
+@group(0) @binding(1) var<storage, read> data: array<u32>;
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> w: array<$QUAD>;
+#if ADD
+@group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
+#endif
+
+#include weights
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let i = (group.y * groups.x + group.x) * 256u + thread;
+    let row = i / args.quads;
+    if (row >= args.rows) { return; }
+    // Wraps to a large number for ids before this part.
+    let entry = data[args.ids_at + row] - args.first;
+    if (entry >= args.count) { return; }
+    var v = widen(w[entry * args.quads + i % args.quads]);
+#if ADD
+    v += x[i];
+#endif
+    out[i] = v;
+}

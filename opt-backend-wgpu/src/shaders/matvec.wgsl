@@ -1,0 +1,87 @@
+// Few rows: a workgroup computes four columns of $ROWS rows. Its threads share the depth, so that neighbours read
+// neighbouring quads of a row of W, and every quad of W is read once for all rows.
+#include product
+
+#if SUBGROUPS
+// Subgroups have at least four invocations.
+var<workgroup> partial: array<vec4<f32>, $PARTIALS>;
+#else
+var<workgroup> partial: array<vec4<f32>, $PARTIALS>;
+#endif
+
+@compute @workgroup_size($THREADS)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+#if SUBGROUPS
+    @builtin(subgroup_invocation_id) lane: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+#endif
+) {
+    let id = group.y * groups.x + group.x;
+#if THREE
+    let block = id / args.column_groups;
+    let which = block % 3u;
+    let first = block / 3u * $ROWSu;
+#else
+    let which = 0u;
+    let first = id / args.column_groups * $ROWSu;
+#endif
+    let quad = id % args.column_groups;
+    if (first >= args.rows) { return; }
+
+    let w_at = quad * 4u * args.quads;
+#repeat r $ROWS
+    let x$r = min(first + $ru, args.rows - 1u) * args.quads;
+    var sum$r = vec4<f32>(0.0);
+#end
+    for (var k = thread; k < args.quads; k += $THREADSu) {
+        let wa = weight(which, w_at + k);
+        let wb = weight(which, w_at + args.quads + k);
+        let wc = weight(which, w_at + 2u * args.quads + k);
+        let wd = weight(which, w_at + 3u * args.quads + k);
+#repeat r $ROWS
+        {
+            let v = x[x$r + k];
+            sum$r += vec4<f32>(dot(wa, v), dot(wb, v), dot(wc, v), dot(wd, v));
+        }
+#end
+    }
+
+#if SUBGROUPS
+#repeat r $ROWS
+    sum$r = subgroupAdd(sum$r);
+#end
+    if (lane == 0u) {
+#repeat r $ROWS
+        partial[$ru * $SUBGROUPS_MOSTu + subgroup] = sum$r;
+#end
+    }
+    workgroupBarrier();
+    if (thread < $ROWSu && first + thread < args.rows) {
+        var sum = partial[thread * $SUBGROUPS_MOSTu];
+        for (var i = 1u; i < subgroups; i++) { sum += partial[thread * $SUBGROUPS_MOSTu + i]; }
+        finish(which, first + thread, quad, sum);
+    }
+#else
+#repeat r $ROWS
+    partial[$ru * $THREADSu + thread] = sum$r;
+#end
+    for (var half = $THREADSu / 2u; half >= $ROWSu; half /= 2u) {
+        workgroupBarrier();
+        if (thread < half) {
+#repeat r $ROWS
+            partial[$ru * $THREADSu + thread] += partial[$ru * $THREADSu + thread + half];
+#end
+        }
+    }
+    workgroupBarrier();
+    if (thread < $ROWSu && first + thread < args.rows) {
+        var sum = partial[thread * $THREADSu];
+        for (var i = 1u; i < $ROWSu; i++) { sum += partial[thread * $THREADSu + i]; }
+        finish(which, first + thread, quad, sum);
+    }
+#endif
+}

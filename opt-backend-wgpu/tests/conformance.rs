@@ -1,0 +1,38 @@
+//! The suite every backend must pass, with all the adapter has and with no more than any WebGPU device has.
+//!
+//! `OPT_WGPU_ADAPTER` names the adapter; `OPT_QUICK_TESTS` leaves out the long cases.
+
+mod common;
+
+use opt_backend::{
+    Op,
+    conformance::{Suite, Tolerance},
+};
+use opt_backend_wgpu::Builder;
+
+fn run(what: &str, builder: Builder, quick: bool) {
+    let suite = Suite::new(move || builder.clone().build().expect("the adapter was there a moment ago"));
+    let overridden: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
+    let mut suite = suite.tolerance(Tolerance::GPU_F32).no_defaults(&overridden).reads_per_step(1);
+    if quick || std::env::var_os("OPT_QUICK_TESTS").is_some() {
+        suite = suite.quick();
+    }
+    if let Ok(only) = std::env::var("OPT_ONLY") {
+        suite = suite.only(&only.split(',').collect::<Vec<_>>());
+    }
+    println!("{what}: {}", suite.run());
+}
+
+#[test]
+fn all_that_the_adapter_has() {
+    if let Some(builder) = common::builder() {
+        run("all that the adapter has", builder, false);
+    }
+}
+
+#[test]
+fn default_limits_without_subgroups_and_f16() {
+    if let Some(builder) = common::builder() {
+        run("default limits, no subgroups, no f16", builder.default_limits().features(false, false), false);
+    }
+}
