@@ -3,17 +3,23 @@
 const lines = [];
 let failed = 0;
 
+/** Adds a line to the report; whoever started this browser is told at once, another server does not care. */
+async function say(line) {
+  lines.push(line);
+  document.getElementById("result").textContent = lines.join("\n");
+  await fetch("report", { method: "POST", body: line }).catch(() => {});
+}
+
 /** Runs one test; what it throws is why it failed. */
 async function check(name, body) {
   const start = performance.now();
   try {
     await body();
-    lines.push(`test ${name} ... ok (${Math.round(performance.now() - start)} ms)`);
+    await say(`test ${name} ... ok (${Math.round(performance.now() - start)} ms)`);
   } catch (error) {
     failed += 1;
-    lines.push(`test ${name} ... FAILED: ${error.message ?? error}`);
+    await say(`test ${name} ... FAILED: ${error.message ?? error}`);
   }
-  document.getElementById("result").textContent = lines.join("\n");
 }
 
 function equal(found, expected, what) {
@@ -58,7 +64,7 @@ async function generated(model, recorded) {
 
 async function novels(load) {
   const model = await load("model");
-  lines.push(`device: ${model.device}`);
+  await say(`device: ${model.device}`);
   const recorded = await json("fixtures/texts/generation.json");
   for (const [index, call] of recorded.entries()) {
     await check(`texts/generation.json ${index} ${call.name}`, async () => {
@@ -133,27 +139,23 @@ async function searches(load) {
   }
 }
 
-async function report() {
+async function end() {
   const passed = lines.filter((line) => line.startsWith("test ")).length - failed;
   const outcome = failed === 0 && passed > 0 ? "ok" : "FAILED";
-  lines.push("", `test result: ${outcome}. ${passed} passed; ${failed} failed; 0 ignored`);
-  const text = lines.join("\n");
-  document.getElementById("result").textContent = text;
   document.title = `${outcome}: ${passed} passed, ${failed} failed`;
-  // Whoever started this browser wants to know; another server does not.
-  await fetch("result", { method: "POST", body: text }).catch(() => {});
+  await say(`\ntest result: ${outcome}. ${passed} passed; ${failed} failed; 0 ignored`);
 }
 
 export async function test(load) {
   document.getElementById("device").textContent = "Testing …";
   await novels(load);
   await searches(load);
-  await report();
+  await end();
 }
 
 /** Ends the tests with what kept them from running. */
 export async function fail(error) {
   failed += 1;
-  lines.push(`test the page ... FAILED: ${error.message ?? error}`);
-  await report();
+  await say(`test the page ... FAILED: ${error.message ?? error}`);
+  await end();
 }

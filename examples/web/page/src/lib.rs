@@ -32,7 +32,7 @@ impl Model {
         tokenizer_config: Option<Vec<u8>>,
         generation: Option<String>,
     ) -> Result<Model> {
-        let gpu = Wgpu::new();
+        let gpu = Wgpu::builder().build_async().await?;
         let checkpoint = Checkpoint::from_bytes(&config, vec![weights])?;
         let tokenizer = tokenizer.map(|json| {
             let mut files = TokenizerFiles::default();

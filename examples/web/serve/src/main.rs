@@ -9,7 +9,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::mpsc::{RecvTimeoutError, channel},
+    sync::mpsc::channel,
     time::{Duration, Instant},
 };
 use wasm_bindgen_cli_support::Bindgen;
@@ -120,11 +120,11 @@ fn run(options: Options) -> Result<bool, Box<dyn Error>> {
         model: options.model,
         fixtures: here.join("../../opt-core/tests/fixtures"),
     };
-    let (sender, results) = channel();
+    let (sender, reports) = channel();
     let server =
         Server::start(options.port, move |request| match (&request.method[..], &request.path[..]) {
             ("GET", _) => site.answer(&request),
-            ("POST", "/result") => {
+            ("POST", "/report") => {
                 // Nobody listens where the page is only served.
                 let _ = sender.send(String::from_utf8_lossy(&request.body).into_owned());
                 Some(Reply { kind: "text/plain", body: Vec::new() })
@@ -141,23 +141,24 @@ fn run(options: Options) -> Result<bool, Box<dyn Error>> {
 
     let started = Instant::now();
     let mut browser = browser::Browser::start(&format!("{address}/?test"))?;
-    let deadline = started + options.timeout;
-    let report = loop {
-        match results.recv_timeout(Duration::from_millis(500)) {
-            Ok(report) => break report,
-            Err(RecvTimeoutError::Timeout) if browser.ended() => {
+    loop {
+        match reports.recv_timeout(Duration::from_millis(500)) {
+            // The last line is that of cargo's tests.
+            Ok(line) if line.trim_start().starts_with("test result:") => {
+                println!("{line}; finished in {:.2}s", started.elapsed().as_secs_f64());
+                return Ok(line.contains("test result: ok."));
+            }
+            Ok(line) => println!("{line}"),
+            Err(_) if browser.ended() => {
                 return Err(format!("the browser ended without a result\n{}", browser.log()).into());
             }
-            Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
+            Err(_) if started.elapsed() < options.timeout => {}
             Err(_) => {
                 let waited = options.timeout.as_secs();
                 return Err(format!("no result after {waited} s\n{}", browser.log()).into());
             }
         }
-    };
-    // The last line is that of cargo's tests.
-    println!("{report}; finished in {:.2}s", started.elapsed().as_secs_f64());
-    Ok(report.lines().last().is_some_and(|line| line.starts_with("test result: ok.")))
+    }
 }
 
 fn main() -> ExitCode {
