@@ -31,7 +31,8 @@ pub struct Chosen(pub(crate) Box<dyn MakeEngine>);
 /// What a backend of this build found on this machine, or why it cannot be used here.
 pub type Listing = (&'static str, Result<Info>);
 
-/// The backend named `name`, ready to load a model on.
+/// The backend named `name`, ready to load a model on. In browsers, where devices must be awaited, start one with its
+/// own builder and use [`crate::Load::on`].
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for one that is not compiled in (naming the feature), [`ErrorKind::Option`] for an
@@ -139,7 +140,8 @@ fn wgpu(options: &BackendOptions) -> Result<Wgpu> {
     if let Some(device) = &options.device {
         builder = builder.device(device);
     }
-    Ok(builder.build()?)
+    // `build` does not exist in browsers. There this fails, saying that the asynchronous form is to be awaited.
+    Ok(opt_backend::block_on(Box::pin(builder.build_async()))?)
 }
 
 /// The number of threads asked for.
