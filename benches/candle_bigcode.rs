@@ -1,18 +1,24 @@
 //! The candle backend beside `candle_transformers::models::bigcode`, the model of candle-transformers that is nearest
-//! to OPT: GPT-BigCode with `multi_query` off, of the shape of OPT-125m, on the CPU with random f32 weights.
+//! to OPT: GPT-BigCode of the shape of OPT-125m on the CPU, with random f32 weights.
 //!
 //!     cargo bench -p opt-benches --features candle --bench candle_bigcode [-- ROUNDS]
 //!
-//! What differs: BigCode has a tanh GELU where OPT has a ReLU, and it concatenates its cache at each step. Both give
-//! the logits of the last row, of which the best id is taken. All contestants take turns within each round, and the
-//! ratio is the median of the rounds' ratios; a shared machine moves too much for anything else.
+//! With `multi_query` off, which would be OPT's attention, BigCode of candle-transformers 0.11.1 fails at its first
+//! reshape. With it on, keys and values have one head; its feed-forward block is made wider by as much, so that both
+//! have the same number of weights and multiplications. What differs besides: BigCode has a tanh GELU where OPT has a
+//! ReLU, and concatenates its cache (a twelfth of OPT's) at each step. "By candle's ops" is opt-rs computing as it
+//! does on GPUs: OPT as a candle user would write it, with a cache that is written in place.
+//!
+//! Each gives the logits of the last row, of which the best id is taken. All contestants take turns within each round,
+//! and the ratio is the median of the rounds' ratios; a shared machine moves too much for anything else.
 
 use candle_core::{D, DType as CandleDType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bigcode::{Config, GPTBigCode};
+use opt_backend_candle::Candle;
 use opt_benches::{ids, load, opt_125m, random};
 use opt_core::{
-    CacheDType, DType, Opt,
+    CacheDType, DType, Load, Opt,
     config::OptConfig,
     engine::{Forward, KvCache, Sequence, Want},
 };
@@ -41,17 +47,23 @@ fn main() {
     // Cargo passes `--bench`.
     let rounds = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(7);
     let config = opt_125m().expect("config");
-    let models: Vec<(DType, Opt)> = {
+    let models: Vec<(String, Opt)> = {
         let checkpoint = random(&config).expect("checkpoint");
         let dtypes = [DType::F32, DType::F16, DType::BF16];
-        dtypes.map(|dtype| (dtype, load(&checkpoint, "candle", dtype).expect("model"))).into()
+        let mut models: Vec<_> = dtypes
+            .map(|dtype| (format!("opt-rs {dtype}"), load(&checkpoint, "candle", dtype).expect("model")))
+            .into();
+        let plain = Candle::builder().plain(true).build().expect("the CPU");
+        let plain = Opt::assemble(&checkpoint, None, None, Load::on(plain)).expect("model");
+        models.push(("opt-rs f32 by candle's ops".to_owned(), plain));
+        models
     };
     let weights = bigcode_weights(&config).expect("weights");
 
     let mut contestants: Vec<Contestant<'_>> = Vec::new();
-    for (dtype, opt) in &models {
+    for (name, opt) in &models {
         let config = &config;
-        contestants.push((format!("opt-rs {dtype}"), Box::new(move |work| ours(opt, config, work))));
+        contestants.push((name.clone(), Box::new(move |work| ours(opt, config, work))));
     }
     for pooled in [false, true] {
         let name = if pooled { "bigcode f32, in candle's pool" } else { "bigcode f32" };
@@ -144,16 +156,21 @@ fn bigcode_config(config: &OptConfig) -> Config {
         num_hidden_layers: config.num_hidden_layers,
         hidden_size: config.hidden_size,
         layer_norm_epsilon: 1e-5,
-        n_inner: Some(config.ffn_dim),
+        n_inner: Some(bigcode_ffn(config)),
         num_attention_heads: config.num_attention_heads,
-        multi_query: false,
+        multi_query: true,
         use_cache: true,
     }
 }
 
+/// The width of its feed-forward block that makes up for the keys and values it lacks.
+fn bigcode_ffn(config: &OptConfig) -> usize {
+    config.ffn_dim + config.hidden_size - config.head_dim()
+}
+
 /// Random weights by BigCode's names. (Zeros would all be one page of memory.)
 fn bigcode_weights(config: &OptConfig) -> candle_core::Result<HashMap<String, Tensor>> {
-    let (hidden, ffn) = (config.hidden_size, config.ffn_dim);
+    let (hidden, ffn) = (config.hidden_size, bigcode_ffn(config));
     let mut weights = HashMap::new();
     let mut add = |name: String, shape: &[usize]| -> candle_core::Result<()> {
         weights.insert(format!("transformer.{name}"), Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?);
@@ -166,7 +183,7 @@ fn bigcode_weights(config: &OptConfig) -> candle_core::Result<HashMap<String, Te
         for (name, shape) in [
             ("ln_1", vec![hidden]),
             ("ln_2", vec![hidden]),
-            ("attn.c_attn", vec![3 * hidden, hidden]),
+            ("attn.c_attn", vec![hidden + 2 * config.head_dim(), hidden]),
             ("attn.c_proj", vec![hidden, hidden]),
             ("mlp.c_fc", vec![ffn, hidden]),
             ("mlp.c_proj", vec![hidden, ffn]),

@@ -111,8 +111,11 @@ impl Plain {
             Activation::LeakyRelu => x.maximum(&(&x * 0.01).map_err(|e| convert("linear", e))?),
             Activation::Mish => mish(&x),
             Activation::Laplace => {
-                // The deviation is 0.282095, with six digits.
-                let z = x.affine(1.0 / (0.282095 * 2f64.sqrt()), -0.707107 / (0.282095 * 2f64.sqrt()));
+                // Mean and deviation are defined with six digits, not as 1/√2.
+                #[allow(clippy::approx_constant)]
+                const MEAN: f64 = 0.707107;
+                let width = 0.282095 * std::f64::consts::SQRT_2;
+                let z = x.affine(width.recip(), -MEAN / width);
                 z.and_then(|z| z.erf()).and_then(|e| e.affine(0.5, 0.5))
             }
             Activation::Linear => Ok(x),

@@ -12,8 +12,8 @@
 //! `no_defaults` finds it.
 
 use opt_backend::{
-    Attend, Backend, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm, HostVector, Info,
-    MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK,
+    Attend, Backend, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm, HostVector,
+    Info, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK,
     ndarray::{Array2, Array3, ArrayView2},
 };
 use std::{

@@ -29,7 +29,10 @@ fn nothing_is_left_to_default_bodies() {
     let spec = CacheSpec { layers: 1, heads: 2, head_dim: 2, dtype: CacheDType::F32, capacity_hint: 0 };
     let mut cache = b.new_cache(spec).expect("a cache");
     b.cache_seed(&mut cache, 0, x.view(), x.view()).expect("a seed");
-    assert_eq!((tally.of("cache_seed").calls, tally.of("cache_append").calls, tally.of("upload").calls), (1, 0, 0));
+    assert_eq!(
+        (tally.of("cache_seed").calls, tally.of("cache_append").calls, tally.of("upload").calls),
+        (1, 0, 0)
+    );
     let tensor = b.upload(x.view()).expect("an upload");
     assert_eq!(b.block_on(b.read_owned(tensor)).expect("a read"), x);
     assert_eq!((tally.of("read_owned").calls, tally.of("read").calls, tally.of("block_on").calls), (1, 0, 1));

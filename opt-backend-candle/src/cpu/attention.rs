@@ -199,7 +199,7 @@ impl WithSimd for Row<'_> {
         for position in (0..seen).step_by(4) {
             // Past the last position the last one is repeated; what it gives is not kept.
             let key = |i: usize| &keys.data[(position + i).min(seen - 1) * keys.strides[0]..][..dim];
-            let [sums] = simd::dots(s, [key(0), key(1), key(2), key(3)], [query]);
+            let sums = simd::four_dots(s, [key(0), key(1), key(2), key(3)], query);
             scores.extend(sums.iter().take(seen - position).map(|sum| sum * scale));
         }
         let max = simd::largest(scores);

@@ -1,7 +1,8 @@
 //! Threads of one backend value: a rayon pool, in which candle's own parallel loops run too.
 
 use opt_backend::{Error, ErrorKind, Result};
-use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::{Mutex, PoisonError};
 
 /// Multiplications that are not worth waking a thread for.
 const INLINE: usize = 1 << 15;
@@ -34,11 +35,23 @@ impl Pool {
 
     /// Runs `body` on each task. `work` is about the number of multiplications of all together.
     pub(crate) fn each<T: Send>(&self, work: usize, tasks: Vec<T>, body: impl Fn(T) + Send + Sync) {
-        if self.threads == 1 || tasks.len() < 2 || work < INLINE {
+        let helpers = (self.threads - 1).min(tasks.len().saturating_sub(1));
+        if helpers == 0 || work < INLINE {
             tasks.into_iter().for_each(body);
-        } else {
-            self.install(|| tasks.into_par_iter().with_max_len(1).for_each(body));
+            return;
         }
+        // The caller works too, from the first moment: it takes a while until a sleeping thread does.
+        let tasks = Mutex::new(tasks.into_iter());
+        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let drain = || {
+            while let Some(task) = next() {
+                body(task);
+            }
+        };
+        self.pool.in_place_scope(|scope| {
+            (0..helpers).for_each(|_| scope.spawn(|_| drain()));
+            drain();
+        });
     }
 
     /// How many of `items` make one of the tasks that a loop of `work` multiplications is cut into.

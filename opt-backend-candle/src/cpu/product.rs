@@ -19,8 +19,9 @@ use opt_backend::{Activation, Error, ErrorKind, Result};
 
 /// Rows up to which a product is computed as dot products. Beyond, packing weights for a matrix product pays.
 const FEW: usize = 8;
-/// Outputs of 16-bit weights that are widened and multiplied at a time: a few hundred KiB.
-const TILE: usize = 96;
+/// Outputs of 16-bit weights that are widened and multiplied at a time, at least and at most: so few that the widened
+/// tile stays in a cache, so many that arranging the input for each tile costs little.
+const TILE: [usize; 2] = [64, 384];
 
 /// What is done with a product before it is handed out.
 #[derive(Clone, Copy)]
@@ -124,9 +125,9 @@ impl Kernels {
         let total: usize = products.iter().map(|p| p.weight.shape[0]).sum();
         let work = count(op, [total, depth])?.saturating_mul(rows);
         let share = match rows {
-            // Whole groups of outputs, so that no thread repeats one.
-            ..=FEW => self.pool.share(total, work).next_multiple_of(4),
-            _ => TILE,
+            // An even number, since outputs are computed in pairs.
+            ..=FEW => self.pool.share(total, work).next_multiple_of(2),
+            _ => total.div_ceil(2 * self.pool.threads()).next_multiple_of(16).clamp(TILE[0], TILE[1]),
         };
         let mut outs = Vec::with_capacity(products.len());
         for product in products {

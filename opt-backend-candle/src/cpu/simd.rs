@@ -1,6 +1,6 @@
 //! Loops over numbers, compiled for each instruction set and chosen at run time by `pulp`, as candle's matmul is.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 use opt_backend::Activation;
 use pulp::{Arch, Simd, WithSimd};
 use std::ops::Range;
@@ -30,23 +30,86 @@ impl<'a> Held<'a> {
             Held::F32(data) => data,
             Held::F16(data) => {
                 let wide = &mut wide[..data.len()];
-                data.convert_to_f32_slice(wide);
+                wide.iter_mut().zip(data).for_each(|(wide, v)| *wide = v.single());
                 wide
             }
             Held::BF16(data) => {
                 let wide = &mut wide[..data.len()];
-                let each = wide.iter_mut().zip(data);
-                each.for_each(|(wide, v)| *wide = f32::from_bits(u32::from(v.to_bits()) << 16));
+                wide.iter_mut().zip(data).for_each(|(wide, v)| *wide = v.single());
                 wide
             }
         }
     }
 }
 
-/// Outputs that are computed side by side: as many streams of weights.
-const GROUP: usize = 4;
-/// Columns of 16-bit weights that are widened at a time: with those of [`GROUP`] outputs they fit the first cache.
-const COLUMNS: usize = 1024;
+#[inline(always)]
+fn brain_to_single(brain: u16) -> f32 {
+    f32::from_bits(u32::from(brain) << 16)
+}
+
+/// The number with the bits `half` of an f16, without a branch or a subnormal on the way, so that it vectorises. (`half`
+/// asks the processor for F16C at each call.) Subnormals are made as 0.5 + x and lose the 0.5; all else has its exponent
+/// raised as far as an infinity's needs, and scaled back.
+#[inline(always)]
+fn half_to_single(half: u16) -> f32 {
+    const SCALE: f32 = f32::from_bits((127 - 112) << 23);
+    let bits = u32::from(half) << 16;
+    let twice = bits << 1;
+    let normal = f32::from_bits((twice >> 4).wrapping_add(224 << 23)) * SCALE;
+    let small = f32::from_bits((twice >> 17) | (126 << 23)) - 0.5;
+    let magnitude = if twice < 1 << 27 { small } else { normal };
+    f32::from_bits(magnitude.to_bits() | (bits & (1 << 31)))
+}
+
+/// Rows of a weight that are read side by side. More do not read faster: memory likes few long streams.
+const STREAMS: usize = 2;
+/// Numbers of a row that are widened at a time. A multiple of two vectors of any instruction set.
+const BLOCK: usize = 256;
+
+/// What a weight's numbers are held as.
+trait Number: Copy {
+    /// Numbers that are looked at together: as many as there are, or as many as are widened at a time.
+    const TOGETHER: usize;
+    /// `from`, at most [`BLOCK`] if they have to be widened, as f32: itself, or in `wide`.
+    fn singles<'a>(from: &'a [Self], wide: &'a mut [f32; BLOCK]) -> &'a [f32];
+    fn single(self) -> f32;
+}
+
+impl Number for f32 {
+    const TOGETHER: usize = usize::MAX;
+
+    #[inline(always)]
+    fn singles<'a>(from: &'a [f32], _: &'a mut [f32; BLOCK]) -> &'a [f32] {
+        from
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+}
+
+macro_rules! sixteen_bits {
+    ($($type:ty, $single:expr;)*) => { $(
+        impl Number for $type {
+            const TOGETHER: usize = BLOCK;
+
+            #[inline(always)]
+            fn singles<'a>(from: &'a [Self], wide: &'a mut [f32; BLOCK]) -> &'a [f32] {
+                let wide = &mut wide[..from.len()];
+                wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
+                wide
+            }
+
+            #[inline(always)]
+            fn single(self) -> f32 {
+                $single(self.to_bits())
+            }
+        }
+    )* };
+}
+
+sixteen_bits! { f16, half_to_single; bf16, brain_to_single; }
 
 /// Products of a few rows `x` `[rows, depth]` with a weight `[outputs, depth]`, into `out` `[rows, outputs]`.
 pub(crate) struct Dots<'a> {
@@ -63,75 +126,130 @@ impl WithSimd for Dots<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let Self { x, depth, weight, outputs, out } = self;
-        out.fill(0.0);
         if depth == 0 || outputs == 0 {
+            out.fill(0.0);
             return;
         }
-        let columns = if matches!(weight, Held::F32(_)) { depth } else { COLUMNS.min(depth) };
-        let mut wide = [const { Vec::new() }; GROUP];
-        if !matches!(weight, Held::F32(_)) {
-            for wide in &mut wide {
-                wide.resize(columns, 0.0);
-            }
-        }
-        for first in (0..outputs).step_by(GROUP) {
-            let count = GROUP.min(outputs - first);
-            for start in (0..depth).step_by(columns) {
-                let end = depth.min(start + columns);
-                let [a, b, c, d] = &mut wide;
-                // Past the last output the last one is repeated; what it gives is not kept.
-                let row = |j: usize| {
-                    let at = (first + j.min(count - 1)) * depth;
-                    weight.part(at + start..at + end)
-                };
-                let w = [row(0).widen(a), row(1).widen(b), row(2).widen(c), row(3).widen(d)];
-                let rows = x.chunks_exact(depth).zip(out.chunks_exact_mut(outputs));
-                let mut rows = rows.map(|(x, out)| (&x[start..end], &mut out[first..first + count]));
-                while let Some((x0, out0)) = rows.next() {
-                    match rows.next() {
-                        Some((x1, out1)) => {
-                            let [sums0, sums1] = dots(s, w, [x0, x1]);
-                            out0.iter_mut().zip(sums0).for_each(|(o, sum)| *o += sum);
-                            out1.iter_mut().zip(sums1).for_each(|(o, sum)| *o += sum);
-                        }
-                        None => {
-                            let [sums] = dots(s, w, [x0]);
-                            out0.iter_mut().zip(sums).for_each(|(o, sum)| *o += sum);
-                        }
-                    }
-                }
-            }
+        match weight {
+            Held::F32(weight) => products(s, x, depth, weight, outputs, out),
+            Held::F16(weight) => products(s, x, depth, weight, outputs, out),
+            Held::BF16(weight) => products(s, x, depth, weight, outputs, out),
         }
     }
 }
 
-/// The dot products of each of `x` with each of `w`, all of one length.
 #[inline(always)]
-pub(crate) fn dots<S: Simd, const X: usize>(s: S, w: [&[f32]; GROUP], x: [&[f32]; X]) -> [[f32; GROUP]; X] {
-    let len = x[0].len();
-    let steps = len / S::F32_LANES;
-    let [w0, w1, w2, w3] = w;
-    let (w0, w1, w2, w3) = (&w0[..len], &w1[..len], &w2[..len], &w3[..len]);
-    let ([v0, v1, v2, v3], rests) = {
-        let [a, b, c, d] = [w0, w1, w2, w3].map(|w| S::as_simd_f32s(w));
-        ([&a.0[..steps], &b.0[..steps], &c.0[..steps], &d.0[..steps]], [a.1, b.1, c.1, d.1])
-    };
-    let x = x.map(|x| S::as_simd_f32s(&x[..len]));
-    let mut sums = [[s.splat_f32s(0.0); GROUP]; X];
-    for i in 0..steps {
-        for (sums, x) in sums.iter_mut().zip(&x) {
-            let x = x.0[i];
-            sums[0] = s.mul_add_e_f32s(v0[i], x, sums[0]);
-            sums[1] = s.mul_add_e_f32s(v1[i], x, sums[1]);
-            sums[2] = s.mul_add_e_f32s(v2[i], x, sums[2]);
-            sums[3] = s.mul_add_e_f32s(v3[i], x, sums[3]);
+fn products<S: Simd, T: Number>(
+    s: S,
+    x: &[f32],
+    depth: usize,
+    weight: &[T],
+    outputs: usize,
+    out: &mut [f32],
+) {
+    for (i, weight) in weight.chunks(STREAMS * depth).enumerate() {
+        let first = i * STREAMS;
+        let count = weight.len() / depth;
+        // A last row without a partner is its own; what that gives is not kept.
+        let (a, b) = (&weight[..depth], &weight[(count - 1) * depth..]);
+        let mut rows = x.chunks_exact(depth).zip(out.chunks_exact_mut(outputs));
+        let keep = |out: &mut [f32], sums: [f32; STREAMS]| {
+            out[first..first + count].iter_mut().zip(sums).for_each(|(o, sum)| *o = sum);
+        };
+        while let Some((x0, out0)) = rows.next() {
+            let Some((x1, out1)) = rows.next() else {
+                keep(out0, dots_of_one(s, [a, b], x0));
+                break;
+            };
+            let [sums0, sums1] = dots_of_two(s, [a, b], [x0, x1]);
+            keep(out0, sums0);
+            keep(out1, sums1);
         }
     }
-    let mut out = [[0.0; GROUP]; X];
-    for ((out, sums), x) in out.iter_mut().zip(sums).zip(&x) {
-        for ((out, sum), rest) in out.iter_mut().zip(sums).zip(rests) {
-            *out = s.reduce_sum_f32s(sum) + rest.iter().zip(x.1).map(|(w, x)| w * x).sum::<f32>();
+}
+
+/// The dot products of one row of `x` with both rows of a weight, all of one length.
+#[inline(always)]
+fn dots_of_one<S: Simd, T: Number>(s: S, [a, b]: [&[T]; STREAMS], x: &[f32]) -> [f32; STREAMS] {
+    // Two sums each, so that one can be added to while the other is.
+    let zero = s.splat_f32s(0.0);
+    let (mut a0, mut a1, mut b0, mut b1) = (zero, zero, zero, zero);
+    let whole = a.len() - a.len() % (2 * S::F32_LANES);
+    let (mut wide_a, mut wide_b) = ([0.0; BLOCK], [0.0; BLOCK]);
+    for start in (0..whole).step_by(T::TOGETHER) {
+        let part = start..whole.min(start.saturating_add(T::TOGETHER));
+        let (a, b) = (T::singles(&a[part.clone()], &mut wide_a), T::singles(&b[part.clone()], &mut wide_b));
+        let steps = pairs(s, a).iter().zip(pairs(s, b)).zip(pairs(s, &x[part]));
+        for ((a, b), x) in steps {
+            a0 = s.mul_add_e_f32s(a[0], x[0], a0);
+            a1 = s.mul_add_e_f32s(a[1], x[1], a1);
+            b0 = s.mul_add_e_f32s(b[0], x[0], b0);
+            b1 = s.mul_add_e_f32s(b[1], x[1], b1);
         }
+    }
+    let sum = |even, odd, row: &[T]| s.reduce_sum_f32s(s.add_f32s(even, odd)) + rest(row, x, whole);
+    [sum(a0, a1, a), sum(b0, b1, b)]
+}
+
+/// The same of two rows, which share what is read of the weight.
+#[inline(always)]
+fn dots_of_two<S: Simd, T: Number>(
+    s: S,
+    [a, b]: [&[T]; STREAMS],
+    [x, y]: [&[f32]; 2],
+) -> [[f32; STREAMS]; 2] {
+    let zero = s.splat_f32s(0.0);
+    let (mut ax0, mut ax1, mut bx0, mut bx1) = (zero, zero, zero, zero);
+    let (mut ay0, mut ay1, mut by0, mut by1) = (zero, zero, zero, zero);
+    let whole = a.len() - a.len() % (2 * S::F32_LANES);
+    let (mut wide_a, mut wide_b) = ([0.0; BLOCK], [0.0; BLOCK]);
+    for start in (0..whole).step_by(T::TOGETHER) {
+        let part = start..whole.min(start.saturating_add(T::TOGETHER));
+        let (a, b) = (T::singles(&a[part.clone()], &mut wide_a), T::singles(&b[part.clone()], &mut wide_b));
+        let steps = pairs(s, a).iter().zip(pairs(s, b));
+        for ((a, b), (x, y)) in steps.zip(pairs(s, &x[part.clone()]).iter().zip(pairs(s, &y[part]))) {
+            ax0 = s.mul_add_e_f32s(a[0], x[0], ax0);
+            ax1 = s.mul_add_e_f32s(a[1], x[1], ax1);
+            bx0 = s.mul_add_e_f32s(b[0], x[0], bx0);
+            bx1 = s.mul_add_e_f32s(b[1], x[1], bx1);
+            ay0 = s.mul_add_e_f32s(a[0], y[0], ay0);
+            ay1 = s.mul_add_e_f32s(a[1], y[1], ay1);
+            by0 = s.mul_add_e_f32s(b[0], y[0], by0);
+            by1 = s.mul_add_e_f32s(b[1], y[1], by1);
+        }
+    }
+    let sum =
+        |even, odd, row: &[T], x: &[f32]| s.reduce_sum_f32s(s.add_f32s(even, odd)) + rest(row, x, whole);
+    [[sum(ax0, ax1, a, x), sum(bx0, bx1, b, x)], [sum(ay0, ay1, a, y), sum(by0, by1, b, y)]]
+}
+
+/// Numbers as pairs of vectors, without what is left over.
+#[inline(always)]
+fn pairs<S: Simd>(_: S, numbers: &[f32]) -> &[[S::f32s; 2]] {
+    S::as_simd_f32s(numbers).0.as_chunks().0
+}
+
+/// The dot product from column `start` on, of fewer numbers than a pair of vectors has.
+#[inline(always)]
+fn rest<T: Number>(row: &[T], x: &[f32], start: usize) -> f32 {
+    row[start..].iter().zip(&x[start..]).map(|(w, x)| w.single() * x).sum()
+}
+
+/// The dot product of `x` with each of four rows, all of one length.
+#[inline(always)]
+pub(crate) fn four_dots<S: Simd>(s: S, w: [&[f32]; 4], x: &[f32]) -> [f32; 4] {
+    let [a, b, c, d] = w.map(|w| S::as_simd_f32s(w));
+    let (x, x_rest) = S::as_simd_f32s(x);
+    let mut sums = [s.splat_f32s(0.0); 4];
+    for ((((a, b), c), d), x) in a.0.iter().zip(b.0).zip(c.0).zip(d.0).zip(x) {
+        sums[0] = s.mul_add_e_f32s(*a, *x, sums[0]);
+        sums[1] = s.mul_add_e_f32s(*b, *x, sums[1]);
+        sums[2] = s.mul_add_e_f32s(*c, *x, sums[2]);
+        sums[3] = s.mul_add_e_f32s(*d, *x, sums[3]);
+    }
+    let mut out = [0.0; 4];
+    for ((out, sum), rest) in out.iter_mut().zip(sums).zip([a.1, b.1, c.1, d.1]) {
+        *out = s.reduce_sum_f32s(sum) + rest.iter().zip(x_rest).map(|(w, x)| w * x).sum::<f32>();
     }
     out
 }
@@ -212,7 +330,8 @@ pub(crate) fn activate(arch: Arch, activation: Activation, values: &mut [f32]) {
             let n = e * (e + 2.0);
             x * (n / (n + 2.0))
         }),
-        // Defined with six digits; 0.398942 is 0.282095 √2.
+        // Defined with six digits, not with 1/√2; 0.398942 is 0.282095 √2.
+        #[allow(clippy::approx_constant)]
         Activation::Laplace => each!(|x: f32| 0.5 * (1.0 + erf((x - 0.707_107) / 0.398_942_57))),
         Activation::Linear => {}
         // One that this file does not know yet: slow and right.
@@ -265,6 +384,17 @@ mod tests {
         assert!(worst < 2e-7, "{worst:e}");
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(f32::INFINITY).is_finite());
+    }
+
+    #[test]
+    fn every_half_is_the_same_single() {
+        for bits in 0..=u16::MAX {
+            let (found, expected) = (half_to_single(bits), f16::from_bits(bits).to_f32());
+            assert!(
+                found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()),
+                "{bits:#x}"
+            );
+        }
     }
 
     #[test]

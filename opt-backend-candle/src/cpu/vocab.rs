@@ -111,7 +111,7 @@ fn largest_k(row: &[f32], k: usize) -> Vec<u32> {
         if let Some(&Ranked(least, _)) = best.peek().filter(|_| best.len() == k)
             // Ids only grow, so that an equal logit is no better. A least that is NaN is worse than any number.
             && !least.is_nan()
-            && !(simd::largest(chunk) > least)
+            && simd::largest(chunk) <= least
         {
             continue;
         }
