@@ -90,7 +90,10 @@ fn beams_leave_memory_flat() {
         let mut borrowed: Vec<_> = beams.iter_mut().collect();
         model.step(&b, &rows, &mut borrowed, 8).expect("steps");
         let counts = b.counters().counts();
-        assert!(counts.since(&before).dispatches <= 7 * SMALL.layers as u64 + 6, "step {i}: a fork took a dispatch");
+        assert!(
+            counts.since(&before).dispatches <= 7 * SMALL.layers as u64 + 6,
+            "step {i}: a fork took a dispatch"
+        );
         if i >= 150 {
             assert_eq!(*held.get_or_insert(counts.device_bytes), counts.device_bytes, "step {i}");
         }
@@ -141,7 +144,8 @@ fn a_model_larger_than_its_memory_leaves_nothing_allocated() {
     // Tensor by tensor, as models are loaded.
     let mut linears = Vec::new();
     let error = loop {
-        match b.new_linear(HostMatrix::F32(rows.slice(opt_backend::ndarray::s![..512, ..])), None, DType::F32) {
+        match b.new_linear(HostMatrix::F32(rows.slice(opt_backend::ndarray::s![..512, ..])), None, DType::F32)
+        {
             Ok(linear) => linears.push(linear),
             Err(error) => break error,
         }
@@ -150,7 +154,10 @@ fn a_model_larger_than_its_memory_leaves_nothing_allocated() {
     drop(linears);
     assert_eq!(b.counters().counts().device_bytes, held);
     // And it still works.
-    let y = b.add(b.upload(array![[1.0]].view()).expect("upload"), &b.upload(array![[2.0]].view()).expect("upload"));
+    let y = b.add(
+        b.upload(array![[1.0]].view()).expect("upload"),
+        &b.upload(array![[2.0]].view()).expect("upload"),
+    );
     assert_eq!(b.block_on(b.read(&y.expect("add"))).expect("read"), array![[3.0]]);
 }
 
@@ -174,7 +181,8 @@ fn a_lost_device_refuses_further_work() {
     let awaited = b.read(&x);
     b.lose_device();
     // What was under way may still arrive; it must not hang.
-    for (what, readback) in [("a read in flight", b.block_on(in_flight)), ("one awaited", block_on(awaited))] {
+    for (what, readback) in [("a read in flight", b.block_on(in_flight)), ("one awaited", block_on(awaited))]
+    {
         if let Err(error) = readback {
             lost(what, error);
         }

@@ -134,14 +134,22 @@ fn candle(options: &BackendOptions) -> Result<Candle> {
     Ok(builder.build()?)
 }
 
-#[cfg(feature = "wgpu")]
+#[cfg(all(feature = "wgpu", not(target_arch = "wasm32")))]
 fn wgpu(options: &BackendOptions) -> Result<Wgpu> {
-    let mut builder = opt_backend_wgpu::Builder::default();
+    let mut builder = Wgpu::builder();
     if let Some(device) = &options.device {
         builder = builder.device(device);
     }
     // `build` does not exist in browsers. There this fails, saying that the asynchronous form is to be awaited.
     Ok(opt_backend::block_on(Box::pin(builder.build_async()))?)
+}
+
+/// In a browser starting takes turns of the event loop, which a choice by name cannot wait for.
+#[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
+fn wgpu(_: &BackendOptions) -> Result<Wgpu> {
+    let message = "backend wgpu cannot be waited for on wasm32: build it with Wgpu::builder().build_async() and hand it \
+                   to Load::on";
+    Err(Error::new(ErrorKind::Unsupported, message))
 }
 
 /// The number of threads asked for.

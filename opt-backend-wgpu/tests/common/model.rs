@@ -1,8 +1,8 @@
 //! A decoder of random weights over any backend: what the tests and the example run.
 
 use opt_backend::{
-    Activation, Attend, Backend, CacheDType, CacheSpec, DType, HostMatrix, HostVector, NormParams, Result, Span,
-    Then, TopK,
+    Activation, Attend, Backend, CacheDType, CacheSpec, DType, HostMatrix, HostVector, NormParams, Result,
+    Span, Then, TopK,
     ndarray::{Array1, Array2},
 };
 
