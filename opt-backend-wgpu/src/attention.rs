@@ -8,7 +8,7 @@ use crate::{
     cache::{Cache, Pages, Room, Shape, Slabs, Store, check_fits},
     fault::lock,
     gpu::Gpu,
-    kernels::{PAGE, Variant, queries_most},
+    kernels::{ATTEND_THREADS, PAGE, Variant, queries_most},
     pool::Buffer,
     recorder::Recorder,
     tensor::{Tensor, ranges},
@@ -225,8 +225,9 @@ impl Gpu {
         out: &Tensor,
     ) -> Result<()> {
         let shape = new.shape;
+        let threads = self.attend_threads(shape, sequences);
         let limit = self.limits.max_compute_workgroup_storage_size as usize;
-        let most = queries_most(shape.quads(), limit) as usize;
+        let most = queries_most(shape.quads(), threads as usize, limit) as usize;
         let longest = sequences.iter().map(|sequence| sequence.span.len).max().unwrap_or(0);
         let queries = most.min(longest.next_power_of_two()).max(1);
         let parts = ranges(&[q, out]);
@@ -248,6 +249,7 @@ impl Gpu {
             dtype: shape.dtype,
             quads: shape.quads() as u32,
             queries: queries as u32,
+            threads,
             new: false,
         };
         for ((part, slab), jobs) in groups {
@@ -262,6 +264,15 @@ impl Gpu {
             recorder.dispatch(self, new.op, variant, &uniforms, &buffers, (count * shape.heads) as u64)?;
         }
         Ok(())
+    }
+
+    /// Threads of a workgroup: as many as the longest sequence keeps busy, and at least one a quad of a head. On a
+    /// software adapter more threads are more work.
+    fn attend_threads(&self, shape: Shape, sequences: &[Sequence]) -> u32 {
+        let [few, many] = ATTEND_THREADS;
+        let longest = sequences.iter().map(|sequence| sequence.past + sequence.span.len).max().unwrap_or(0);
+        let enough = longest <= few as usize || self.software;
+        if enough && shape.quads() <= few as usize { few } else { many }
     }
 
     /// Append and attention in one, for sequences of one row.
@@ -288,8 +299,9 @@ impl Gpu {
             let job = [(row - parts[part].start) as u32, 1, sequence.past as u32 + 1, table_at, page, shared];
             groups.entry((part, sequence.slab)).or_default().extend(job);
         }
-        let variant =
-            Variant::Attend { dtype: shape.dtype, quads: shape.quads() as u32, queries: 1, new: true };
+        let threads = self.attend_threads(shape, sequences);
+        let quads = shape.quads() as u32;
+        let variant = Variant::Attend { dtype: shape.dtype, quads, queries: 1, threads, new: true };
         for ((part, slab), jobs) in groups {
             let slab = slab_buffer(new.op, slabs, slab)?;
             let rows = &parts[part];

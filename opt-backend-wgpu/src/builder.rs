@@ -33,6 +33,7 @@ pub struct Builder {
     f16: Option<bool>,
     memory: Option<u64>,
     submit_every: Option<u32>,
+    software: Option<bool>,
 }
 
 impl Builder {
@@ -79,6 +80,14 @@ impl Builder {
     #[must_use]
     pub fn submit_every(mut self, dispatches: u32) -> Self {
         self.submit_every = Some(dispatches);
+        self
+    }
+
+    /// Whether kernels are chosen for a CPU in the guise of a GPU (few cores, dear barriers) or for a GPU; the adapter
+    /// says what it is unless it is told here. For tests of both on either.
+    #[must_use]
+    pub fn software(mut self, software: bool) -> Self {
+        self.software = Some(software);
         self
     }
 
@@ -144,8 +153,9 @@ impl Builder {
             subgroups: features.contains(wgpu::Features::SUBGROUP),
             f16: features.contains(wgpu::Features::SHADER_F16),
         };
+        let software = self.software.unwrap_or(adapter.kind == "CPU");
         let submit_every = self.submit_every.unwrap_or(SUBMIT_EVERY);
-        let gpu = Gpu::new(device, queue, extras, fault, self.memory, submit_every);
+        let gpu = Gpu::new(device, queue, extras, software, fault, self.memory, submit_every);
         Ok(Wgpu { gpu: Arc::new(gpu), stores: Arc::new(Stores::default()), adapter })
     }
 }

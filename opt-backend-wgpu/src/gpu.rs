@@ -27,6 +27,8 @@ pub(crate) struct Gpu {
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
     pub(crate) extras: Extras,
+    /// Whether this is a CPU in the guise of a GPU: kernels are then chosen that do with few cores.
+    pub(crate) software: bool,
     pub(crate) fault: Arc<Fault>,
     pub(crate) counters: Counters,
     /// Bytes that may be held at once, if someone said so.
@@ -68,6 +70,7 @@ impl Gpu {
         device: wgpu::Device,
         queue: wgpu::Queue,
         extras: Extras,
+        software: bool,
         fault: Arc<Fault>,
         memory: Option<u64>,
         submit_every: u32,
@@ -80,6 +83,7 @@ impl Gpu {
             queue,
             limits,
             extras,
+            software,
             fault,
             counters: Counters::default(),
             memory,

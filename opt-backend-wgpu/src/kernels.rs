@@ -10,19 +10,20 @@ pub(crate) const PAGE: usize = 32;
 pub(crate) const TILE: usize = 64;
 /// Candidates that one workgroup of `sort.wgsl` sorts.
 pub(crate) const SORTED: usize = 1024;
-/// Threads of `attend.wgsl`, and positions of its tiles.
-pub(crate) const ATTEND_THREADS: usize = 256;
+/// Threads of `attend.wgsl`, and positions of its tiles: few for short sequences, many for long ones.
+pub(crate) const ATTEND_THREADS: [u32; 2] = [64, 256];
 /// The widest head that `attend.wgsl` can do: four columns a thread, and its vectors fit workgroup memory.
 pub(crate) const HEAD_DIM_MOST: usize = 512;
 
 /// A shader with all that is fixed when it is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Variant {
-    /// x Wᵀ for up to `rows` rows a workgroup; of three W at once where `three`.
+    /// x Wᵀ for up to `rows` rows a workgroup, `lanes` of its threads to four columns; of three W at once where `three`.
     MatVec {
         dtype: DType,
         rows: u32,
         threads: u32,
+        lanes: u32,
         residual: bool,
         three: bool,
     },
@@ -49,6 +50,7 @@ pub(crate) enum Variant {
         dtype: CacheDType,
         quads: u32,
         queries: u32,
+        threads: u32,
         new: bool,
     },
     Stats {
@@ -147,15 +149,21 @@ impl Variant {
         let on = usize::from;
         define("SUBGROUPS", on(extras.subgroups));
         match self {
-            Variant::MatVec { rows, threads, residual, three, .. } => {
-                let (rows, threads) = (rows as usize, threads as usize);
+            Variant::MatVec { rows, threads, lanes, residual, three, .. } => {
+                let (rows, threads, lanes) = (rows as usize, threads as usize, lanes as usize);
+                // Subgroups can add up the sums of a workgroup, not those of some lanes of it.
+                let subgroups = extras.subgroups && lanes == threads;
+                define("SUBGROUPS", on(subgroups));
+                define("SHARED", on(lanes > 1));
                 define("ROWS", rows);
                 define("THREADS", threads);
+                define("LANES", lanes);
+                define("TEAMS", threads / lanes.max(1));
                 define("RESIDUAL", on(residual));
                 define("THREE", on(three));
                 // Subgroups have at least four invocations.
                 define("SUBGROUPS_MOST", threads / 4);
-                define("PARTIALS", if extras.subgroups { rows * threads / 4 } else { rows * threads });
+                define("PARTIALS", if subgroups { rows * threads / 4 } else { rows * threads });
             }
             Variant::MatMul { residual, .. } => define("RESIDUAL", on(residual)),
             Variant::Gather { add, .. } => define("ADD", on(add)),
@@ -167,18 +175,18 @@ impl Variant {
                 define("PAGE", PAGE);
                 define("HEAD_QUADS", quads as usize);
             }
-            Variant::Attend { quads, queries, new, .. } => {
-                let (quads, queries) = (quads as usize, queries as usize);
+            Variant::Attend { quads, queries, threads, new, .. } => {
+                let (quads, queries, threads) = (quads as usize, queries as usize, threads as usize);
                 define("PAGE", PAGE);
                 define("HEAD_QUADS", quads);
                 define("QUERIES", queries);
                 define("QUERY_QUADS", quads * queries);
                 define("NEW", on(new));
-                define("THREADS", ATTEND_THREADS);
-                define("SHARES", ATTEND_THREADS / quads.max(1));
-                define("SCORES", score_words(queries));
+                define("THREADS", threads);
+                define("SHARES", threads / quads.max(1));
+                define("SCORES", score_words(queries, threads));
                 define("PARTIALS", 16 * queries);
-                define("TILE_PAGES", ATTEND_THREADS / PAGE);
+                define("TILE_PAGES", threads / PAGE);
                 define("JOB_WORDS", if new { 6 } else { 4 });
             }
             Variant::Stats { targets } => define("TARGETS", on(targets)),
@@ -218,15 +226,18 @@ impl Variant {
 }
 
 /// Words of workgroup memory that attention keeps scores in; at least a vec4 a thread.
-fn score_words(queries: usize) -> usize {
-    ATTEND_THREADS * queries.max(4)
+fn score_words(queries: usize, threads: usize) -> usize {
+    threads * queries.max(4)
 }
 
-/// The most rows an attention workgroup can take, up to eight, within `limit` bytes of workgroup memory.
-pub(crate) fn queries_most(quads: usize, limit: usize) -> u32 {
+/// The most rows an attention workgroup of `threads` can take, up to eight, within `limit` bytes of workgroup memory.
+pub(crate) fn queries_most(quads: usize, threads: usize, limit: usize) -> u32 {
     let fits = |queries: &u32| {
         let queries = *queries as usize;
-        4 * (score_words(queries) + 16 * queries + ATTEND_THREADS / PAGE) + 16 * quads * queries <= limit
+        let bytes =
+            4 * (score_words(queries, threads) + 16 * queries + threads / PAGE) + 16 * quads * queries;
+        // Sixteen threads look for the largest score of each row.
+        16 * queries <= threads && bytes <= limit
     };
     [8, 4, 2].into_iter().find(fits).unwrap_or(1)
 }
@@ -329,10 +340,18 @@ mod tests {
             for residual in [false, true] {
                 all.push(Variant::MatMul { dtype, residual });
                 for rows in [1, 2, 4, 8] {
-                    for threads in if rows <= 2 { &[64, 256][..] } else { &[64] } {
-                        let threads = *threads;
-                        all.push(Variant::MatVec { dtype, rows, threads, residual, three: false });
-                        all.push(Variant::MatVec { dtype, rows, threads, residual: false, three: true });
+                    let shapes =
+                        [(64, 64), (64, 16), (64, 1)].into_iter().chain((rows <= 2).then_some((256, 256)));
+                    for (threads, lanes) in shapes {
+                        all.push(Variant::MatVec { dtype, rows, threads, lanes, residual, three: false });
+                        all.push(Variant::MatVec {
+                            dtype,
+                            rows,
+                            threads,
+                            lanes,
+                            residual: false,
+                            three: true,
+                        });
                     }
                 }
             }
@@ -340,19 +359,18 @@ mod tests {
         for dtype in [CacheDType::F32, CacheDType::F16, CacheDType::Int8] {
             for quads in [1, 2, 16, 20, 32, 128] {
                 all.push(Variant::Append { dtype, quads });
-                let mut queries = 1;
-                while queries <= queries_most(quads as usize, 16 << 10) {
-                    all.push(Variant::Attend { dtype, quads, queries, new: false });
-                    queries *= 2;
+                for threads in ATTEND_THREADS.into_iter().filter(|threads| quads <= *threads) {
+                    let mut queries = 1;
+                    while queries <= queries_most(quads as usize, threads as usize, 16 << 10) {
+                        all.push(Variant::Attend { dtype, quads, queries, threads, new: false });
+                        queries *= 2;
+                    }
+                    if dtype == CacheDType::F32 {
+                        all.push(Variant::Attend { dtype, quads, queries: 1, threads, new: true });
+                    }
                 }
             }
         }
-        all.extend([1, 2, 16, 20, 32, 128].map(|quads| Variant::Attend {
-            dtype: CacheDType::F32,
-            quads,
-            queries: 1,
-            new: true,
-        }));
         all
     }
 

@@ -13,6 +13,9 @@ use std::{ops::Range, sync::Arc};
 /// Rows from which on tiles of 64 pay. Below, weights are read once for every eight rows.
 const TILED_FROM: usize = 17;
 
+/// Columns, those of an LM head, that keep a GPU busy though few threads share each.
+const MANY_COLUMNS: usize = 16384;
+
 /// The number of an activation in `activation.wgsl`.
 fn number(op: &'static str, activation: Activation) -> Result<u32> {
     Ok(match activation {
@@ -94,8 +97,8 @@ impl Gpu {
             && ranges(&[x]).len() == 1
         {
             let block = (rows as u32).min(8).next_power_of_two();
-            let variant = matvec(matrices[0], block, false, true);
-            let column_groups = quads(matrices[0].shape[0]);
+            let lanes = self.lanes(matrices[0], block);
+            let column_groups = quads(matrices[0].shape[0]).div_ceil(lanes.teams());
             let uniforms = [
                 rows as u32,
                 x.quads() as u32,
@@ -107,6 +110,7 @@ impl Gpu {
                 column_groups as u32,
                 stride as u32,
             ];
+            let variant = lanes.variant(matrices[0], block, false, true);
             let buffers = [x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()].map(Some);
             let groups = (rows.div_ceil(block as usize) * 3 * column_groups) as u64;
             self.record(op, 0, 1)?.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
@@ -149,8 +153,11 @@ impl Gpu {
         rows: &Range<usize>,
     ) -> Result<()> {
         let columns = part.rows.len();
-        let tiled = rows.len() >= TILED_FROM;
-        let column_groups = if tiled { columns.div_ceil(TILE) } else { quads(columns) };
+        let tiled = rows.len() >= TILED_FROM && !self.software;
+        let block = (rows.len() as u32).min(8).next_power_of_two();
+        let lanes = self.lanes(matrix, block);
+        let column_groups =
+            if tiled { columns.div_ceil(TILE) } else { quads(columns).div_ceil(lanes.teams()) };
         let uniforms = [
             rows.len() as u32,
             x.quads() as u32,
@@ -171,16 +178,46 @@ impl Gpu {
         let (variant, row_groups) = if tiled {
             (Variant::MatMul { dtype: matrix.dtype, residual: with_residual }, rows.len().div_ceil(TILE))
         } else {
-            let block = (rows.len() as u32).min(8).next_power_of_two();
-            (matvec(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
+            (lanes.variant(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
         };
         recorder.dispatch(self, op, variant, &uniforms, &buffers, (row_groups * column_groups) as u64)
     }
 }
 
-/// The matrix-vector kernel for `rows` rows at a time.
-fn matvec(matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
-    // Deep products of few rows take more threads, as long as their sums fit workgroup memory.
-    let threads = if rows <= 2 && matrix.quads() > 256 { 256 } else { 64 };
-    Variant::MatVec { dtype: matrix.dtype, rows, threads, residual, three }
+/// How the threads of the matrix-vector kernel share the work.
+#[derive(Clone, Copy)]
+struct Lanes {
+    threads: u32,
+    /// Threads that share the depth of four columns.
+    lanes: u32,
+}
+
+impl Lanes {
+    /// Quads of columns that a workgroup computes.
+    fn teams(self) -> usize {
+        (self.threads / self.lanes) as usize
+    }
+
+    fn variant(self, matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
+        let Self { threads, lanes } = self;
+        Variant::MatVec { dtype: matrix.dtype, rows, threads, lanes, residual, three }
+    }
+}
+
+impl Gpu {
+    /// A GPU needs many threads in flight to keep memory busy: all lanes go to few columns where columns are few, and
+    /// deep products of few rows take more threads, as long as their sums fit workgroup memory. A software adapter
+    /// has few cores and pays for every barrier: there each thread keeps its columns to itself.
+    fn lanes(&self, matrix: &Matrix, rows: u32) -> Lanes {
+        if self.software {
+            return Lanes { threads: 64, lanes: 1 };
+        }
+        if matrix.shape[0] >= MANY_COLUMNS {
+            Lanes { threads: 64, lanes: 16 }
+        } else if rows <= 2 && matrix.quads() > 256 {
+            Lanes { threads: 256, lanes: 256 }
+        } else {
+            Lanes { threads: 64, lanes: 64 }
+        }
+    }
 }

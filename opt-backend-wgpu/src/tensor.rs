@@ -80,7 +80,7 @@ impl Tensor {
     ) -> Result<Self> {
         let [rows, width] = shape;
         let row = 16 * quads(width) as u64;
-        let most = if row == 0 { usize::MAX } else { (gpu.max_binding() / row) as usize };
+        let most = gpu.max_binding().checked_div(row).map_or(usize::MAX, |rows| rows as usize);
         let most = if most >= rows { rows } else { most / ROWS_ALIGNED * ROWS_ALIGNED };
         if most == 0 && rows > 0 {
             let found =

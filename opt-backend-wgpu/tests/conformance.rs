@@ -30,9 +30,27 @@ fn all_that_the_adapter_has() {
     }
 }
 
+/// The kernels for GPUs, also where the adapter is none.
+#[test]
+fn all_that_the_adapter_has_as_on_a_gpu() {
+    if let Some(builder) = common::builder() {
+        run("all that the adapter has, as on a GPU", builder.software(false), false);
+    }
+}
+
 #[test]
 fn default_limits_without_subgroups_and_f16() {
     if let Some(builder) = common::builder() {
-        run("default limits, no subgroups, no f16", builder.default_limits().features(false, false), false);
+        let builder = builder.default_limits().features(false, false).software(false);
+        run("default limits, no subgroups, no f16, as on a GPU", builder, false);
+    }
+}
+
+/// The kernels for software adapters, wherever this runs.
+#[test]
+fn default_limits_as_on_a_software_adapter() {
+    if let Some(builder) = common::builder() {
+        let builder = builder.default_limits().features(false, false).software(true);
+        run("default limits, no subgroups, no f16, as on a software adapter", builder, true);
     }
 }

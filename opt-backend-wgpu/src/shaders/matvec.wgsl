@@ -1,12 +1,13 @@
-// Few rows: a workgroup computes four columns of $ROWS rows. Its threads share the depth, so that neighbours read
-// neighbouring quads of a row of W, and every quad of W is read once for all rows.
+// Few rows: a thread takes part in four columns of $ROWS rows. $LANES threads share the depth of the same columns, so
+// that neighbours read neighbouring quads of a row of W, and every quad of W is read once for all rows.
 #include product
 
 #if SUBGROUPS
-// Subgroups have at least four invocations.
 var<workgroup> partial: array<vec4<f32>, $PARTIALS>;
 #else
+#if SHARED
 var<workgroup> partial: array<vec4<f32>, $PARTIALS>;
+#endif
 #endif
 
 @compute @workgroup_size($THREADS)
@@ -15,7 +16,7 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 #if SUBGROUPS
-    @builtin(subgroup_invocation_id) lane: u32,
+    @builtin(subgroup_invocation_id) subgroup_lane: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
 #endif
@@ -29,15 +30,17 @@ fn main(
     let which = 0u;
     let first = id / args.column_groups * $ROWSu;
 #endif
-    let quad = id % args.column_groups;
     if (first >= args.rows) { return; }
+    let lane = thread % $LANESu;
+    let quad = id % args.column_groups * $TEAMSu + thread / $LANESu;
+    let last_quad = (args.columns + 3u) / 4u - 1u;
 
-    let w_at = quad * 4u * args.quads;
+    let w_at = min(quad, last_quad) * 4u * args.quads;
 #repeat r $ROWS
     let x$r = min(first + $ru, args.rows - 1u) * args.quads;
     var sum$r = vec4<f32>(0.0);
 #end
-    for (var k = thread; k < args.quads; k += $THREADSu) {
+    for (var k = lane; k < args.quads; k += $LANESu) {
         let wa = weight(which, w_at + k);
         let wb = weight(which, w_at + args.quads + k);
         let wc = weight(which, w_at + 2u * args.quads + k);
@@ -51,10 +54,11 @@ fn main(
     }
 
 #if SUBGROUPS
+    // All threads share one quad of columns.
 #repeat r $ROWS
     sum$r = subgroupAdd(sum$r);
 #end
-    if (lane == 0u) {
+    if (subgroup_lane == 0u) {
 #repeat r $ROWS
         partial[$ru * $SUBGROUPS_MOSTu + subgroup] = sum$r;
 #end
@@ -66,22 +70,30 @@ fn main(
         finish(which, first + thread, quad, sum);
     }
 #else
+#if SHARED
 #repeat r $ROWS
     partial[$ru * $THREADSu + thread] = sum$r;
 #end
-    for (var half = $THREADSu / 2u; half >= $ROWSu; half /= 2u) {
+    for (var half = $LANESu / 2u; half > 0u; half /= 2u) {
         workgroupBarrier();
-        if (thread < half) {
+        if (lane < half) {
 #repeat r $ROWS
             partial[$ru * $THREADSu + thread] += partial[$ru * $THREADSu + thread + half];
 #end
         }
     }
     workgroupBarrier();
-    if (thread < $ROWSu && first + thread < args.rows) {
-        var sum = partial[thread * $THREADSu];
-        for (var i = 1u; i < $ROWSu; i++) { sum += partial[thread * $THREADSu + i]; }
-        finish(which, first + thread, quad, sum);
+    if (quad <= last_quad) {
+        for (var r = lane; r < $ROWSu; r += $LANESu) {
+            if (first + r < args.rows) { finish(which, first + r, quad, partial[r * $THREADSu + thread - lane]); }
+        }
     }
+#else
+    if (quad <= last_quad) {
+#repeat r $ROWS
+        if (first + $ru < args.rows) { finish(which, first + $ru, quad, sum$r); }
+#end
+    }
+#endif
 #endif
 }

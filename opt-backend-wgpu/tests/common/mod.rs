@@ -23,3 +23,6 @@ pub(crate) fn builder() -> Option<Builder> {
         }
     }
 }
+
+#[allow(dead_code, unreachable_pub, missing_docs)] // the benchmark of examples/step.rs includes it as well
+pub(crate) mod model;
