@@ -18,6 +18,12 @@ use std::{
 };
 use tch::{Device, Kind};
 
+/// Rows up to which f16 weights are multiplied as they are on the CPU. Where the processor has no arithmetic in f16,
+/// LibTorch's kernel streams them well for one row and does no better for many; from here on widening them pays.
+const MOST_F16_ROWS: usize = 4;
+/// Elements that are widened at a time: 4 MiB.
+const WIDENED: usize = 1 << 20;
+
 /// Weight `[out, in]` and bias of a linear.
 pub struct Linear {
     shape: [usize; 2],
@@ -58,6 +64,7 @@ pub(crate) struct Weight {
     transposed: Held,
     kind: Kind,
     layout: Layout,
+    outputs: usize,
 }
 
 /// The order in memory.
@@ -107,7 +114,8 @@ impl Weight {
             Layout::Outputs => transposed,
             Layout::Inputs => transposed.and_then(|t| t.f_contiguous()),
         };
-        Ok(Self { transposed: Held::new(transposed.map_err(torch(op))?), kind, layout })
+        let outputs = host.shape()[0];
+        Ok(Self { transposed: Held::new(transposed.map_err(torch(op))?), kind, layout, outputs })
     }
 
     /// `x W^T + b`, and the elements it is in. `x` is `[rows, in]`, the result `[rows, out]` and contiguous.
@@ -118,13 +126,42 @@ impl Weight {
         x: &Tensor,
         bias: Option<&Held>,
     ) -> Result<(tch::Tensor, Kind)> {
+        let few = x.shape()[0] <= MOST_F16_ROWS;
+        if self.kind == Kind::Half && tch.device() == Device::Cpu && !few {
+            return Ok((self.product_in_f32(op, x, bias)?, Kind::Float));
+        }
         let x = x.matrix_as(op, self.kind)?;
         let y = match bias {
             Some(bias) => bias.f_addmm(&x, &self.transposed),
             None => x.f_mm(&self.transposed),
         };
-        let _ = tch;
         Ok((y.map_err(torch(op))?, self.kind))
+    }
+
+    /// The product with weights widened to f32, some outputs at a time so that they stay in the processor's cache.
+    fn product_in_f32(&self, op: &'static str, x: &Tensor, bias: Option<&Held>) -> Result<tch::Tensor> {
+        let [rows, input] = x.shape();
+        let x = x.matrix_as(op, Kind::Float)?;
+        let part = i64::try_from(WIDENED / input.max(1)).unwrap_or(i64::MAX).max(1);
+        let multiply = || {
+            let out = self.outputs as i64;
+            let y = tch::Tensor::f_empty([rows as i64, out], (Kind::Float, Device::Cpu))?;
+            let mut start = 0;
+            while start < out {
+                let len = part.min(out - start);
+                let weight = self.transposed.f_narrow(1, start, len)?.f_totype(Kind::Float)?;
+                let to = y.f_narrow(1, start, len)?;
+                let _ = match bias {
+                    Some(bias) => {
+                        bias.f_narrow(0, start, len)?.f_totype(Kind::Float)?.f_addmm_out(&to, &x, &weight)?
+                    }
+                    None => x.f_mm_out(&to, &weight)?,
+                };
+                start += len;
+            }
+            Ok(y)
+        };
+        multiply().map_err(torch(op))
     }
 
     /// This and others of the same number of inputs, side by side.
@@ -138,13 +175,14 @@ impl Weight {
             })(),
         };
         let transposed = Held::new(joined.map_err(torch(op))?);
-        Ok(Self { transposed, kind: first.kind, layout: first.layout })
+        let outputs = weights.iter().map(|w| w.outputs).sum();
+        Ok(Self { transposed, kind: first.kind, layout: first.layout, outputs })
     }
 
     /// The outputs from `start` on.
     fn part(&self, op: &'static str, start: usize, len: usize) -> Result<Self> {
         let part = self.transposed.f_narrow(1, start as i64, len as i64).map_err(torch(op))?;
-        Ok(Self { transposed: Held::new(part), kind: self.kind, layout: self.layout })
+        Ok(Self { transposed: Held::new(part), kind: self.kind, layout: self.layout, outputs: len })
     }
 }
 
