@@ -351,25 +351,65 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         caches: Option<&mut [&mut Self::Cache]>,
     ) -> Result<Self::Tensor> {
         self.counters().default_body(Op::Attend);
-        let (out, _) = attend_on_host(self, "attend", q, k, v, attend, caches)?;
+        // All checks come before the first append: a call that fails on its shapes leaves the caches as they were.
+        check::spans("attend", attend, self.shape(&q))?;
+        check::same_shape("attend", self.shape(&k), self.shape(&q))?;
+        check::same_shape("attend", self.shape(&v), self.shape(&q))?;
+        let keys_values = keys_values(self, &k, &v, attend, caches)?;
+        let q = self.block_on(self.read_owned(q))?;
+        let mut out = Array2::zeros(q.dim());
+        for (span, layer) in attend.spans.iter().zip(&keys_values) {
+            let rows = s![span.rows(), ..];
+            let (y, _) = oracle::attend(q.slice(rows), layer.keys.view(), layer.values.view(), attend.heads);
+            out.slice_mut(rows).assign(&y);
+        }
         self.upload(out.view())
     }
 
     /// [`Backend::attend`] that also hands out the attention weights `[heads, rows, positions]` of each span.
     ///
-    /// For looking, not for speed: the default body is all there need be.
+    /// For looking, not for speed: the default body, which computes the weights on the host, is all there need be.
     #[allow(clippy::type_complexity)]
-    fn attention_weights(
-        &self,
+    fn attention_weights<'a>(
+        &'a self,
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
         attend: Attend<'_>,
-        caches: Option<&mut [&mut Self::Cache]>,
-    ) -> Result<(Self::Tensor, Vec<Array3<f32>>)> {
+        mut caches: Option<&mut [&mut Self::Cache]>,
+    ) -> Result<(Self::Tensor, Readback<'a, Vec<Array3<f32>>>)> {
         self.counters().default_body(Op::AttentionWeights);
-        let (out, weights) = attend_on_host(self, "attention_weights", q, k, v, attend, caches)?;
-        Ok((self.upload(out.view())?, weights))
+        // Nothing is waited for here: what `attend` consumes is read before, what it appends afterwards.
+        let queries = self.read(&q);
+        let new = caches.is_none().then(|| (self.read(&k), self.read(&v)));
+        let out = self.attend(q, k, v, attend, caches.as_deref_mut())?;
+        let held: Vec<_> =
+            caches.iter().flat_map(|c| c.iter()).map(|c| self.cache_read(c, attend.layer)).collect();
+        let (spans, heads) = (attend.spans.to_vec(), attend.heads);
+        let weights = async move {
+            let queries = queries.await?;
+            let new = match new {
+                Some((keys, values)) => Some(CacheLayer { keys: keys.await?, values: values.await? }),
+                None => None,
+            };
+            let mut held = held.into_iter();
+            let mut weights = Vec::with_capacity(spans.len());
+            for span in spans {
+                let rows = s![span.rows(), ..];
+                let q = queries.slice(rows);
+                let (_, of_span) = match (&new, held.next()) {
+                    (Some(new), _) => oracle::attend(q, new.keys.slice(rows), new.values.slice(rows), heads),
+                    (None, Some(held)) => {
+                        let held = held.await?;
+                        oracle::attend(q, held.keys.view(), held.values.view(), heads)
+                    }
+                    (None, None) => break,
+                };
+                weights.push(of_span);
+            }
+            Ok(weights)
+        };
+        Ok((out, Box::pin(weights)))
     }
 
     /// The rows `rows` of a tensor, in that order.
@@ -420,33 +460,6 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         let logits = self.block_on(self.read(logits));
         crate::ready(logits.map(|logits| logits.outer_iter().map(|row| oracle::top_k(row, k)).collect()))
     }
-}
-
-/// Attention through the host: the output, and the weights `[heads, rows, positions]` of each span.
-fn attend_on_host<B: Backend + ?Sized>(
-    backend: &B,
-    op: &'static str,
-    q: B::Tensor,
-    k: B::Tensor,
-    v: B::Tensor,
-    attend: Attend<'_>,
-    caches: Option<&mut [&mut B::Cache]>,
-) -> Result<(Array2<f32>, Vec<Array3<f32>>)> {
-    // All checks come before the first append: a call that fails on its shapes leaves the caches as they were.
-    check::spans(op, attend, backend.shape(&q))?;
-    check::same_shape(op, backend.shape(&k), backend.shape(&q))?;
-    check::same_shape(op, backend.shape(&v), backend.shape(&q))?;
-    let keys_values = keys_values(backend, &k, &v, attend, caches)?;
-    let q = backend.block_on(backend.read_owned(q))?;
-    let mut out = Array2::zeros(q.dim());
-    let mut weights = Vec::with_capacity(attend.spans.len());
-    for (span, layer) in attend.spans.iter().zip(&keys_values) {
-        let rows = s![span.rows(), ..];
-        let (y, w) = oracle::attend(q.slice(rows), layer.keys.view(), layer.values.view(), attend.heads);
-        out.slice_mut(rows).assign(&y);
-        weights.push(w);
-    }
-    Ok((out, weights))
 }
 
 /// The keys and values each span attends to, read back, after appending the new ones to the caches.

@@ -141,8 +141,7 @@ fn wgpu(options: &BackendOptions) -> Result<Wgpu> {
     if let Some(device) = &options.device {
         builder = builder.device(device);
     }
-    // `build` does not exist in browsers. There this fails, saying that the asynchronous form is to be awaited.
-    Ok(opt_backend::block_on(Box::pin(builder.build_async()))?)
+    Ok(builder.build()?)
 }
 
 /// In a browser starting takes turns of the event loop, which a choice by name cannot wait for.

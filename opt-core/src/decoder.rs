@@ -9,7 +9,7 @@ use crate::{
     config::{LAYER_NORM_EPS, OptConfig, POSITION_OFFSET},
 };
 use ndarray::Array3;
-use opt_backend::{Activation, Attend, Backend, DType, NormParams, Span, Then};
+use opt_backend::{Activation, Attend, Backend, DType, NormParams, Readback, Span, Then};
 
 /// The weights of a model, where `B` keeps them.
 pub(crate) struct Decoder<B: Backend> {
@@ -51,11 +51,11 @@ pub(crate) struct Rows<'a> {
 }
 
 /// What a forward pass hands out of its inside, beside its result.
-pub(crate) struct Trace<'a, B: Backend> {
+pub(crate) struct Trace<'a, 'b, B: Backend> {
     /// Called with the state before each layer: the embeddings, then the output of each layer but the last.
     pub(crate) hidden: Option<See<'a, B>>,
     /// Receives the attention weights of each layer: for each span, `[heads, rows, positions]`.
-    pub(crate) attentions: Option<&'a mut Vec<Vec<Array3<f32>>>>,
+    pub(crate) attentions: Option<&'a mut Vec<Readback<'b, Vec<Array3<f32>>>>>,
     /// Called before each layer with its index; an error ends the pass.
     pub(crate) before_layer: &'a mut dyn FnMut(usize) -> Result<()>,
 }
@@ -70,13 +70,13 @@ impl<B: Backend> Decoder<B> {
     ///
     /// With caches (one per span) each sequence continues what its cache holds. Of the rows that are not wanted, the
     /// last layer only feeds the caches. Returns what the LM head sees, `[wanted, word_embed_proj_dim]`.
-    pub(crate) fn forward(
+    pub(crate) fn forward<'b>(
         &self,
-        b: &B,
+        b: &'b B,
         embedded: B::Tensor,
         rows: Rows<'_>,
         mut caches: Option<&mut [&mut B::Cache]>,
-        trace: Trace<'_, B>,
+        trace: Trace<'_, 'b, B>,
     ) -> Result<B::Tensor> {
         let Trace { mut hidden, mut attentions, before_layer } = trace;
         let Rows { positions, spans, wanted } = rows;

@@ -64,6 +64,7 @@ fn check<B: Backend>(b: &B, data: &Data, batch: &Batch, heads: usize, past: Opti
         let borrowed = past.is_some().then_some(&mut borrowed[..]);
         let (found, weights) = if weights_too {
             let (found, weights) = b.attention_weights(q, k, v, attend, borrowed)?;
+            let weights = b.block_on(weights)?;
             ensure(
                 weights.len() == batch.spans.len(),
                 format_args!("expected weights of {} spans, found {}", batch.spans.len(), weights.len()),

@@ -61,7 +61,8 @@ pub fn defaults_used<B: Backend>(b: &B) -> Result<Counts> {
     let sum = b.add(last, &hidden)?;
     let operand = || b.upload(Array2::ones((3, 4)).view());
     let attend = Attend { heads: 2, layer: 0, spans: &[Span { start: 0, len: 3 }] };
-    b.attention_weights(operand()?, operand()?, operand()?, attend, None)?;
+    let (_, weights) = b.attention_weights(operand()?, operand()?, operand()?, attend, None)?;
+    b.block_on(weights)?;
     drop(sum);
     Ok(b.counters().counts().since(&before))
 }

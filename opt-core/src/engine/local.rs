@@ -311,7 +311,7 @@ struct Pending<'a> {
     top_k: Option<Readback<'a, Vec<TopK>>>,
     log_probs: Option<Readback<'a, Vec<TargetScore>>>,
     /// For each layer, for each span.
-    attentions: Vec<Vec<Array3<f32>>>,
+    attentions: Vec<Readback<'a, Vec<Array3<f32>>>>,
 }
 
 impl Pending<'_> {
@@ -320,6 +320,10 @@ impl Pending<'_> {
         let mut layers = Vec::with_capacity(self.hidden.len());
         for readback in self.hidden {
             layers.push(readback.await?);
+        }
+        let mut attentions = Vec::with_capacity(self.attentions.len());
+        for readback in self.attentions {
+            attentions.push(readback.await?);
         }
         let last = wait(self.last).await?;
         let mut logits = wait(self.logits).await?;
@@ -362,7 +366,7 @@ impl Pending<'_> {
                 output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
             }
             if sequence.attentions {
-                output.attentions = self.attentions.iter().map(|spans| spans[index].clone()).collect();
+                output.attentions = attentions.iter().map(|spans| spans[index].clone()).collect();
             }
             outputs.push(output);
         }

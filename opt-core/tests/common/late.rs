@@ -1,6 +1,6 @@
 //! A backend as a browser has it: what is read arrives later, and only if the program returns to its event loop.
 
-use ndarray::{Array2, Array3, ArrayView2};
+use ndarray::{Array2, ArrayView2};
 use opt_backend::{
     Attend, Backend, BoxFuture, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear,
     HostMatrix, HostNorm, HostVector, Info, MaybeSend, NormParams, Readback, Reference, ReferenceCache,
@@ -251,17 +251,6 @@ impl Backend for Late {
         caches: Option<&mut [&mut ReferenceCache]>,
     ) -> Result<Array2<f32>> {
         self.device.attend(q, k, v, attend, caches)
-    }
-
-    fn attention_weights(
-        &self,
-        q: Array2<f32>,
-        k: Array2<f32>,
-        v: Array2<f32>,
-        attend: Attend<'_>,
-        caches: Option<&mut [&mut ReferenceCache]>,
-    ) -> Result<(Array2<f32>, Vec<Array3<f32>>)> {
-        self.device.attention_weights(q, k, v, attend, caches)
     }
 
     fn take_rows(&self, x: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>> {
