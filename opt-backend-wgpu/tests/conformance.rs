@@ -3,7 +3,7 @@
 //! There are no guard zones around buffers: a kernel sees a buffer only through a binding of exactly the bytes it may
 //! use, and WebGPU keeps every access within its binding.
 //!
-//! `OPT_WGPU_ADAPTER` names the adapter; `OPT_QUICK_TESTS` leaves out the long cases.
+//! `OPT_TEST_DEVICE` names the adapter; `OPT_QUICK_TESTS` leaves out the long cases.
 
 mod common;
 
