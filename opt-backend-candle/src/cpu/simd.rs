@@ -51,6 +51,29 @@ const BLOCK: usize = 64;
 /// What a weight's numbers are held as.
 trait Number: Copy {
     fn single(self) -> f32;
+
+    /// A block as f32.
+    #[inline(always)]
+    fn widen(_: Halves, from: &[Self; BLOCK], wide: &mut [f32; BLOCK]) {
+        wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
+    }
+}
+
+/// How f16 are widened: by the processor, where pulp has the instruction (AVX-512), else by arithmetic.
+#[derive(Clone, Copy)]
+struct Halves {
+    #[cfg(target_arch = "x86_64")]
+    avx512: Option<pulp::x86::V4>,
+}
+
+impl Halves {
+    #[inline(always)]
+    fn find() -> Self {
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            avx512: pulp::x86::V4::try_new(),
+        }
+    }
 }
 
 impl Number for f32 {
@@ -80,6 +103,19 @@ impl Number for f16 {
         let small = f32::from_bits((twice >> 17) | (126 << 23)) - 0.5;
         let magnitude = if twice < 1 << 27 { small } else { normal };
         f32::from_bits(magnitude.to_bits() | (bits & (1 << 31)))
+    }
+
+    #[inline(always)]
+    fn widen(halves: Halves, from: &[Self; BLOCK], wide: &mut [f32; BLOCK]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(v4) = halves.avx512 {
+            for (from, wide) in from.as_chunks::<16>().0.iter().zip(wide.as_chunks_mut::<16>().0) {
+                *wide = pulp::cast(v4.avx512f._mm512_cvtph_ps(pulp::cast(from.map(f16::to_bits))));
+            }
+            return;
+        }
+        let _ = halves;
+        wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
     }
 }
 
@@ -119,6 +155,7 @@ fn products<S: Simd, T: Number>(
     outputs: usize,
     out: &mut [f32],
 ) {
+    let halves = Halves::find();
     for (i, weight) in weight.chunks(STREAMS * depth).enumerate() {
         let first = i * STREAMS;
         let count = weight.len() / depth;
@@ -130,11 +167,11 @@ fn products<S: Simd, T: Number>(
         };
         while let Some((x0, out0)) = rows.next() {
             let Some((x1, out1)) = rows.next() else {
-                let [sums] = dots(s, [a, b], [x0]);
+                let [sums] = dots(s, halves, [a, b], [x0]);
                 keep(out0, sums);
                 break;
             };
-            let [sums0, sums1] = dots(s, [a, b], [x0, x1]);
+            let [sums0, sums1] = dots(s, halves, [a, b], [x0, x1]);
             keep(out0, sums0);
             keep(out1, sums1);
         }
@@ -145,6 +182,7 @@ fn products<S: Simd, T: Number>(
 #[inline(always)]
 fn dots<S: Simd, T: Number, const X: usize>(
     s: S,
+    halves: Halves,
     [a, b]: [&[T]; STREAMS],
     x: [&[f32]; X],
 ) -> [[f32; STREAMS]; X] {
@@ -155,8 +193,8 @@ fn dots<S: Simd, T: Number, const X: usize>(
     let mut b_sums = a_sums;
     for (i, (a, b)) in a_blocks.iter().zip(b_blocks).enumerate() {
         let (mut a_wide, mut b_wide) = ([0.0; BLOCK], [0.0; BLOCK]);
-        a_wide.iter_mut().zip(a).for_each(|(wide, v)| *wide = v.single());
-        b_wide.iter_mut().zip(b).for_each(|(wide, v)| *wide = v.single());
+        T::widen(halves, a, &mut a_wide);
+        T::widen(halves, b, &mut b_wide);
         let ((a, _), (b, _)) = (S::as_simd_f32s(&a_wide), S::as_simd_f32s(&b_wide));
         for row in 0..X {
             let (x, _) = S::as_simd_f32s(&x_blocks[row][i]);
@@ -203,12 +241,27 @@ impl WithSimd for Transpose<'_> {
 fn transpose<T: Number>(weight: &[T], depth: usize, outputs: usize, out: &mut [f32]) {
     /// As many rows are read at once as numbers fill a cache line of what is written.
     const ROWS: usize = 16;
+    let halves = Halves::find();
     let whole = outputs - outputs % ROWS;
+    let mut wide = [[0.0; BLOCK]; ROWS];
     for first in (0..whole).step_by(ROWS) {
         let rows: [&[T]; ROWS] = std::array::from_fn(|i| &weight[(first + i) * depth..][..depth]);
-        for column in 0..depth {
-            let out = &mut out[column * outputs + first..][..ROWS];
-            out.iter_mut().zip(rows).for_each(|(o, row)| *o = row[column].single());
+        let mut write = |column: usize, numbers: [f32; ROWS]| {
+            out[column * outputs + first..][..ROWS].copy_from_slice(&numbers);
+        };
+        let blocks = depth / BLOCK;
+        for block in 0..blocks {
+            for (row, wide) in rows.iter().zip(&mut wide) {
+                if let Some(from) = row.as_chunks::<BLOCK>().0.get(block) {
+                    T::widen(halves, from, wide);
+                }
+            }
+            for column in 0..BLOCK {
+                write(block * BLOCK + column, wide.each_ref().map(|row| row[column]));
+            }
+        }
+        for column in blocks * BLOCK..depth {
+            write(column, rows.map(|row| row[column].single()));
         }
     }
     for (i, row) in weight[whole * depth..].chunks_exact(depth).enumerate() {
