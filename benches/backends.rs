@@ -10,7 +10,7 @@ use criterion::{
 };
 use opt_benches::{ids, load, opt_125m, random};
 use opt_core::{
-    CacheDType, DType, Opt,
+    CacheDType, Opt,
     backends::{self, BackendOptions},
     engine::{Forward, KvCache, Sequence, Want},
 };
@@ -77,7 +77,7 @@ fn backends(c: &mut Criterion) {
             }
         };
         eprintln!("{backend}: {}", info.device);
-        for dtype in info.dtypes.iter().copied().filter(|dtype| *dtype != DType::F16 || backend == "wgpu") {
+        for dtype in info.dtypes {
             measure(c, &format!("{backend} {dtype}"), &|| load(&checkpoint, backend, dtype).expect("model"));
         }
     }

@@ -50,7 +50,11 @@ if libtorch=$(ci/libtorch.sh); then
     mkdir -p "$out/libtorch"
     cp -L "$lib"/*.so* "$out/libtorch/"
     # The wheel's CUDA libraries lie beside torch.
-    find "$lib/../../nvidia" -name '*.so*' -exec cp -L {} "$out/libtorch/" \; 2>/dev/null || true
+    if [ -d "$lib/../../nvidia" ]; then
+      find "$lib/../../nvidia" -name '*.so*' -exec cp -L {} "$out/libtorch/" \;
+    else
+      echo "note: no CUDA libraries beside $lib; the machine must have them" >&2
+    fi
   fi
 fi
 cargo run --release -q -p opt-benches --bin random_model -- "$out/opt-125m-random"
@@ -88,6 +92,8 @@ for backend in @BACKENDS@; do
             --model opt-125m-random --prompt-tokens 128,512 --batch 1,8 --gen-tokens 128 \
             | tee "results/$backend-$dtype.json" || failed=1
         done
+        # Criterion's report: results/criterion/report/index.html.
+        CRITERION_HOME=$PWD/results/criterion "$backend/backends" --bench "^[^/]*/$backend " || failed=1
         ;;
     esac
   done

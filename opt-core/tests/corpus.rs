@@ -1,6 +1,7 @@
 //! Replays what the fuzzer found: every input of `fuzz/corpus` must be answered, and quickly.
 
 use opt_core::{checkpoint, generation, tokenizer};
+use std::io::Write;
 use std::{
     fs,
     path::PathBuf,
@@ -12,7 +13,7 @@ fn replay(target: &str, run: impl Fn(&[u8]) -> bool) {
     let folder: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "fuzz", "corpus", target].iter().collect();
     if !folder.exists() {
         // The packaged crate comes without the corpora.
-        eprintln!("skipped: no {}", folder.display());
+        let _ = writeln!(std::io::stderr(), "skipped: no {}", folder.display());
         return;
     }
     let (mut count, mut accepted) = (0, 0);

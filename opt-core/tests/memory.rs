@@ -30,7 +30,10 @@ fn peak_is_weights_and_150_mb() {
         return run_and_report();
     }
     if std::env::var("OPT_BIG_TESTS").as_deref() != Ok("1") {
-        eprintln!("skipped: set OPT_BIG_TESTS=1 to measure memory with a model of 500 MB");
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped: set OPT_BIG_TESTS=1 to measure memory with a model of 500 MB"
+        );
         return;
     }
     let dir = tempfile::tempdir().unwrap();

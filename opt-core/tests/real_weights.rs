@@ -20,7 +20,9 @@ fn recorded() -> Option<Value> {
 /// The folder of one of the published models.
 fn folder(name: &str) -> Option<PathBuf> {
     let Some(root) = std::env::var_os("OPT_WEIGHTS").map(PathBuf::from) else {
-        eprintln!("skipped: {name} (set OPT_WEIGHTS to a directory with the published weights)");
+        common::backend::skipped(format_args!(
+            "{name} (set OPT_WEIGHTS to a directory with the published weights)"
+        ));
         return None;
     };
     let named = [name.to_owned(), format!("facebook--{name}"), format!("facebook/{name}")];
@@ -29,7 +31,7 @@ fn folder(name: &str) -> Option<PathBuf> {
     places.extend(fs::read_dir(snapshots).into_iter().flatten().map(|entry| entry.unwrap().path()));
     let found = places.into_iter().find(|place| place.join("config.json").exists());
     if found.is_none() {
-        eprintln!("skipped: {name} is not in {}", root.display());
+        common::backend::skipped(format_args!("{name} is not in {}", root.display()));
     }
     found
 }

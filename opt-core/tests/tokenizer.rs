@@ -7,6 +7,7 @@ use opt_core::{
 use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::io::Write;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -23,7 +24,7 @@ fn data(part: &str) -> Option<PathBuf> {
     let root = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"));
     let path = root.join(part);
     if !path.exists() {
-        eprintln!("skipped: {} is not there (set OPT_TEST_DATA)", path.display());
+        let _ = writeln!(std::io::stderr(), "skipped: {} is not there (set OPT_TEST_DATA)", path.display());
         return None;
     }
     Some(path)

@@ -13,7 +13,7 @@ fn usable() -> Vec<String> {
             // One line that says why, and what to do.
             Some(why) => {
                 assert!(why.len() > 20 && !why.contains('\n'), "{why}");
-                eprintln!("skipped: {name}: {why}");
+                let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
             }
         }
     }

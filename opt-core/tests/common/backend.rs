@@ -8,11 +8,12 @@
 //! ```
 
 use ndarray::{ArrayView, Dimension};
+use opt_backend::conformance::Tolerance;
 use opt_core::{
-    GeneratedSequence, Load,
+    DType, GeneratedSequence, Load,
     backends::{self, BackendOptions, Chosen},
 };
-use std::sync::LazyLock;
+use std::{io::Write, sync::LazyLock};
 
 /// Its name.
 pub fn name() -> &'static str {
@@ -41,20 +42,37 @@ fn chosen(name: &str, threads: Option<usize>) -> Chosen {
     backends::choose(name, &options).unwrap_or_else(|e| panic!("OPT_TEST_BACKEND={name}: {e}"))
 }
 
+/// Says what a test leaves out and why, on the standard error itself: what `eprintln!` writes is shown of failed tests
+/// only.
+pub fn skipped(what: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "skipped: {what}");
+}
+
 /// Whether results are bit-equal over batch, chunk and thread count.
 pub fn deterministic() -> bool {
     matches!(name(), "cpu" | "reference")
 }
 
-/// How close results must be in f32: max |difference| over max(1, max |value|), and NMSE. The rows of
-/// `opt_backend::conformance::Tolerance`.
-pub fn tolerance() -> (f64, f64) {
-    if name() == "wgpu" { (6e-5, 1e-9) } else { (2e-5, 1e-10) }
+/// How close results must be in f32.
+pub fn tolerance() -> Tolerance {
+    let gpu = name() == "wgpu" || std::env::var("OPT_TEST_DEVICE").is_ok_and(|device| device != "cpu");
+    if gpu { Tolerance::GPU_F32 } else { Tolerance::of(DType::F32) }
 }
 
 /// Fails unless `found` equals `expected` within [`tolerance`]. Infinities and NaN must be the same.
 #[track_caller]
 pub fn assert_close<D: Dimension>(found: ArrayView<'_, f32, D>, expected: ArrayView<'_, f32, D>, what: &str) {
+    assert_within(tolerance(), found, expected, what);
+}
+
+/// [`assert_close`] by another row of the table.
+#[track_caller]
+pub fn assert_within<D: Dimension>(
+    tolerance: Tolerance,
+    found: ArrayView<'_, f32, D>,
+    expected: ArrayView<'_, f32, D>,
+    what: &str,
+) {
     assert_eq!(found.shape(), expected.shape(), "{what}: shape");
     let (mut worst, mut largest, mut error, mut length) = (0f64, 1f64, 0f64, 0f64);
     for (f, e) in found.iter().zip(expected.iter()) {
@@ -68,7 +86,7 @@ pub fn assert_close<D: Dimension>(found: ArrayView<'_, f32, D>, expected: ArrayV
         error += (f - e).powi(2);
         length += e.powi(2);
     }
-    let (max, nmse) = tolerance();
+    let Tolerance { max, nmse, .. } = tolerance;
     assert!(worst <= max * largest, "{what}: off by {worst:.2e} where the largest value is {largest:.2e}");
     assert!(error <= nmse * length.max(f64::MIN_POSITIVE), "{what}: NMSE {:.2e}", error / length);
 }

@@ -43,7 +43,7 @@ pub fn test_data(path: &str) -> Option<PathBuf> {
     };
     let file = root.join(path);
     if !file.exists() {
-        eprintln!("skipped: {} is not there (set OPT_TEST_DATA)", file.display());
+        backend::skipped(format_args!("{} is not there (set OPT_TEST_DATA)", file.display()));
         return None;
     }
     Some(file)
