@@ -3,10 +3,9 @@
 //! Tensors, weights and KV caches are candle tensors on the device that is chosen by name ([`Candle::builder`]) or
 //! handed in ([`Candle::on`]). Activations are f32 on every device; weights are held as f32, f16 or bf16.
 //!
-//! - **CPU.** Products of many f32 rows are candle's `matmul`. What candle does not have or does in several passes
-//!   is done here, on the memory of its tensors: products of few rows, weights held in 16 bits (candle multiplies no
-//!   bf16 on the CPU without widening the whole matrix at each call; here tiles are widened as they are used),
-//!   attention over the cache, LayerNorm, and what follows the logits.
+//! - **CPU.** What costs time is done here, on the memory of candle's tensors: products (see `cpu/product.rs` for what
+//!   candle's lack; with MKL or Accelerate f32 products of many rows are candle's), attention over the cache,
+//!   LayerNorm, and what follows the logits.
 //! - **CUDA, Metal.** candle's own ops. A product with 16-bit weights takes its input in their format, since candle
 //!   multiplies only equals; everything between products stays f32.
 //!

@@ -1,6 +1,6 @@
 //! The suite every backend must pass, on each way of computing.
 //!
-//! `OPT_CANDLE_DEVICE` names the device (`cuda:0`, `metal`); the CPU if it is not set. This file needs nothing but
+//! `OPT_TEST_DEVICE` names the device (`cuda:0`, `metal`); the CPU if it is not set. This file needs nothing but
 //! the device, so that the program built from it (`cargo test -p opt-backend-candle --features cuda --test
 //! conformance --no-run`) can be carried to a machine that has one.
 
@@ -26,7 +26,7 @@ const OVERRIDDEN: [Op; 11] = [
 ];
 
 fn device() -> String {
-    std::env::var("OPT_CANDLE_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
+    std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
 }
 
 fn on_cpu() -> bool {
@@ -36,7 +36,7 @@ fn on_cpu() -> bool {
 fn suite(builder: Builder) -> Suite<Candle> {
     let builder = builder.device(device());
     // One value for the whole run: a device is opened once.
-    let make = move || builder.clone().build().expect("the device of OPT_CANDLE_DEVICE");
+    let make = move || builder.clone().build().expect("the device of OPT_TEST_DEVICE");
     Suite::new(make).no_defaults(&OVERRIDDEN).reads_per_step(1)
 }
 
@@ -44,7 +44,7 @@ fn suite(builder: Builder) -> Suite<Candle> {
 #[test]
 fn cpu() {
     if !on_cpu() {
-        println!("skipped: OPT_CANDLE_DEVICE is {}, which computes by candle's own ops", device());
+        println!("skipped: OPT_TEST_DEVICE is {}, which computes by candle's own ops", device());
         return;
     }
     for threads in [1, 3] {

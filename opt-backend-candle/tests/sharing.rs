@@ -1,6 +1,6 @@
 //! One value used from many threads, several values on one device, and caches that share memory.
 //!
-//! `OPT_CANDLE_DEVICE` names the device, as for the conformance suite.
+//! `OPT_TEST_DEVICE` names the device, as for the conformance suite.
 
 use opt_backend::{
     Activation, Attend, Backend, CacheDType, CacheSpec, DType, ErrorKind, HostMatrix, HostVector, Result,
@@ -15,7 +15,7 @@ const HEADS: usize = 4;
 
 /// Every device has two ways here; other devices than the CPU compute alike in both.
 fn builders() -> [Builder; 2] {
-    let device = std::env::var("OPT_CANDLE_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let device = std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     [false, true].map(|plain| Candle::builder().device(&device).threads(2).plain(plain))
 }
 

@@ -15,6 +15,7 @@ pub(crate) fn activate(
 ) -> Result<(Tensor, Kind)> {
     let known = match activation {
         Activation::Linear => Ok(y),
+        // Also part of the product, where it is the function of a linear.
         Activation::Relu => in_place(y, |y| y.f_relu_()),
         Activation::Gelu => in_place(y, |y| y.f_gelu_("none")),
         Activation::GeluTanh => in_place(y, |y| y.f_gelu_("tanh")),

@@ -9,8 +9,9 @@ use crate::{
     vocab, weights,
 };
 use opt_backend::{
-    Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear, HostMatrix,
-    HostNorm, HostVector, Info, NormParams, Readback, Result, TargetScore, Then, TopK, check, host_memory,
+    Activation, Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear,
+    HostMatrix, HostNorm, HostVector, Info, NormParams, Readback, Result, TargetScore, Then, TopK, check,
+    host_memory,
     ndarray::{Array2, ArrayView1, ArrayView2, Ix2},
     ready,
 };
@@ -132,7 +133,7 @@ impl Backend for Tch {
         let _at_work = self.at_work();
         let read = || {
             check::range(OP, &rows, table.shape[0])?;
-            let entries = table.rows(OP, rows.start, rows.len())?;
+            let entries = table.entries(OP, rows.start, rows.len())?;
             read_matrix(OP, &entries, [rows.len(), table.shape[1]])
         };
         ready(read())
@@ -206,9 +207,10 @@ impl Backend for Tch {
         if let Then::Add(residual) = &then {
             check::same_shape(OP, residual.shape(), shape)?;
         }
-        let (y, kind) = linear.apply(OP, self, x)?;
+        let relu = matches!(then, Then::Activate(Activation::Relu));
+        let (y, kind) = linear.apply(OP, self, x, relu)?;
         match then {
-            Then::Nothing => Ok(Tensor::new(y, kind, shape)),
+            Then::Nothing | Then::Activate(Activation::Relu) => Ok(Tensor::new(y, kind, shape)),
             Then::Activate(activation) => {
                 let (y, kind) = activate(OP, activation, y, kind)?;
                 Ok(Tensor::new(y, kind, shape))

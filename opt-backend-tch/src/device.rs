@@ -2,6 +2,7 @@
 
 use crate::error::torch;
 use opt_backend::{Error, ErrorKind, Result};
+use std::{ffi::OsStr, sync::OnceLock};
 use tch::{Cuda, Device, Kind, Tensor, utils};
 
 const OP: &str = "tch";
@@ -32,7 +33,7 @@ pub(crate) fn named(name: &str) -> Result<Device> {
 pub(crate) fn check(device: Device) -> Result<()> {
     let here = match device {
         Device::Cpu => true,
-        Device::Cuda(index) => i64::try_from(index).is_ok_and(|index| index < Cuda::device_count()),
+        Device::Cuda(index) => index < cuda_devices(),
         Device::Mps => utils::has_mps(),
         Device::Vulkan => false,
     };
@@ -40,9 +41,9 @@ pub(crate) fn check(device: Device) -> Result<()> {
         return Ok(());
     }
     let reason = match device {
-        Device::Cuda(_) if Cuda::device_count() > 0 => "",
-        Device::Cuda(_) if utils::has_cuda() => "",
-        Device::Cuda(_) => "; LibTorch finds no CUDA: is it a build with CUDA, and is there a driver?",
+        Device::Cuda(_) if cuda_devices() > 0 => "",
+        Device::Cuda(_) if load_cuda() => "; LibTorch has CUDA, but finds no driver or no GPU",
+        Device::Cuda(_) => "; this LibTorch is a build without CUDA",
         _ => "",
     };
     Err(unsupported(format!(
@@ -63,9 +64,45 @@ pub(crate) fn name(device: Device) -> String {
 }
 
 fn available() -> Vec<String> {
-    let cuda = (0..usize::try_from(Cuda::device_count()).unwrap_or(0)).map(|i| name(Device::Cuda(i)));
+    let cuda = (0..cuda_devices()).map(|i| name(Device::Cuda(i)));
     let mps = utils::has_mps().then(|| name(Device::Mps));
     [name(Device::Cpu)].into_iter().chain(cuda).chain(mps).collect()
+}
+
+/// CUDA devices that LibTorch finds.
+fn cuda_devices() -> usize {
+    if load_cuda() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 }
+}
+
+/// Loads LibTorch's CUDA part; says whether there is one.
+///
+/// Linkers leave a library out whose functions a program does not call by name, and LibTorch then knows no CUDA. It
+/// asks once and keeps the answer, so this comes before any other question about CUDA.
+fn load_cuda() -> bool {
+    static LOADED: OnceLock<bool> = OnceLock::new();
+    *LOADED.get_or_init(|| {
+        let name = libloading::library_filename("torch_cuda");
+        // SAFETY: the library belongs to the LibTorch that is loaded already; what it does on loading is to register
+        // its kernels there. It is never unloaded.
+        let loaded = unsafe { load(&name) };
+        loaded.is_ok_and(|library| {
+            std::mem::forget(library);
+            utils::has_cudart()
+        })
+    })
+}
+
+#[cfg(unix)]
+unsafe fn load(name: &OsStr) -> std::result::Result<libloading::os::unix::Library, libloading::Error> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
+    // SAFETY: the caller's promise.
+    unsafe { Library::open(Some(name), RTLD_LAZY | RTLD_GLOBAL) }
+}
+
+#[cfg(not(unix))]
+unsafe fn load(name: &OsStr) -> std::result::Result<libloading::Library, libloading::Error> {
+    // SAFETY: the caller's promise.
+    unsafe { libloading::Library::new(name) }
 }
 
 fn unsupported(message: String) -> Error {

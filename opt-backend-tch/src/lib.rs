@@ -53,6 +53,7 @@ mod backend;
 mod cache;
 mod device;
 mod error;
+mod onednn;
 mod tensor;
 mod vocab;
 mod weights;

@@ -1,39 +1,43 @@
 //! Linears, norms and tables, and the products with them.
 //!
-//! # How a weight is laid out
-//!
-//! LibTorch's own `linear` keeps `[out, in]`. What streams memory fastest depends on the device, the format and the
-//! number of rows; [`Layout`] says which of the two orders a weight is kept in, and [`Weight::product`] which kernel
-//! runs. Both were chosen by measurement on x86-64 with AVX-512; see `benches/README.md`.
+//! Weights are rows `[out, in]`, as LibTorch's own `linear` wants them, or, on the CPU where it can be had, in
+//! oneDNN's order (see [`onednn`]).
 
 use crate::{
     Tch,
     error::torch,
-    tensor::{Held, Matrix, Tensor, kind_of, read_matrix, read_vector, sizes, upload_matrix, upload_vector},
+    onednn,
+    tensor::{Held, Matrix, Tensor, kind_of, read_matrix, read_vector, upload_matrix, upload_vector},
 };
 use opt_backend::{DType, HostLinear, HostMatrix, HostNorm, HostVector, NormParams, Result, check};
 use std::{
     fmt,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
+    sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard},
 };
 use tch::{Device, Kind};
+
+/// Rows up to which f16 weights are multiplied as they are on the CPU. Where the processor has no arithmetic in f16,
+/// LibTorch's kernel streams them well for one row and does no better for many; from here on widening them pays.
+const MOST_F16_ROWS: usize = 4;
+/// Elements that are widened at a time: 4 MiB.
+const WIDENED: usize = 1 << 20;
 
 /// Weight `[out, in]` and bias of a linear.
 pub struct Linear {
     shape: [usize; 2],
     biased: bool,
-    /// Replaced once, when [`qkv`] joins three linears: then each is a view of its part of the whole.
-    parts: RwLock<Parts>,
+    /// Replaced once, when [`qkv`] joins three linears.
+    part: RwLock<Part>,
 }
 
-struct Parts {
-    weight: Weight,
-    bias: Option<Held>,
-    joined: Option<(Arc<Joined>, usize)>,
+/// The outputs from `start` on of a weight: all of them, or those of one of three linears that were joined.
+#[derive(Clone)]
+struct Part {
+    whole: Arc<Whole>,
+    start: usize,
 }
 
-/// The linears of queries, keys and values side by side.
-struct Joined {
+struct Whole {
     weight: Weight,
     bias: Option<Held>,
 }
@@ -41,42 +45,33 @@ struct Joined {
 /// Parameters of a LayerNorm, in f32.
 pub struct Norm {
     pub(crate) width: usize,
-    pub(crate) eps: f32,
-    pub(crate) weight: Option<Held>,
-    pub(crate) bias: Option<Held>,
+    eps: f32,
+    weight: Option<Held>,
+    bias: Option<Held>,
 }
 
 /// An embedding table `[entries, width]` that is also an LM head.
+///
+/// Where oneDNN packs weights, a table that serves as head is held twice from its first logits on: rows cannot be
+/// gathered from a packed one.
 pub struct Table {
     pub(crate) shape: [usize; 2],
-    pub(crate) weight: Weight,
+    rows: Weight,
+    packed: OnceLock<Weight>,
 }
 
 /// A matrix `[out, in]`.
-pub(crate) struct Weight {
-    /// `[in, out]`, whatever the order in memory: the second operand of a product.
-    transposed: Held,
+struct Weight {
+    form: Form,
     kind: Kind,
-    layout: Layout,
+    shape: [usize; 2],
 }
 
-/// The order in memory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Layout {
-    /// `[out, in]`: each output's weights lie end to end.
-    Outputs,
-    /// `[in, out]`: each input's weights lie end to end.
-    Inputs,
-}
-
-impl Layout {
-    fn of(device: Device, kind: Kind) -> Self {
-        match (device, kind) {
-            // One row times f32 weights: MKL streams half as much again in this order.
-            (Device::Cpu, Kind::Float) => Layout::Inputs,
-            _ => Layout::Outputs,
-        }
-    }
+enum Form {
+    /// `[out, in]`.
+    Rows(Held),
+    /// What [`onednn::pack`] gave.
+    Packed(Held),
 }
 
 impl fmt::Debug for Linear {
@@ -99,52 +94,103 @@ impl fmt::Debug for Table {
 
 impl Weight {
     fn new(op: &'static str, tch: &Tch, host: HostMatrix<'_>, dtype: DType) -> Result<Self> {
-        let (kind, device) = (kind_of(dtype)?, tch.device());
-        let layout = Layout::of(device, kind);
-        let rows = upload_matrix(op, host, device)?.f_to_dtype(kind, false, false).map_err(torch(op))?;
-        let transposed = rows.f_transpose(0, 1);
-        let transposed = match layout {
-            Layout::Outputs => transposed,
-            Layout::Inputs => transposed.and_then(|t| t.f_contiguous()),
-        };
-        Ok(Self { transposed: Held::new(transposed.map_err(torch(op))?), kind, layout })
+        let kind = kind_of(dtype)?;
+        let rows =
+            upload_matrix(op, host, tch.device())?.f_to_dtype(kind, false, false).map_err(torch(op))?;
+        Ok(Self { form: Form::Rows(Held::new(rows)), kind, shape: host.shape() })
     }
 
-    /// `x W^T + b`, and the elements it is in. `x` is `[rows, in]`, the result `[rows, out]` and contiguous.
+    /// In the order that multiplies fastest on the device.
+    fn prepared(&self, op: &'static str, tch: &Tch) -> Result<Option<Self>> {
+        let Form::Rows(rows) = &self.form else { return Ok(None) };
+        let empty = self.shape.contains(&0);
+        if tch.device() != Device::Cpu || !onednn::can_pack(self.kind) || empty {
+            return Ok(None);
+        }
+        let packed = Held::new(onednn::pack(op, rows)?);
+        Ok(Some(Self { form: Form::Packed(packed), kind: self.kind, shape: self.shape }))
+    }
+
+    /// `[out, in]`, whatever the form.
+    fn rows(&self, op: &'static str) -> Result<Matrix<'_>> {
+        match &self.form {
+            Form::Rows(rows) => Ok(Matrix::Whole(rows)),
+            Form::Packed(packed) => Ok(Matrix::Own(packed.f_to_dense(self.kind, false).map_err(torch(op))?)),
+        }
+    }
+
+    /// `x W^T + b`, its positive part if `relu`, and the elements it is in. `x` is `[rows, in]`, the result
+    /// `[rows, out]` and contiguous.
     fn product(
         &self,
         op: &'static str,
         tch: &Tch,
         x: &Tensor,
         bias: Option<&Held>,
+        relu: bool,
     ) -> Result<(tch::Tensor, Kind)> {
-        let x = x.matrix_as(op, self.kind)?;
-        let y = match bias {
-            Some(bias) => bias.f_addmm(&x, &self.transposed),
-            None => x.f_mm(&self.transposed),
+        let [rows, _] = x.shape();
+        let (mut y, kind) = match &self.form {
+            Form::Packed(packed) if rows > 0 => {
+                let x = x.matrix_as(op, self.kind)?;
+                let x = x.f_contiguous().map_err(torch(op))?;
+                let bias = bias.map(|bias| &**bias);
+                let shape = [rows, self.shape[0]];
+                return Ok((onednn::linear(op, &x, packed, bias, relu, shape, self.kind)?, self.kind));
+            }
+            Form::Packed(_) => {
+                let size = [0, self.shape[0] as i64];
+                let empty = tch::Tensor::f_empty(size, (self.kind, tch.device())).map_err(torch(op))?;
+                return Ok((empty, self.kind));
+            }
+            Form::Rows(weight) if self.widened(tch, rows) => {
+                (self.product_in_f32(op, x, weight, bias)?, Kind::Float)
+            }
+            Form::Rows(weight) => {
+                let x = x.matrix_as(op, self.kind)?;
+                let y = x.f_linear(weight, bias.map(|bias| &**bias)).map_err(torch(op))?;
+                (y, self.kind)
+            }
         };
-        let _ = tch;
-        Ok((y.map_err(torch(op))?, self.kind))
+        if relu {
+            let _ = y.f_relu_().map_err(torch(op))?;
+        }
+        Ok((y, kind))
     }
 
-    /// This and others of the same number of inputs, side by side.
-    fn join(op: &'static str, weights: [&Weight; 3]) -> Result<Self> {
-        let [first, ..] = weights;
-        let joined = match first.layout {
-            Layout::Inputs => tch::Tensor::f_cat(&weights.map(|w| &*w.transposed), 1),
-            Layout::Outputs => (|| {
-                let [q, k, v] = weights.map(|w| w.transposed.f_transpose(0, 1));
-                tch::Tensor::f_cat(&[q?, k?, v?], 0)?.f_transpose(0, 1)
-            })(),
-        };
-        let transposed = Held::new(joined.map_err(torch(op))?);
-        Ok(Self { transposed, kind: first.kind, layout: first.layout })
+    fn widened(&self, tch: &Tch, rows: usize) -> bool {
+        self.kind == Kind::Half && tch.device() == Device::Cpu && rows > MOST_F16_ROWS
     }
 
-    /// The outputs from `start` on.
-    fn part(&self, op: &'static str, start: usize, len: usize) -> Result<Self> {
-        let part = self.transposed.f_narrow(1, start as i64, len as i64).map_err(torch(op))?;
-        Ok(Self { transposed: Held::new(part), kind: self.kind, layout: self.layout })
+    /// The product with weights widened to f32, some outputs at a time so that they stay in the processor's cache.
+    fn product_in_f32(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        weight: &Held,
+        bias: Option<&Held>,
+    ) -> Result<tch::Tensor> {
+        let [outputs, input] = self.shape;
+        let [rows, _] = x.shape();
+        let x = x.matrix_as(op, Kind::Float)?;
+        let part = (WIDENED / input.max(1)).max(1);
+        let multiply = || {
+            let size = [rows as i64, outputs as i64];
+            let y = tch::Tensor::f_empty(size, (Kind::Float, Device::Cpu))?;
+            for start in (0..outputs).step_by(part) {
+                let (start, len) = (start as i64, part.min(outputs - start) as i64);
+                let weight = weight.f_narrow(0, start, len)?.f_totype(Kind::Float)?.f_transpose(0, 1)?;
+                let to = y.f_narrow(1, start, len)?;
+                let _ = match bias {
+                    Some(bias) => {
+                        bias.f_narrow(0, start, len)?.f_totype(Kind::Float)?.f_addmm_out(&to, &x, &weight)?
+                    }
+                    None => x.f_mm_out(&to, &weight)?,
+                };
+            }
+            Ok(y)
+        };
+        multiply().map_err(torch(op))
     }
 }
 
@@ -160,7 +206,8 @@ impl Linear {
         if let Some(bias) = &bias {
             check::length(OP, "bias", bias.len(), shape[0])?;
         }
-        let weight = Weight::new(OP, tch, weight, dtype)?;
+        let rows = Weight::new(OP, tch, weight, dtype)?;
+        let weight = rows.prepared(OP, tch)?.unwrap_or(rows);
         let bias = match bias {
             Some(bias) => {
                 let bias = upload_vector(OP, bias, tch.device())?.f_to_dtype(weight.kind, false, false);
@@ -169,7 +216,8 @@ impl Linear {
             None => None,
         };
         let biased = bias.is_some();
-        Ok(Self { shape, biased, parts: RwLock::new(Parts { weight, bias, joined: None }) })
+        let part = Part { whole: Arc::new(Whole { weight, bias }), start: 0 };
+        Ok(Self { shape, biased, part: RwLock::new(part) })
     }
 
     /// `[out, in]`.
@@ -179,37 +227,48 @@ impl Linear {
 
     pub(crate) fn read(&self) -> Result<HostLinear> {
         const OP: &str = "read_linear";
-        let parts = self.parts();
-        let rows = parts.weight.transposed.f_transpose(0, 1).map_err(torch(OP))?;
+        let part = self.part();
+        let [start, len] = [part.start as i64, self.shape[0] as i64];
+        let rows = part.whole.weight.rows(OP)?.f_narrow(0, start, len).map_err(torch(OP))?;
         let weight = read_matrix(OP, &rows, self.shape)?;
-        let bias = match parts.bias.as_ref().filter(|_| self.biased) {
-            Some(bias) => Some(read_vector(OP, bias, self.shape[0])?),
+        let bias = match part.whole.bias.as_ref().filter(|_| self.biased) {
+            Some(bias) => {
+                let bias = bias.f_narrow(0, start, len).map_err(torch(OP))?;
+                Some(read_vector(OP, &bias, self.shape[0])?)
+            }
             None => None,
         };
         Ok(HostLinear { weight, bias })
     }
 
-    /// `x W^T + b`.
-    pub(crate) fn apply(&self, op: &'static str, tch: &Tch, x: &Tensor) -> Result<(tch::Tensor, Kind)> {
-        let parts = self.parts();
-        parts.weight.product(op, tch, x, parts.bias.as_ref())
+    /// `x W^T + b`, and its positive part if `relu`.
+    pub(crate) fn apply(
+        &self,
+        op: &'static str,
+        tch: &Tch,
+        x: &Tensor,
+        relu: bool,
+    ) -> Result<(tch::Tensor, Kind)> {
+        let part = self.part().clone();
+        let (y, kind) = part.whole.weight.product(op, tch, x, part.whole.bias.as_ref(), relu)?;
+        if part.whole.weight.shape == self.shape {
+            return Ok((y, kind));
+        }
+        // One of three that were joined, by itself: rare, and right.
+        let columns = y.f_narrow_copy(1, part.start as i64, self.shape[0] as i64).map_err(torch(op))?;
+        Ok((columns, kind))
     }
 
-    // Whoever panicked with the lock held has written nothing: `join` replaces all parts or none.
-    fn parts(&self) -> RwLockReadGuard<'_, Parts> {
-        self.parts.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn joined(&self, place: usize) -> Option<Arc<Joined>> {
-        let parts = self.parts();
-        parts.joined.as_ref().filter(|(_, own)| *own == place).map(|(joined, _)| Arc::clone(joined))
+    // Whoever panicked with the lock held has written nothing: `joined` replaces all parts or none.
+    fn part(&self) -> RwLockReadGuard<'_, Part> {
+        self.part.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Queries, keys and values of one input: one product where the three linears are alike.
 ///
 /// The first call lays their weights side by side, which takes the memory of the three once more while it lasts;
-/// from then on each of them is a view of the whole.
+/// from then on each of them is a part of the whole.
 pub(crate) fn qkv(tch: &Tch, x: &Tensor, linears: [&Linear; 3]) -> Result<[Tensor; 3]> {
     const OP: &str = "qkv";
     let [rows, width] = x.shape();
@@ -217,68 +276,67 @@ pub(crate) fn qkv(tch: &Tch, x: &Tensor, linears: [&Linear; 3]) -> Result<[Tenso
         check::width(OP, width, linear.shape[1])?;
     }
     let [q, k, v] = linears;
-    if let Some(joined) = joined(linears)? {
-        let (y, kind) = joined.weight.product(OP, tch, x, joined.bias.as_ref())?;
+    if let Some(whole) = joined(tch, linears)? {
+        let (y, kind) = whole.weight.product(OP, tch, x, whole.bias.as_ref(), false)?;
         return Ok(Tensor::columns(y, kind, [rows, q.shape[0]]));
     }
     let each = |linear: &Linear| {
-        let (y, kind) = linear.apply(OP, tch, x)?;
+        let (y, kind) = linear.apply(OP, tch, x, false)?;
         Ok(Tensor::new(y, kind, [rows, linear.shape[0]]))
     };
     Ok([each(q)?, each(k)?, each(v)?])
 }
 
 /// The three as one; `None` if they differ, belong to other linears already, or are in use by another thread now.
-fn joined([q, k, v]: [&Linear; 3]) -> Result<Option<Arc<Joined>>> {
+fn joined(tch: &Tch, linears: [&Linear; 3]) -> Result<Option<Arc<Whole>>> {
     const OP: &str = "qkv";
-    if let [Some(a), Some(b), Some(c)] = [q.joined(0), k.joined(1), v.joined(2)] {
-        return Ok((Arc::ptr_eq(&a, &b) && Arc::ptr_eq(&a, &c)).then_some(a));
+    let [q, k, v] = linears;
+    let [out, input] = q.shape;
+    if k.shape != q.shape || v.shape != q.shape {
+        return Ok(None);
     }
-    // Never waiting for a lock: two threads that join the same linears in another order cannot block each other.
-    let (Ok(mut q_parts), Ok(mut k_parts), Ok(mut v_parts)) =
-        (q.parts.try_write(), k.parts.try_write(), v.parts.try_write())
+    {
+        let parts = [q.part(), k.part(), v.part()];
+        let whole = &parts[0].whole;
+        if whole.weight.shape[0] == 3 * out {
+            let own =
+                parts.iter().enumerate().all(|(i, p)| Arc::ptr_eq(&p.whole, whole) && p.start == i * out);
+            return Ok(own.then(|| Arc::clone(whole)));
+        }
+    }
+    // Never waiting for a lock: two threads that join the same linears in another order cannot block each other, and
+    // a linear that is given twice is found locked.
+    let (Ok(mut q_part), Ok(mut k_part), Ok(mut v_part)) =
+        (q.part.try_write(), k.part.try_write(), v.part.try_write())
     else {
         return Ok(None);
     };
-    let mut parts = [&mut *q_parts, &mut *k_parts, &mut *v_parts];
-    let alike = k.shape == q.shape
-        && v.shape == q.shape
-        && parts.iter().all(|p| p.joined.is_none() && p.weight.kind == parts[0].weight.kind);
-    if !alike {
+    let mut parts = [&mut *q_part, &mut *k_part, &mut *v_part];
+    let kind = parts[0].whole.weight.kind;
+    if parts.iter().any(|p| p.whole.weight.shape != q.shape || p.whole.weight.kind != kind) {
         return Ok(None);
     }
-    let out = q.shape[0];
-    let weight = Weight::join(OP, parts.each_ref().map(|p| &p.weight))?;
-    let bias = join_biases(parts.each_ref().map(|p| p.bias.as_ref()), out)?;
-    let whole = Arc::new(Joined { weight, bias });
-    let mut views = Vec::with_capacity(parts.len());
-    for i in 0..parts.len() {
-        let bias = match &whole.bias {
-            Some(bias) => {
-                let part = bias.f_narrow(0, (i * out) as i64, out as i64).map_err(torch(OP))?;
-                Some(Held::new(part))
-            }
-            None => None,
-        };
-        views.push(Parts {
-            weight: whole.weight.part(OP, i * out, out)?,
-            bias,
-            joined: Some((Arc::clone(&whole), i)),
-        });
-    }
-    for (part, view) in parts.iter_mut().zip(views) {
-        **part = view;
+    let weight = {
+        let rows = parts.each_ref().map(|part| part.whole.weight.rows(OP));
+        let [q, k, v] = rows;
+        let rows = tch::Tensor::f_cat(&[&*q?, &*k?, &*v?], 0).map_err(torch(OP))?;
+        let rows = Weight { form: Form::Rows(Held::new(rows)), kind, shape: [3 * out, input] };
+        rows.prepared(OP, tch)?.unwrap_or(rows)
+    };
+    let bias = join_biases(parts.each_ref().map(|part| part.whole.bias.as_ref()))?;
+    let whole = Arc::new(Whole { weight, bias });
+    for (i, part) in parts.iter_mut().enumerate() {
+        **part = Part { whole: Arc::clone(&whole), start: i * out };
     }
     Ok(Some(whole))
 }
 
 /// The biases end to end, zeros for those absent; `None` if all are.
-fn join_biases(biases: [Option<&Held>; 3], out: usize) -> Result<Option<Held>> {
+fn join_biases(biases: [Option<&Held>; 3]) -> Result<Option<Held>> {
     const OP: &str = "qkv";
     let Some(one) = biases.iter().flatten().next() else { return Ok(None) };
-    let zeros = one.f_zeros_like().map_err(torch(OP))?;
-    let all = biases.map(|bias| bias.map_or(&zeros, |bias| bias));
-    debug_assert!(all.iter().all(|bias| bias.size() == [out as i64]));
+    let zeros = Held::new(one.f_zeros_like().map_err(torch(OP))?);
+    let all = biases.map(|bias| &**bias.unwrap_or(&zeros));
     Ok(Some(Held::new(tch::Tensor::f_cat(&all, 0).map_err(torch(OP))?)))
 }
 
@@ -321,29 +379,30 @@ impl Norm {
 
 impl Table {
     pub(crate) fn new(tch: &Tch, rows: HostMatrix<'_>, dtype: DType) -> Result<Self> {
-        Ok(Self { shape: rows.shape(), weight: Weight::new("new_table", tch, rows, dtype)? })
+        let rows = Weight::new("new_table", tch, rows, dtype)?;
+        Ok(Self { shape: rows.shape, rows, packed: OnceLock::new() })
     }
 
     /// `[ids, width]`, in f32.
     pub(crate) fn gather(&self, op: &'static str, ids: &tch::Tensor) -> Result<tch::Tensor> {
-        let rows = || match self.weight.layout {
-            Layout::Outputs => self.weight.transposed.f_transpose(0, 1)?.f_index_select(0, ids),
-            Layout::Inputs => {
-                self.weight.transposed.f_index_select(1, ids)?.f_transpose(0, 1)?.f_contiguous()
-            }
-        };
-        rows().and_then(|rows| rows.f_to_dtype(Kind::Float, false, false)).map_err(torch(op))
+        let rows = self.rows.rows(op)?.f_index_select(0, ids);
+        rows.and_then(|rows| rows.f_to_dtype(Kind::Float, false, false)).map_err(torch(op))
     }
 
-    /// The entries `start..start + len`.
-    pub(crate) fn rows(&self, op: &'static str, start: usize, len: usize) -> Result<tch::Tensor> {
-        let [start, len] = sizes([start, len]);
-        let rows = self.weight.transposed.f_narrow(1, start, len).and_then(|rows| rows.f_transpose(0, 1));
-        rows.map_err(torch(op))
+    /// The entries `start..start + len`, in the format of the table.
+    pub(crate) fn entries(&self, op: &'static str, start: usize, len: usize) -> Result<tch::Tensor> {
+        self.rows.rows(op)?.f_narrow(0, start as i64, len as i64).map_err(torch(op))
     }
 
     /// Logits `[rows, entries]`.
     pub(crate) fn logits(&self, op: &'static str, tch: &Tch, x: &Tensor) -> Result<(tch::Tensor, Kind)> {
-        self.weight.product(op, tch, x, None)
+        let weight = match self.packed.get() {
+            Some(packed) => packed,
+            None => match self.rows.prepared(op, tch)? {
+                Some(packed) => self.packed.get_or_init(|| packed),
+                None => &self.rows,
+            },
+        };
+        weight.product(op, tch, x, None, false)
     }
 }

@@ -1,7 +1,7 @@
 //! The suite every backend must pass, once for each format of weights: this backend computes in the format of its
 //! weights.
 //!
-//! `OPT_TCH_TEST_DEVICE` (`cuda:0`, `mps`) runs all of it on another device than the CPU.
+//! `OPT_TEST_DEVICE` (`cuda:0`, `mps`) runs all of it on another device than the CPU.
 
 use opt_backend::{
     DType, Op,
@@ -11,7 +11,7 @@ use opt_backend_tch::Tch;
 
 /// The device to test, and whether it is the CPU.
 fn device() -> (String, bool) {
-    let device = std::env::var("OPT_TCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let device = std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     let cpu = device == "cpu";
     (device, cpu)
 }

@@ -12,7 +12,7 @@ const WIDTH: usize = 48;
 const HEADS: usize = 3;
 
 fn device() -> String {
-    std::env::var("OPT_TCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
+    std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
 }
 
 fn backend(threads: usize) -> Tch {

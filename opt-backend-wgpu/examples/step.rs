@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! cargo run --release -p opt-backend-wgpu --example step -- [--shape 125m|1.3b|novels] [--dtype f32|f16|bf16]
-//!     [--batch N] [--steps N] [--past N] [--device NAME] [--plain] [--submit-every N]
+//!     [--batch N] [--steps N] [--past N] [--device NAME] [--submit-every N]
+//!     [--plain] [--gpu-kernels]
 //! ```
 //!
-//! `--plain` keeps to WebGPU's default limits, without subgroups and f16. The time to record is that of all calls of a
+//! `--plain` keeps to WebGPU's default limits, without subgroups and f16; `--gpu-kernels` takes a software adapter for a
+//! GPU. The time to record is that of all calls of a
 //! step up to the one that waits; on a GPU it overlaps with the work of earlier submissions.
 
 #[allow(dead_code, missing_docs, unreachable_pub)]
@@ -31,6 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "--past" => past = value()?.parse()?,
             "--device" => builder = builder.device(value()?),
             "--submit-every" => builder = builder.submit_every(value()?.parse()?),
+            "--gpu-kernels" => builder = builder.software(false),
             "--plain" => builder = builder.default_limits().features(false, false),
             _ => return Err(format!("unknown flag {flag}").into()),
         }
@@ -50,7 +53,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt = vec![5; past];
     let before = Instant::now();
     model.step(&b, &vec![(&prompt[..], 0); batch], &mut borrowed, 1)?;
+    println!("prefill of {batch} x {past}, compiling kernels: {:?}", before.elapsed());
+    let mut others = (0..batch).map(|_| model.new_cache(&b)).collect::<Result<Vec<_>, _>>()?;
+    let mut others: Vec<_> = others.iter_mut().collect();
+    let before = Instant::now();
+    model.step(&b, &vec![(&prompt[..], 0); batch], &mut others, 1)?;
     println!("prefill of {batch} x {past}: {:?}", before.elapsed());
+    drop(others);
 
     let (mut record, mut total) = (Vec::new(), Vec::new());
     let mut token = [7];

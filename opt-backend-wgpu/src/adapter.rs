@@ -42,6 +42,8 @@ pub(crate) fn instance() -> wgpu::Instance {
     descriptor.backends = wgpu::Backends::PRIMARY;
     // Drivers' own validation finds what wgpu's does, later.
     descriptor.flags = wgpu::InstanceFlags::empty();
+    // Some drivers swap rather than refuse; an error is better.
+    descriptor.memory_budget_thresholds.for_resource_creation = Some(95);
     wgpu::Instance::new(descriptor)
 }
 

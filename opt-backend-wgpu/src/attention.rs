@@ -155,12 +155,15 @@ impl Gpu {
                 Sequence { span, past: pages.len, slab, pages: pages.pages.clone(), copy }
             })
             .collect();
-        // Should recording fail, the device is lost or a kernel is broken: what the pages hold no longer matters.
-        record(&mut recorder, &slabs, &sequences)?;
+        let recorded = record(&mut recorder, &slabs, &sequences);
+        drop(recorder);
+        if let Err(error) = recorded {
+            store.undo(&mut slabs, &mut layers, rooms);
+            return Err(error);
+        }
         for (pages, new) in &mut layers {
             pages.len += *new;
         }
-        drop(recorder);
         store.settle(&mut slabs, rooms);
         Ok(())
     }

@@ -275,20 +275,25 @@ impl Store {
         match failed {
             None => Ok(rooms),
             Some(error) => {
-                // Nothing was copied yet: the pages that were replaced are the right ones still.
-                for ((pages, _), room) in all.iter_mut().zip(&mut rooms) {
-                    if let Some((old, new)) = room.copy
-                        && let Some(page) = pages.pages.get_mut(pages.len / PAGE)
-                    {
-                        *page = old;
-                        slabs.release(room.slab, [new]);
-                        room.old.retain(|given_up| *given_up != (room.slab, old));
-                    }
-                }
-                self.settle(slabs, rooms);
+                self.undo(slabs, all, rooms);
                 Err(error)
             }
         }
+    }
+
+    /// Takes back what [`Store::make_room`] has given, before anything was written to it.
+    pub(crate) fn undo(&self, slabs: &mut Slabs, all: &mut [(&mut Pages, usize)], mut rooms: Vec<Room>) {
+        for ((pages, _), room) in all.iter_mut().zip(&mut rooms) {
+            // The page that was to be replaced is the right one still.
+            if let Some((old, new)) = room.copy
+                && let Some(page) = pages.pages.get_mut(pages.len / PAGE)
+            {
+                *page = old;
+                slabs.release(room.slab, [new]);
+                room.old.retain(|given_up| *given_up != (room.slab, old));
+            }
+        }
+        self.settle(slabs, rooms);
     }
 
     /// Gives up the references that appends have made needless.

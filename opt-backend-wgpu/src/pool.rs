@@ -164,3 +164,20 @@ pub(crate) struct Slice<'a> {
     pub(crate) offset: u64,
     pub(crate) size: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Pool;
+
+    #[test]
+    fn classes_are_few_and_close() {
+        let mut classes = std::collections::BTreeSet::new();
+        for size in (1..1 << 20).step_by(7) {
+            let class = Pool::class(size);
+            assert!(class >= size && (size <= 256 || class <= size + size / 4 + 64), "{size}: {class}");
+            assert!(class.is_multiple_of(64) && Pool::class(class) == class, "{size}: {class}");
+            classes.insert(class);
+        }
+        assert!(classes.len() <= 50, "{}", classes.len());
+    }
+}

@@ -36,7 +36,8 @@ pub type Listing = (&'static str, Result<Info>);
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for one that is not compiled in (naming the feature), [`ErrorKind::Option`] for an
-/// unknown name or device, [`ErrorKind::Backend`] if it does not start.
+/// unknown name or for options that no machine could satisfy, [`ErrorKind::Backend`] for a device that is not there and
+/// for a backend that does not start.
 pub fn choose(name: &str, options: &BackendOptions) -> Result<Chosen> {
     match BACKENDS.iter().find(|backend| backend.name == name) {
         Some(backend) => (backend.choose)(options),

@@ -258,14 +258,14 @@ impl<B: Backend> Backend for Counting<B> {
         self.note("attend", |b| b.attend(q, k, v, attend, caches))
     }
 
-    fn attention_weights(
-        &self,
+    fn attention_weights<'a>(
+        &'a self,
         q: B::Tensor,
         k: B::Tensor,
         v: B::Tensor,
         attend: Attend<'_>,
         caches: Option<&mut [&mut B::Cache]>,
-    ) -> Result<(B::Tensor, Vec<Array3<f32>>)> {
+    ) -> Result<(B::Tensor, Readback<'a, Vec<Array3<f32>>>)> {
         self.note("attention_weights", |b| b.attention_weights(q, k, v, attend, caches))
     }
 

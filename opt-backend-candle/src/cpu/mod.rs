@@ -26,11 +26,14 @@ use pulp::Arch;
 pub(crate) struct Kernels {
     pool: Pool,
     arch: Arch,
+    /// Whether candle multiplies with MKL or Accelerate.
+    library: bool,
 }
 
 impl Kernels {
     pub(crate) fn new(threads: usize) -> Result<Self> {
-        Ok(Self { pool: Pool::new(threads)?, arch: Arch::new() })
+        let library = candle_core::utils::has_mkl() || candle_core::utils::has_accelerate();
+        Ok(Self { pool: Pool::new(threads)?, arch: Arch::new(), library })
     }
 
     pub(crate) fn threads(&self) -> usize {

@@ -1,13 +1,15 @@
 //! Linears and the LM head.
 //!
-//! A product of few rows streams each weight once through the dot products of [`super::simd`]; of many, f32 weights
-//! go through candle's `matmul`, 16-bit weights are widened a tile at a time and multiplied by `gemm`, the crate
-//! candle multiplies with. (candle's own `matmul` wants both sides in one format, has no bf16 kernel on the CPU -
-//! it widens the whole weight at each call - and would round activations to 16 bits.)
+//! A product of few rows streams each weight once through the dot products of [`super::simd`]. One of many rows goes
+//! through `gemm`, the crate candle multiplies with, a tile of outputs at a time that is widened and transposed before.
+//! Not through candle's `matmul`: on the CPU that wants both sides in one format, so that f16 weights would round the
+//! activations; it has no bf16 kernel and widens the whole weight at each call; and over weights `[out, in]` gemm
+//! spends more time on rearranging them than on multiplying. Where candle is built with MKL or Accelerate, which do
+//! not, f32 products of many rows are its `matmul`.
 
 use super::{
-    Kernels,
-    simd::{self, Dots, Held},
+    Kernels, Matrix, gemm,
+    simd::{self, Dots, Held, Transpose},
 };
 use crate::{
     error::convert,
@@ -19,9 +21,9 @@ use opt_backend::{Activation, Error, ErrorKind, Result};
 
 /// Rows up to which a product is computed as dot products. Beyond, packing weights for a matrix product pays.
 const FEW: usize = 8;
-/// Outputs of 16-bit weights that are widened and multiplied at a time, at least and at most: so few that the widened
-/// tile stays in a cache, so many that arranging the input for each tile costs little.
-const TILE: [usize; 2] = [64, 384];
+/// Outputs of a tile, at least and at most: so few that it stays in a cache, so many that arranging the input for each
+/// costs little.
+const TILE: [usize; 2] = [32, 128];
 
 /// What is done with a product before it is handed out.
 #[derive(Clone, Copy)]
@@ -84,8 +86,11 @@ impl Kernels {
         [rows, depth]: [usize; 2],
         products: &[Product<'_>],
     ) -> Result<Vec<Tensor>> {
-        // Products of no depth, too, are made of dots: of sums of nothing.
-        if rows > FEW && depth > 0 && products.iter().all(|p| p.weight.data.dtype() == DType::F32) {
+        if self.library
+            && rows > FEW
+            && depth > 0
+            && products.iter().all(|p| p.weight.data.dtype() == DType::F32)
+        {
             return products.iter().map(|product| self.whole(op, x, rows, product)).collect();
         }
         self.in_pieces(op, x, [rows, depth], products)
@@ -162,10 +167,11 @@ impl Kernels {
         }
         self.pool.each(work, pieces, |piece| {
             let Piece { weight, first, outputs, bias, after, out } = piece;
+            // A product of no depth is made of dots, too: of sums of nothing.
             if rows <= FEW || depth == 0 {
                 self.arch.dispatch(Dots { x, depth, weight, outputs, out });
             } else {
-                tile(x, [rows, depth], weight, outputs, out);
+                self.tile(x, [rows, depth], weight, outputs, out);
             }
             self.finish(out, 0, first, outputs, bias, after);
         });
@@ -173,11 +179,45 @@ impl Kernels {
         let each = products.iter().zip(outs);
         each.map(|(product, out)| {
             let outputs = product.weight.shape[0];
-            let out =
-                if rows > 1 && outputs > share { joined(op, &out, [rows, outputs], share)? } else { out };
+            let out = if rows > 1 && outputs > share {
+                self.joined(op, &out, [rows, outputs], share)?
+            } else {
+                out
+            };
             tensor(op, out, &[rows, outputs])
         })
         .collect()
+    }
+
+    /// The product of many rows with a few outputs of a weight, into `out` `[rows, outputs]`.
+    fn tile(&self, x: &[f32], [rows, depth]: [usize; 2], weight: Held<'_>, outputs: usize, out: &mut [f32]) {
+        let mut wide = vec![0.0; outputs * depth];
+        self.arch.dispatch(Transpose { weight, depth, outputs, out: &mut wide });
+        let x = Matrix { data: x, strides: [depth, 1] };
+        let weight = Matrix { data: &wide, strides: [outputs, 1] };
+        gemm(out, [rows, outputs], x, weight, depth, 1.0);
+    }
+
+    /// Pieces `[rows, share]` that lie end to end as rows `[rows, outputs]`.
+    fn joined(
+        &self,
+        op: &'static str,
+        pieces: &[f32],
+        [rows, outputs]: [usize; 2],
+        share: usize,
+    ) -> Result<Vec<f32>> {
+        let mut out = zeros(op, pieces.len())?;
+        let group = self.pool.share(rows, pieces.len());
+        let groups = out.chunks_mut(group * outputs).enumerate().collect();
+        self.pool.each(pieces.len(), groups, |(i, out): (usize, &mut [f32])| {
+            for (row, out) in (i * group..).zip(out.chunks_exact_mut(outputs)) {
+                for (piece, out) in out.chunks_mut(share).enumerate() {
+                    let start = piece * share * rows + row * out.len();
+                    out.copy_from_slice(&pieces[start..start + out.len()]);
+                }
+            }
+        });
+        Ok(out)
     }
 
     /// Adds the bias and does what comes after, on the outputs `first..first + outputs` of rows from `row` on.
@@ -225,29 +265,47 @@ fn with_finish<R>(
     }
 }
 
-/// The product of many rows with a few widened outputs of a weight, into `out` `[rows, outputs]`.
-fn tile(x: &[f32], [rows, depth]: [usize; 2], weight: Held<'_>, outputs: usize, out: &mut [f32]) {
-    let mut wide = vec![0.0; if matches!(weight, Held::F32(_)) { 0 } else { outputs * depth }];
-    let weight = weight.widen(&mut wide);
-    super::gemm(
-        out,
-        [rows, outputs],
-        super::Matrix { data: x, strides: [depth, 1] },
-        super::Matrix { data: weight, strides: [1, depth] },
-        depth,
-        1.0,
-    );
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Linear;
+    use candle_core::Device;
+    use opt_backend::{DType, HostMatrix, HostVector, ndarray::Array2};
 
-/// Pieces `[rows, share]` that lie end to end as rows `[rows, outputs]`.
-fn joined(op: &'static str, pieces: &[f32], [rows, outputs]: [usize; 2], share: usize) -> Result<Vec<f32>> {
-    let mut out = crate::host::reserve(op, pieces.len())?;
-    for row in 0..rows {
-        for first in (0..outputs).step_by(share) {
-            let count = share.min(outputs - first);
-            let start = first * rows + row * count;
-            out.extend_from_slice(&pieces[start..start + count]);
+    /// MKL and Accelerate are not to be had everywhere; the way to them is.
+    #[test]
+    fn products_through_candles_matmul_are_the_same() {
+        let numbers = |rows, columns, seed: usize| {
+            Array2::from_shape_fn((rows, columns), |(i, j)| {
+                ((i * 31 + j * 17 + seed) % 29) as f32 / 16.0 - 0.9
+            })
+        };
+        let own = Kernels::new(2).unwrap();
+        let mut library = Kernels::new(2).unwrap();
+        library.library = true;
+        for (rows, depth, outputs) in [(9, 5, 1), (20, 64, 130), (70, 33, 300)] {
+            let weight = numbers(outputs, depth, 1);
+            let bias = numbers(1, outputs, 2).row(0).to_owned();
+            let (weight, bias) = (HostMatrix::F32(weight.view()), Some(HostVector::F32(bias.view())));
+            let linear = Linear::new(&Device::Cpu, weight, bias, DType::F32).unwrap();
+            let on_device = |m: Array2<f32>| {
+                let shape = [m.nrows(), m.ncols()];
+                tensor("test", m.into_raw_vec_and_offset().0, &shape).unwrap()
+            };
+            let x = on_device(numbers(rows, depth, 3));
+            let residual = on_device(numbers(rows, outputs, 4));
+            for after in [After::Nothing, After::Activate(Activation::Relu), After::Add(&residual)] {
+                for bias in [None, linear.bias.as_ref()] {
+                    let product = || [Product { weight: &linear.weight, bias, after }];
+                    let run = |kernels: &Kernels| {
+                        let made = kernels.products("test", &x, [rows, depth], &product()).unwrap();
+                        made[0].to_vec2::<f32>().unwrap()
+                    };
+                    let (own, library) = (run(&own), run(&library));
+                    let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4;
+                    assert!(own.iter().flatten().zip(library.iter().flatten()).all(close), "{rows} rows");
+                }
+            }
         }
     }
-    Ok(out)
 }

@@ -42,74 +42,82 @@ impl<'a> Held<'a> {
     }
 }
 
-#[inline(always)]
-fn brain_to_single(brain: u16) -> f32 {
-    f32::from_bits(u32::from(brain) << 16)
-}
-
-/// The number with the bits `half` of an f16, without a branch or a subnormal on the way, so that it vectorises. (`half`
-/// asks the processor for F16C at each call.) Subnormals are made as 0.5 + x and lose the 0.5; all else has its exponent
-/// raised as far as an infinity's needs, and scaled back.
-#[inline(always)]
-fn half_to_single(half: u16) -> f32 {
-    const SCALE: f32 = f32::from_bits((127 - 112) << 23);
-    let bits = u32::from(half) << 16;
-    let twice = bits << 1;
-    let normal = f32::from_bits((twice >> 4).wrapping_add(224 << 23)) * SCALE;
-    let small = f32::from_bits((twice >> 17) | (126 << 23)) - 0.5;
-    let magnitude = if twice < 1 << 27 { small } else { normal };
-    f32::from_bits(magnitude.to_bits() | (bits & (1 << 31)))
-}
-
 /// Rows of a weight that are read side by side. More do not read faster: memory likes few long streams.
 const STREAMS: usize = 2;
-/// Numbers of a row that are widened at a time. A multiple of two vectors of any instruction set.
-const BLOCK: usize = 256;
+/// Numbers of a row that are worked on at a time. With a number that the compiler knows, what is widened stays in
+/// registers. A multiple of two vectors of any instruction set.
+const BLOCK: usize = 64;
 
 /// What a weight's numbers are held as.
 trait Number: Copy {
-    /// Numbers that are looked at together: as many as there are, or as many as are widened at a time.
-    const TOGETHER: usize;
-    /// `from`, at most [`BLOCK`] if they have to be widened, as f32: itself, or in `wide`.
-    fn singles<'a>(from: &'a [Self], wide: &'a mut [f32; BLOCK]) -> &'a [f32];
     fn single(self) -> f32;
+
+    /// A block as f32.
+    #[inline(always)]
+    fn widen(_: Halves, from: &[Self; BLOCK], wide: &mut [f32; BLOCK]) {
+        wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
+    }
+}
+
+/// How f16 are widened: by the processor, where pulp has the instruction (AVX-512), else by arithmetic.
+#[derive(Clone, Copy)]
+struct Halves {
+    #[cfg(target_arch = "x86_64")]
+    avx512: Option<pulp::x86::V4>,
+}
+
+impl Halves {
+    #[inline(always)]
+    fn find() -> Self {
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            avx512: pulp::x86::V4::try_new(),
+        }
+    }
 }
 
 impl Number for f32 {
-    const TOGETHER: usize = usize::MAX;
-
-    #[inline(always)]
-    fn singles<'a>(from: &'a [f32], _: &'a mut [f32; BLOCK]) -> &'a [f32] {
-        from
-    }
-
     #[inline(always)]
     fn single(self) -> f32 {
         self
     }
 }
 
-macro_rules! sixteen_bits {
-    ($($type:ty, $single:expr;)*) => { $(
-        impl Number for $type {
-            const TOGETHER: usize = BLOCK;
-
-            #[inline(always)]
-            fn singles<'a>(from: &'a [Self], wide: &'a mut [f32; BLOCK]) -> &'a [f32] {
-                let wide = &mut wide[..from.len()];
-                wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
-                wide
-            }
-
-            #[inline(always)]
-            fn single(self) -> f32 {
-                $single(self.to_bits())
-            }
-        }
-    )* };
+impl Number for bf16 {
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
 }
 
-sixteen_bits! { f16, half_to_single; bf16, brain_to_single; }
+impl Number for f16 {
+    /// Without a branch or a subnormal on the way, so that it vectorises. (`half` asks the processor for F16C at each
+    /// call.) Subnormals are made as 0.5 + x and lose the 0.5; all else has its exponent raised as far as an
+    /// infinity's needs, and scaled back.
+    #[inline(always)]
+    fn single(self) -> f32 {
+        const SCALE: f32 = f32::from_bits((127 - 112) << 23);
+        let bits = u32::from(self.to_bits()) << 16;
+        let twice = bits << 1;
+        let normal = f32::from_bits((twice >> 4).wrapping_add(224 << 23)) * SCALE;
+        let small = f32::from_bits((twice >> 17) | (126 << 23)) - 0.5;
+        let magnitude = if twice < 1 << 27 { small } else { normal };
+        f32::from_bits(magnitude.to_bits() | (bits & (1 << 31)))
+    }
+
+    #[inline(always)]
+    fn widen(halves: Halves, from: &[Self; BLOCK], wide: &mut [f32; BLOCK]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(v4) = halves.avx512 {
+            for (from, wide) in from.as_chunks::<16>().0.iter().zip(wide.as_chunks_mut::<16>().0) {
+                *wide = pulp::cast(v4.avx512f._mm512_cvtph_ps(pulp::cast(from.map(f16::to_bits))));
+            }
+            return;
+        }
+        let _ = halves;
+        wide.iter_mut().zip(from).for_each(|(wide, v)| *wide = v.single());
+    }
+}
 
 /// Products of a few rows `x` `[rows, depth]` with a weight `[outputs, depth]`, into `out` `[rows, outputs]`.
 pub(crate) struct Dots<'a> {
@@ -147,6 +155,7 @@ fn products<S: Simd, T: Number>(
     outputs: usize,
     out: &mut [f32],
 ) {
+    let halves = Halves::find();
     for (i, weight) in weight.chunks(STREAMS * depth).enumerate() {
         let first = i * STREAMS;
         let count = weight.len() / depth;
@@ -158,81 +167,107 @@ fn products<S: Simd, T: Number>(
         };
         while let Some((x0, out0)) = rows.next() {
             let Some((x1, out1)) = rows.next() else {
-                keep(out0, dots_of_one(s, [a, b], x0));
+                let [sums] = dots(s, halves, [a, b], [x0]);
+                keep(out0, sums);
                 break;
             };
-            let [sums0, sums1] = dots_of_two(s, [a, b], [x0, x1]);
+            let [sums0, sums1] = dots(s, halves, [a, b], [x0, x1]);
             keep(out0, sums0);
             keep(out1, sums1);
         }
     }
 }
 
-/// The dot products of one row of `x` with both rows of a weight, all of one length.
+/// The dot products of each of `x` with both rows of a weight, all of one length.
 #[inline(always)]
-fn dots_of_one<S: Simd, T: Number>(s: S, [a, b]: [&[T]; STREAMS], x: &[f32]) -> [f32; STREAMS] {
-    // Two sums each, so that one can be added to while the other is.
-    let zero = s.splat_f32s(0.0);
-    let (mut a0, mut a1, mut b0, mut b1) = (zero, zero, zero, zero);
-    let whole = a.len() - a.len() % (2 * S::F32_LANES);
-    let (mut wide_a, mut wide_b) = ([0.0; BLOCK], [0.0; BLOCK]);
-    for start in (0..whole).step_by(T::TOGETHER) {
-        let part = start..whole.min(start.saturating_add(T::TOGETHER));
-        let (a, b) = (T::singles(&a[part.clone()], &mut wide_a), T::singles(&b[part.clone()], &mut wide_b));
-        let steps = pairs(s, a).iter().zip(pairs(s, b)).zip(pairs(s, &x[part]));
-        for ((a, b), x) in steps {
-            a0 = s.mul_add_e_f32s(a[0], x[0], a0);
-            a1 = s.mul_add_e_f32s(a[1], x[1], a1);
-            b0 = s.mul_add_e_f32s(b[0], x[0], b0);
-            b1 = s.mul_add_e_f32s(b[1], x[1], b1);
-        }
-    }
-    let sum = |even, odd, row: &[T]| s.reduce_sum_f32s(s.add_f32s(even, odd)) + rest(row, x, whole);
-    [sum(a0, a1, a), sum(b0, b1, b)]
-}
-
-/// The same of two rows, which share what is read of the weight.
-#[inline(always)]
-fn dots_of_two<S: Simd, T: Number>(
+fn dots<S: Simd, T: Number, const X: usize>(
     s: S,
+    halves: Halves,
     [a, b]: [&[T]; STREAMS],
-    [x, y]: [&[f32]; 2],
-) -> [[f32; STREAMS]; 2] {
-    let zero = s.splat_f32s(0.0);
-    let (mut ax0, mut ax1, mut bx0, mut bx1) = (zero, zero, zero, zero);
-    let (mut ay0, mut ay1, mut by0, mut by1) = (zero, zero, zero, zero);
-    let whole = a.len() - a.len() % (2 * S::F32_LANES);
-    let (mut wide_a, mut wide_b) = ([0.0; BLOCK], [0.0; BLOCK]);
-    for start in (0..whole).step_by(T::TOGETHER) {
-        let part = start..whole.min(start.saturating_add(T::TOGETHER));
-        let (a, b) = (T::singles(&a[part.clone()], &mut wide_a), T::singles(&b[part.clone()], &mut wide_b));
-        let steps = pairs(s, a).iter().zip(pairs(s, b));
-        for ((a, b), (x, y)) in steps.zip(pairs(s, &x[part.clone()]).iter().zip(pairs(s, &y[part]))) {
-            ax0 = s.mul_add_e_f32s(a[0], x[0], ax0);
-            ax1 = s.mul_add_e_f32s(a[1], x[1], ax1);
-            bx0 = s.mul_add_e_f32s(b[0], x[0], bx0);
-            bx1 = s.mul_add_e_f32s(b[1], x[1], bx1);
-            ay0 = s.mul_add_e_f32s(a[0], y[0], ay0);
-            ay1 = s.mul_add_e_f32s(a[1], y[1], ay1);
-            by0 = s.mul_add_e_f32s(b[0], y[0], by0);
-            by1 = s.mul_add_e_f32s(b[1], y[1], by1);
+    x: [&[f32]; X],
+) -> [[f32; STREAMS]; X] {
+    let ((a_blocks, a_rest), (b_blocks, b_rest)) = (a.as_chunks::<BLOCK>(), b.as_chunks::<BLOCK>());
+    let x_blocks = x.map(|x| &x.as_chunks::<BLOCK>().0[..a_blocks.len()]);
+    // Two sums each, so that one can be added to while the other is.
+    let mut a_sums = [[s.splat_f32s(0.0); 2]; X];
+    let mut b_sums = a_sums;
+    for (i, (a, b)) in a_blocks.iter().zip(b_blocks).enumerate() {
+        let (mut a_wide, mut b_wide) = ([0.0; BLOCK], [0.0; BLOCK]);
+        T::widen(halves, a, &mut a_wide);
+        T::widen(halves, b, &mut b_wide);
+        let ((a, _), (b, _)) = (S::as_simd_f32s(&a_wide), S::as_simd_f32s(&b_wide));
+        for row in 0..X {
+            let (x, _) = S::as_simd_f32s(&x_blocks[row][i]);
+            for j in 0..BLOCK / S::F32_LANES {
+                a_sums[row][j % 2] = s.mul_add_e_f32s(a[j], x[j], a_sums[row][j % 2]);
+                b_sums[row][j % 2] = s.mul_add_e_f32s(b[j], x[j], b_sums[row][j % 2]);
+            }
         }
     }
-    let sum =
-        |even, odd, row: &[T], x: &[f32]| s.reduce_sum_f32s(s.add_f32s(even, odd)) + rest(row, x, whole);
-    [[sum(ax0, ax1, a, x), sum(bx0, bx1, b, x)], [sum(ay0, ay1, a, y), sum(by0, by1, b, y)]]
+    let mut out = [[0.0; STREAMS]; X];
+    for row in 0..X {
+        let x_rest = &x[row][a.len() - a_rest.len()..];
+        let rest = |w: &[T]| w.iter().zip(x_rest).map(|(w, x)| w.single() * x).sum::<f32>();
+        let whole = |[even, odd]: [S::f32s; 2]| s.reduce_sum_f32s(s.add_f32s(even, odd));
+        out[row] = [whole(a_sums[row]) + rest(a_rest), whole(b_sums[row]) + rest(b_rest)];
+    }
+    out
 }
 
-/// Numbers as pairs of vectors, without what is left over.
-#[inline(always)]
-fn pairs<S: Simd>(_: S, numbers: &[f32]) -> &[[S::f32s; 2]] {
-    S::as_simd_f32s(numbers).0.as_chunks().0
+/// A weight `[outputs, depth]` as f32 `[depth, outputs]`, into `out`: the order in which matrix products read it
+/// without rearranging it themselves, which at that shape they do slowly.
+pub(crate) struct Transpose<'a> {
+    pub(crate) weight: Held<'a>,
+    pub(crate) depth: usize,
+    pub(crate) outputs: usize,
+    pub(crate) out: &'a mut [f32],
 }
 
-/// The dot product from column `start` on, of fewer numbers than a pair of vectors has.
+impl WithSimd for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { weight, depth, outputs, out } = self;
+        match weight {
+            Held::F32(weight) => transpose(weight, depth, outputs, out),
+            Held::F16(weight) => transpose(weight, depth, outputs, out),
+            Held::BF16(weight) => transpose(weight, depth, outputs, out),
+        }
+    }
+}
+
 #[inline(always)]
-fn rest<T: Number>(row: &[T], x: &[f32], start: usize) -> f32 {
-    row[start..].iter().zip(&x[start..]).map(|(w, x)| w.single() * x).sum()
+fn transpose<T: Number>(weight: &[T], depth: usize, outputs: usize, out: &mut [f32]) {
+    /// As many rows are read at once as numbers fill a cache line of what is written.
+    const ROWS: usize = 16;
+    let halves = Halves::find();
+    let whole = outputs - outputs % ROWS;
+    let mut wide = [[0.0; BLOCK]; ROWS];
+    for first in (0..whole).step_by(ROWS) {
+        let rows: [&[T]; ROWS] = std::array::from_fn(|i| &weight[(first + i) * depth..][..depth]);
+        let mut write = |column: usize, numbers: [f32; ROWS]| {
+            out[column * outputs + first..][..ROWS].copy_from_slice(&numbers);
+        };
+        let blocks = depth / BLOCK;
+        for block in 0..blocks {
+            for (row, wide) in rows.iter().zip(&mut wide) {
+                if let Some(from) = row.as_chunks::<BLOCK>().0.get(block) {
+                    T::widen(halves, from, wide);
+                }
+            }
+            for column in 0..BLOCK {
+                write(block * BLOCK + column, wide.each_ref().map(|row| row[column]));
+            }
+        }
+        for column in blocks * BLOCK..depth {
+            write(column, rows.map(|row| row[column].single()));
+        }
+    }
+    for (i, row) in weight[whole * depth..].chunks_exact(depth).enumerate() {
+        let out = out[whole + i..].iter_mut().step_by(outputs);
+        out.zip(row).for_each(|(o, v)| *o = v.single());
+    }
 }
 
 /// The dot product of `x` with each of four rows, all of one length.
@@ -389,7 +424,7 @@ mod tests {
     #[test]
     fn every_half_is_the_same_single() {
         for bits in 0..=u16::MAX {
-            let (found, expected) = (half_to_single(bits), f16::from_bits(bits).to_f32());
+            let (found, expected) = (f16::from_bits(bits).single(), f16::from_bits(bits).to_f32());
             assert!(
                 found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()),
                 "{bits:#x}"

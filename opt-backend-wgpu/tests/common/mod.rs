@@ -2,14 +2,14 @@
 
 use opt_backend_wgpu::{Builder, Wgpu};
 
-/// A builder for the adapter that `OPT_WGPU_ADAPTER` names, or the best one; `None`, said so, if there is no adapter.
+/// A builder for the adapter that `OPT_TEST_DEVICE` names, or the best one; `None`, said so, if there is no adapter.
 ///
 /// # Panics
 /// If there is none and `OPT_REQUIRE_BACKENDS` is set.
 #[allow(dead_code)] // not every test file needs it
 pub(crate) fn builder() -> Option<Builder> {
     let mut builder = Wgpu::builder();
-    if let Ok(adapter) = std::env::var("OPT_WGPU_ADAPTER") {
+    if let Ok(adapter) = std::env::var("OPT_TEST_DEVICE") {
         builder = builder.device(adapter);
     }
     match builder.clone().build() {
