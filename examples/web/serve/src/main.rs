@@ -97,7 +97,8 @@ fn plain(name: &str) -> bool {
 }
 
 fn run(options: Options) -> Result<bool, Box<dyn Error>> {
-    let out = tempfile::tempdir()?;
+    // Beside the module, where cargo cleans up.
+    let out = options.wasm.with_extension("page");
     let wasm = options.wasm.display();
     if !options.wasm.exists() {
         let build = "cargo build --release --target wasm32-unknown-unknown -p opt-web";
@@ -109,13 +110,13 @@ fn run(options: Options) -> Result<bool, Box<dyn Error>> {
         .omit_default_module_path(false)
         .typescript(false)
         .remove_name_section(true)
-        .generate(out.path())?;
-    let size = fs::metadata(out.path().join("opt_web_bg.wasm"))?.len();
+        .generate(&out)?;
+    let size = fs::metadata(out.join("opt_web_bg.wasm"))?.len();
     println!("opt_web_bg.wasm: {} KiB", size.div_ceil(1024));
 
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let site = Site {
-        module: out.path().to_owned(),
+        module: out,
         page: here.join("static"),
         model: options.model,
         fixtures: here.join("../../opt-core/tests/fixtures"),
