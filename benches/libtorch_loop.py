@@ -6,9 +6,9 @@ Prints tokens per second of each round, the three taking turns, and the median r
 With --cpu-time it prints tokens per second of processor time on one thread, which other work on the machine changes
 little; decoding is then measured as a difference between a long and a short run.
 
-The loop makes the calls that the backend makes, in the same formats, with nothing between them but Python: weights in
-the order that streams fastest, queries, keys and values as one product, caches written in place, fused attention. Its
-batches are of equal length, so that their attention is one call a layer.
+The loop makes the calls that the backend makes, in the same formats, with nothing between them but Python: weights
+packed by oneDNN (f16: as they are), queries, keys and values as one product, caches written in place, fused
+attention. Its batches are of equal length, so that their attention is one call a layer.
 """
 import argparse
 import json
@@ -30,18 +30,21 @@ class Loop:
         config = json.load(open(f"{folder}/config.json"))
         self.heads, self.layers, self.dtype = config["num_attention_heads"], config["num_hidden_layers"], dtype
         weights = {name.split("decoder.")[-1]: w for name, w in load_file(f"{folder}/model.safetensors").items()}
-        # The second operand of a product: [in, out] in memory for f32, a view of [out, in] otherwise.
-        self.inputs_first = dtype == torch.float32
-        lay = (lambda w: w.t().contiguous()) if self.inputs_first else (lambda w: w.t())
+        packed = dtype != torch.float16
+        pack = (lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 8)) if packed else (lambda w: w)
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        plain = lambda x, w, b=None, then="none": F.linear(x, w, b) if then == "none" else F.linear(x, w, b).relu_()
+        self.product = (lambda x, w, b=None, then="none": pointwise(x, w, b, then, [], "")) if packed else plain
 
         def linear(*names):
             weight = torch.cat([weights[f"{name}.weight"].to(dtype) for name in names])
-            return torch.cat([weights[f"{name}.bias"].to(dtype) for name in names]), lay(weight)
+            return pack(weight), torch.cat([weights[f"{name}.bias"].to(dtype) for name in names])
 
         def norm(name):
             return weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
 
-        self.head = lay(weights["embed_tokens.weight"].to(dtype))
+        self.tokens = weights["embed_tokens.weight"].to(dtype)
+        self.head = pack(self.tokens)
         self.positions = weights["embed_positions.weight"].to(dtype)
         self.norm = norm("final_layer_norm")
         self.blocks = []
@@ -52,20 +55,19 @@ class Loop:
             self.blocks.append((*norms, qkv, *map(linear, (f"{attention}.out_proj", f"{block}.fc1", f"{block}.fc2"))))
 
     def new_cache(self, batch, capacity):
-        width = self.head.shape[0] // self.heads
+        width = self.positions.shape[1] // self.heads
         return [torch.empty(2, batch, self.heads, capacity, width) for _ in range(self.layers)]
 
     def forward(self, ids, past, cache):
         """Logits of the last row of each sequence of ids [batch, rows]."""
         batch, rows = ids.shape
         flat = ids.flatten()
-        tokens = self.head.index_select(1, flat).t().contiguous() if self.inputs_first else self.head.t().index_select(0, flat)
         places = torch.arange(past + 2, past + 2 + rows).repeat(batch)
-        h = tokens.float() + self.positions.index_select(0, places).float()
+        h = self.tokens.index_select(0, flat).float() + self.positions.index_select(0, places).float()
         width = h.shape[1]
         for layer, (norm1, norm2, qkv, out, fc1, fc2) in enumerate(self.blocks):
             x = F.layer_norm(h, (width,), *norm1).to(self.dtype)
-            y = torch.addmm(qkv[0], x, qkv[1]).view(batch, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = self.product(x, *qkv).view(batch, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             cache[layer][:, :, :, past : past + rows].copy_(y[1:])
             keys, values = cache[layer][:, :, :, : past + rows]
             mixed = F.scaled_dot_product_attention(y[0].float(), keys, values, is_causal=rows > 1)
@@ -73,10 +75,10 @@ class Loop:
             if layer + 1 == self.layers and rows > 1:
                 last = slice(rows - 1, None, rows)
                 mixed, h = mixed[last], h[last]
-            h += torch.addmm(out[0], mixed.to(self.dtype), out[1])
+            h += self.product(mixed.to(self.dtype), *out)
             x = F.layer_norm(h, (width,), *norm2).to(self.dtype)
-            h += torch.addmm(fc2[0], torch.addmm(fc1[0], x, fc1[1]).relu_(), fc2[1])
-        return (F.layer_norm(h, (width,), *self.norm).to(self.dtype) @ self.head).float()
+            h += self.product(self.product(x, *fc1, "relu"), *fc2)
+        return self.product(F.layer_norm(h, (width,), *self.norm).to(self.dtype), self.head).float()
 
     def prefill(self, tokens):
         self.forward(prompt(1, tokens), 0, self.new_cache(1, tokens))

@@ -1,7 +1,11 @@
 //! Causal attention over spans and caches.
 
-use crate::{Cache, Tch, error::torch, tensor::Tensor};
-use opt_backend::{Attend, Error, Result, Span, check};
+use crate::{
+    Cache, Tch, cache,
+    error::torch,
+    tensor::{Tensor, upload},
+};
+use opt_backend::{Attend, Error, Result, Span, check, ndarray::ArrayView1};
 use tch::Kind;
 
 const OP: &str = "attend";
@@ -12,7 +16,7 @@ enum Seen {
     All,
     /// As many rows as positions: those up to its own.
     Causal,
-    /// The last rows of a longer sequence: `[rows, positions]`, true where seen.
+    /// True where seen: `[rows, positions]`, or `[sequences, 1, rows, positions]`.
     Masked(tch::Tensor),
 }
 
@@ -45,6 +49,9 @@ pub(crate) fn attend(
                     ));
                 }
             }
+            if let Some(out) = one_row_each(tch, q, k, v, attend, caches)? {
+                return Ok(out);
+            }
             for (span, cache) in attend.spans.iter().zip(caches.iter_mut()) {
                 cache.append(OP, attend.layer, k, v, span.rows())?;
             }
@@ -67,6 +74,43 @@ pub(crate) fn attend(
         }
     }
     assemble(tch, pieces, q.shape())
+}
+
+/// A decode step: each sequence has one row, in their order. `None`, and nothing done, if it is not that or the caches
+/// are better served one by one.
+fn one_row_each(
+    tch: &Tch,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    attend: Attend<'_>,
+    caches: &mut [&mut Cache],
+) -> Result<Option<Tensor>> {
+    let [rows, width] = q.shape();
+    let in_order = attend.spans.iter().enumerate().all(|(i, span)| span.start == i && span.len == 1);
+    if !in_order || attend.spans.len() != rows {
+        return Ok(None);
+    }
+    let Some(together) = cache::append_together(OP, caches, attend.layer, k, v, 0)? else { return Ok(None) };
+    let queries = queries(q, 0, [rows, 1, attend.heads, width / attend.heads])?;
+    let out = fused(&queries, &together.keys, &together.values, own_positions(tch, &together.lengths)?)?;
+    Ok(Some(Tensor::new(rows_of(&out, [rows, width])?, Kind::Float, [rows, width])))
+}
+
+/// Of the positions of the longest sequence, those that each has.
+fn own_positions(tch: &Tch, lengths: &[usize]) -> Result<Seen> {
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    if lengths.iter().all(|len| *len == longest) {
+        return Ok(Seen::All);
+    }
+    let ends: Vec<i64> = lengths.iter().map(|len| *len as i64).collect();
+    let ends = upload(OP, ArrayView1::from(&ends), tch.device())?;
+    let mask = || {
+        let positions = tch::Tensor::f_arange(longest as i64, (Kind::Int64, tch.device()))?;
+        let before_end = positions.f_lt_tensor(&ends.f_unsqueeze(1)?)?;
+        before_end.f_reshape([lengths.len() as i64, 1, 1, longest as i64])
+    };
+    Ok(Seen::Masked(mask().map_err(torch(OP))?))
 }
 
 /// Spans of equal length that lie end to end, as the first of them and their number; without empty ones.

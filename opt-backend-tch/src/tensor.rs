@@ -147,35 +147,37 @@ impl Tensor {
         self.matrix(op)?.f_to_dtype(Kind::Float, false, true).map_err(torch(op))
     }
 
-    /// Heads of the rows from `row` on, `[1, heads, rows, head_dim]`, as a view.
+    /// Heads of the rows from `row` on, `[sequences, heads, rows, head_dim]`, as a view.
     pub(crate) fn heads(
         &self,
         op: &'static str,
         row: usize,
-        [batch, rows, heads, head_dim]: [usize; 4],
+        [sequences, rows, heads, head_dim]: [usize; 4],
     ) -> Result<tch::Tensor> {
-        let size = [batch, heads, rows, head_dim].map(|n| n as i64);
-        let stride = [rows * self.stride, head_dim, self.stride, 1].map(|n| n as i64);
+        let size = sizes([sequences, heads, rows, head_dim]);
+        let stride = sizes([rows * self.stride, head_dim, self.stride, 1]);
         self.strided(op, size, stride, row * self.stride)
     }
 
-    /// Heads of these rows and those of `other`, `[2, heads, rows, head_dim]`: a view if both lie in one buffer.
+    /// Heads of these rows and those of `other`, `[2, sequences, heads, rows, head_dim]`: a view if both lie in one
+    /// buffer.
     pub(crate) fn heads_with(
         &self,
         other: &Self,
         op: &'static str,
         row: usize,
-        [rows, heads, head_dim]: [usize; 3],
+        shape: [usize; 4],
     ) -> Result<tch::Tensor> {
+        let [sequences, rows, heads, head_dim] = shape;
         if Arc::ptr_eq(&self.data, &other.data) && self.offset <= other.offset && self.stride == other.stride
         {
-            let size = [2, heads, rows, head_dim].map(|n| n as i64);
-            let stride = [other.offset - self.offset, head_dim, self.stride, 1].map(|n| n as i64);
+            let size = sizes([2, sequences, heads, rows, head_dim]);
+            let apart = other.offset - self.offset;
+            let stride = sizes([apart, rows * self.stride, head_dim, self.stride, 1]);
             return self.strided(op, size, stride, row * self.stride);
         }
-        let both = [self, other].map(|x| x.heads(op, row, [1, rows, heads, head_dim]));
-        let [a, b] = both;
-        tch::Tensor::f_cat(&[a?, b?], 0).map_err(torch(op))
+        let [a, b] = [self, other].map(|x| x.heads(op, row, shape));
+        tch::Tensor::f_stack(&[a?, b?], 0).map_err(torch(op))
     }
 
     fn strided<const N: usize>(
