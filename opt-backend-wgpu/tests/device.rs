@@ -226,6 +226,30 @@ fn readbacks_may_be_awaited_anywhere_or_dropped() {
     }
 }
 
+/// Any thread's poll may take the callbacks of all others: a read whose callback is in another's hands still arrives.
+#[test]
+fn reads_of_many_threads() {
+    let Some(b) = backend() else { return };
+    std::thread::scope(|scope| {
+        for thread in 0..8u16 {
+            let b = &b;
+            scope.spawn(move || {
+                for i in 0..400u16 {
+                    let x = array![[f32::from(thread), f32::from(i)]];
+                    let tensor = b.upload(x.view()).expect("upload");
+                    let readback = b.read(&tensor);
+                    // Every third is left behind while its callback is due.
+                    if i % 3 == 0 {
+                        drop(b.read(&tensor));
+                    }
+                    let found = if (thread + i) % 2 == 0 { b.block_on(readback) } else { block_on(readback) };
+                    assert_eq!(found.expect("read"), x, "thread {thread}, read {i}");
+                }
+            });
+        }
+    });
+}
+
 /// Many threads on one backend get what one thread gets.
 #[test]
 fn many_threads() {
