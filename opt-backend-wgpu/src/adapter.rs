@@ -82,11 +82,33 @@ pub(crate) fn describe(index: usize, info: &wgpu::AdapterInfo) -> Adapter {
     Adapter { index, name, api, kind: kind(info.device_type), driver }
 }
 
-/// The adapter called `wanted`, by index or by a part of its name; the most capable if none is asked for.
+/// The one called `wanted`: digits are an index, anything else is a name or a part of one. The most capable if none is
+/// asked for.
+fn select<'a>(list: &'a [Adapter], wanted: Option<&str>) -> Option<&'a Adapter> {
+    let Some(wanted) = wanted else {
+        let rank = |adapter: &&Adapter| {
+            ["discrete GPU", "integrated GPU", "virtual GPU", "other", "CPU"]
+                .iter()
+                .position(|kind| *kind == adapter.kind)
+        };
+        return list.iter().min_by_key(rank);
+    };
+    let wanted = wanted.trim().to_lowercase();
+    if wanted.bytes().all(|byte| byte.is_ascii_digit()) {
+        // Names hold digits too, those of versions and models: an index that is too large must not find one of them.
+        return wanted.parse::<usize>().ok().and_then(|index| list.get(index));
+    }
+    let exact = || list.iter().find(|adapter| adapter.name.to_lowercase() == wanted);
+    let part = || list.iter().find(|adapter| adapter.name.to_lowercase().contains(&wanted));
+    exact().or_else(part)
+}
+
+/// The adapter called `wanted`, by index or by a part of its name, and its handle; the most capable if none is asked
+/// for. With it the list it was chosen from.
 pub(crate) async fn choose(
     instance: &wgpu::Instance,
     wanted: Option<&str>,
-) -> Result<(Adapter, wgpu::Adapter)> {
+) -> Result<(Adapter, wgpu::Adapter, Vec<Adapter>)> {
     let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, "wgpu", message));
     let mut adapters = found(instance).await;
     let list: Vec<Adapter> =
@@ -101,31 +123,56 @@ pub(crate) async fn choose(
         };
         return refuse(advice.to_owned());
     }
-    let chosen = match wanted {
-        None => {
-            let rank = |adapter: &&Adapter| {
-                ["discrete GPU", "integrated GPU", "virtual GPU", "other", "CPU"]
-                    .iter()
-                    .position(|kind| *kind == adapter.kind)
-            };
-            list.iter().min_by_key(rank)
-        }
-        Some(wanted) => {
-            let lower = wanted.trim().to_lowercase();
-            let by_index = lower.parse::<usize>().ok().and_then(|index| list.get(index));
-            let exact = || list.iter().find(|adapter| adapter.name.to_lowercase() == lower);
-            let part = || list.iter().find(|adapter| adapter.name.to_lowercase().contains(&lower));
-            by_index.or_else(exact).or_else(|| part().filter(|_| !lower.is_empty()))
-        }
-    };
-    match chosen.cloned() {
+    match select(&list, wanted).cloned() {
         Some(chosen) => {
-            let adapter = adapters.swap_remove(chosen.index);
-            Ok((chosen, adapter))
+            let handle = adapters.swap_remove(chosen.index);
+            Ok((chosen, handle, list))
         }
         None => {
-            let all: Vec<String> = list.iter().map(ToString::to_string).collect();
-            refuse(format!("no adapter {:?}; there are: {}", wanted.unwrap_or_default(), all.join("; ")))
+            refuse(format!("no adapter {:?}; there are: {}", wanted.unwrap_or_default(), enumerate(&list)))
+        }
+    }
+}
+
+/// The adapters in one line, each with its index.
+pub(crate) fn enumerate(list: &[Adapter]) -> String {
+    let all: Vec<String> = list.iter().map(ToString::to_string).collect();
+    all.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapter(index: usize, name: &str, kind: &'static str) -> Adapter {
+        Adapter { index, name: name.into(), api: "vulkan".into(), kind, driver: String::new() }
+    }
+
+    #[test]
+    fn digits_are_an_index_and_all_else_a_name() {
+        let list = [
+            adapter(0, "llvmpipe (LLVM 15.0.6, 256 bits)", "CPU"),
+            adapter(1, "NVIDIA H100", "discrete GPU"),
+            adapter(2, "NVIDIA H100 NVL", "discrete GPU"),
+        ];
+        let index = |wanted| select(&list, wanted).map(|adapter| adapter.index);
+        assert_eq!(index(None), Some(1));
+        for (wanted, expected) in [
+            ("0", Some(0)),
+            (" 2 ", Some(2)),
+            ("002", Some(2)),
+            ("3", None),
+            ("15", None),
+            ("100", None),
+            ("256", None),
+            ("99999999999999999999999", None),
+            ("", None),
+            ("nvidia h100 nvl", Some(2)),
+            ("h100", Some(1)),
+            ("LLVM 15", Some(0)),
+            ("radeon", None),
+        ] {
+            assert_eq!(index(Some(wanted)), expected, "{wanted:?}");
         }
     }
 }

@@ -66,7 +66,8 @@ impl Backend for Wgpu {
 
     #[cfg(not(target_arch = "wasm32"))]
     fn block_on<T: MaybeSend>(&self, readback: Readback<'_, T>) -> Result<T> {
-        // Polls from here, so that the future finds its bytes and needs no thread to wait for them.
+        // Polls from here, so that the future finds its bytes and needs no thread to wait for them. If another thread
+        // polls just now and has the callback in hand, the future is pending still and waits as any other does.
         self.gpu.wait();
         opt_backend::block_on(readback)
     }

@@ -4,7 +4,7 @@ use crate::{
     Wgpu,
     adapter::{self, Adapter},
     cache::Stores,
-    fault::Fault,
+    fault::{Fault, one_line},
     gpu::Gpu,
     kernels::Extras,
     weights::DTYPES,
@@ -37,8 +37,8 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Chooses an adapter by its index in [`crate::adapters`] or by a part of its name. Without, a discrete GPU is
-    /// preferred to an integrated one, and any GPU to software.
+    /// Chooses an adapter: digits are its index in [`crate::adapters`], anything else is its name or a part of it.
+    /// Without, a discrete GPU is preferred to an integrated one, and any GPU to software.
     #[must_use]
     pub fn device(mut self, device: impl Into<String>) -> Self {
         self.device = Some(device.into());
@@ -108,7 +108,7 @@ impl Builder {
     /// there are), or it lacks what is asked of it.
     pub async fn build_async(self) -> Result<Wgpu> {
         let instance = adapter::instance();
-        let (adapter, handle) = adapter::choose(&instance, self.device.as_deref()).await?;
+        let (adapter, handle, adapters) = adapter::choose(&instance, self.device.as_deref()).await?;
         let offered = handle.features();
         let mut features = wgpu::Features::empty();
         for (feature, wanted) in
@@ -135,7 +135,8 @@ impl Builder {
             })
             .await
             .map_err(|error| {
-                Error::new(ErrorKind::Unsupported, "wgpu", format_args!("adapter {adapter}: {error}"))
+                let why = one_line(error);
+                Error::new(ErrorKind::Unsupported, "wgpu", format_args!("adapter {adapter}: {why}"))
             })?;
 
         // Before the first use of the device: without a handler wgpu panics on errors.
@@ -144,7 +145,7 @@ impl Builder {
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| handler.raise_wgpu(&error)));
         let handler = Arc::clone(&fault);
         device.set_device_lost_callback(move |reason, message| {
-            let why = if message.is_empty() { format!("{reason:?}") } else { message };
+            let why = if message.is_empty() { format!("{reason:?}") } else { one_line(message) };
             let what = format!("adapter {} was lost ({why}); start the backend anew", handler.adapter());
             handler.raise(ErrorKind::DeviceLost, what);
         });
@@ -156,7 +157,7 @@ impl Builder {
         let software = self.software.unwrap_or(adapter.kind == "CPU");
         let submit_every = self.submit_every.unwrap_or(SUBMIT_EVERY);
         let gpu = Gpu::new(device, queue, extras, software, fault, self.memory, submit_every);
-        Ok(Wgpu { gpu: Arc::new(gpu), stores: Arc::new(Stores::default()), adapter })
+        Ok(Wgpu { gpu: Arc::new(gpu), stores: Arc::new(Stores::default()), adapter, adapters })
     }
 }
 
@@ -174,6 +175,9 @@ impl Wgpu {
             None => None,
         };
         let yes = |holds: bool| if holds { "yes" } else { "no" }.to_owned();
+        // A browser has one, which is named already.
+        let adapters =
+            if cfg!(target_arch = "wasm32") { String::new() } else { adapter::enumerate(&self.adapters) };
         info.details = [
             ("api", api.clone()),
             ("kind", (*kind).to_owned()),
@@ -182,6 +186,7 @@ impl Wgpu {
             ("f16", yes(gpu.extras.f16)),
             ("max buffer", format!("{} MiB", limits.max_buffer_size >> 20)),
             ("workgroup memory", format!("{} KiB", limits.max_compute_workgroup_storage_size >> 10)),
+            ("adapters", adapters),
         ]
         .into_iter()
         .filter(|(_, value)| !value.is_empty())

@@ -11,6 +11,11 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The text of an error in one line: wgpu sets out causes, and naga source code, in several.
+pub(crate) fn one_line(error: impl std::fmt::Display) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// The first thing that went wrong. From then on every op fails with it: results can no longer be trusted.
 pub(crate) struct Fault {
     adapter: String,
@@ -50,7 +55,7 @@ impl Fault {
             wgpu::Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             _ => ErrorKind::Device,
         };
-        (kind, format!("adapter {}: {error}", self.adapter))
+        (kind, format!("adapter {}: {}", self.adapter, one_line(error)))
     }
 
     /// Fails if anything went wrong before.
@@ -62,5 +67,23 @@ impl Fault {
             Some((kind, message)) => Err(Error::new(*kind, op, message)),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_wgpu_are_told_in_one_line() {
+        let description =
+            "Validation Error\n\nCaused by:\n  In Device::create_buffer\n    too large\n".to_owned();
+        let error = wgpu::Error::Validation { source: description.clone().into(), description };
+        let fault = Fault::new("llvmpipe".into());
+        fault.raise_wgpu(&error);
+        let text = fault.check("upload").expect_err("raised").to_string();
+        assert!(!text.contains('\n'), "{text:?}");
+        let expected = "adapter llvmpipe: Validation Error Caused by: In Device::create_buffer too large";
+        assert!(text.contains(expected), "{text:?}");
     }
 }

@@ -78,7 +78,7 @@ impl Gpu {
         let limits = device.limits();
         Self {
             #[cfg(not(target_arch = "wasm32"))]
-            poller: crate::readback::Poller::new(device.clone()),
+            poller: crate::readback::Poller::new(device.clone(), Arc::clone(&fault)),
             device,
             queue,
             limits,

@@ -64,6 +64,8 @@ pub struct Wgpu {
     gpu: Arc<gpu::Gpu>,
     stores: Arc<cache::Stores>,
     adapter: Adapter,
+    /// All that this machine had when the backend was started.
+    adapters: Vec<Adapter>,
 }
 
 impl std::fmt::Debug for Wgpu {

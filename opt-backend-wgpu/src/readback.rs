@@ -7,7 +7,7 @@
 //! a thread of the backend, which is started then, waits for the submissions it is told of, and ends with the backend.
 
 use crate::{
-    fault::lock,
+    fault::{lock, one_line},
     gpu::Gpu,
     pool::{Buffer, Slice},
 };
@@ -15,26 +15,49 @@ use opt_backend::{Error, ErrorKind, Result};
 use std::{
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Condvar, Mutex},
     task::{Context, Poll, Waker},
 };
 
+type Outcome = std::result::Result<(), String>;
+
+/// A mapping that was asked for: settled once, by its callback or by whoever finds that there will be none.
 #[derive(Default)]
 struct Mapping {
-    done: Option<std::result::Result<(), String>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Stays set when the outcome is taken.
+    settled: bool,
+    outcome: Option<Outcome>,
     waker: Option<Waker>,
 }
 
 impl Mapping {
-    /// Settles the mapping unless it is settled; returns who is to be woken.
-    fn settle(mapping: &Mutex<Mapping>, outcome: std::result::Result<(), String>) {
-        let mut mapping = lock(mapping);
-        mapping.done.get_or_insert(outcome);
-        let waker = mapping.waker.take();
-        drop(mapping);
+    /// Settles the mapping unless it is settled, and wakes who waits for it.
+    fn settle(&self, outcome: Outcome) {
+        let mut state = lock(&self.state);
+        if !state.settled {
+            state.settled = true;
+            state.outcome = Some(outcome);
+        }
+        let waker = state.waker.take();
+        drop(state);
+        self.changed.notify_all();
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+
+    /// Waits so long for the mapping to be settled; returns whether it is.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn settled_within(&self, time: std::time::Duration) -> bool {
+        let state = lock(&self.state);
+        let waited = self.changed.wait_timeout_while(state, time, |state| !state.settled);
+        waited.unwrap_or_else(std::sync::PoisonError::into_inner).0.settled
     }
 }
 
@@ -45,7 +68,7 @@ pub(crate) struct Pending {
     size: u64,
     /// `None` once the bytes are out, or if there are none.
     staging: Option<Buffer>,
-    mapping: Arc<Mutex<Mapping>>,
+    mapping: Arc<Mapping>,
     index: Option<wgpu::SubmissionIndex>,
 }
 
@@ -53,7 +76,7 @@ impl Gpu {
     /// Starts to read slices, end to end.
     pub(crate) fn read(self: &Arc<Self>, op: &'static str, slices: &[Slice<'_>]) -> Result<Pending> {
         let size: u64 = slices.iter().map(|slice| slice.size).sum();
-        let mapping = Arc::new(Mutex::new(Mapping::default()));
+        let mapping = Arc::<Mapping>::default();
         let mut pending = Pending {
             gpu: Arc::clone(self),
             op,
@@ -76,7 +99,7 @@ impl Gpu {
         pending.index = recorder.submit(self, op)?;
         drop(recorder);
         staging.raw().slice(..size).map_async(wgpu::MapMode::Read, move |result| {
-            Mapping::settle(&mapping, result.map_err(|error| error.to_string()));
+            mapping.settle(result.map_err(one_line));
         });
         pending.staging = Some(staging);
         Ok(pending)
@@ -92,12 +115,12 @@ impl Future for Pending {
             return Poll::Ready(this.gpu.fault.check(this.op).map(|()| Vec::new()));
         };
         let outcome = {
-            let mut mapping = lock(&this.mapping);
-            match mapping.done.take() {
+            let mut state = lock(&this.mapping.state);
+            match state.outcome.take() {
                 Some(outcome) => outcome,
                 None => {
-                    mapping.waker = Some(context.waker().clone());
-                    drop(mapping);
+                    state.waker = Some(context.waker().clone());
+                    drop(state);
                     // A lost device may never call back.
                     if let Err(error) = this.gpu.fault.check(this.op) {
                         return Poll::Ready(Err(error));
@@ -114,8 +137,7 @@ impl Future for Pending {
         let failed =
             |message: String| Error::new(ErrorKind::Device, this.op, format!("adapter {adapter}: {message}"));
         let bytes = outcome.and_then(|()| {
-            let view =
-                staging.raw().slice(..this.size).get_mapped_range().map_err(|error| error.to_string())?;
+            let view = staging.raw().slice(..this.size).get_mapped_range().map_err(one_line)?;
             Ok(view.to_vec())
         });
         let bytes = match (bytes, this.gpu.fault.check(this.op)) {
@@ -134,6 +156,7 @@ impl Drop for Pending {
         if let Some(staging) = &mut self.staging {
             // Mapped, or about to be: of no use to anybody else.
             staging.do_not_reuse();
+            self.mapping.settle(Err("nobody waits for this read".to_owned()));
         }
     }
 }
@@ -144,36 +167,39 @@ pub(crate) use poller::Poller;
 #[cfg(not(target_arch = "wasm32"))]
 mod poller {
     use super::{Arc, Mapping, Mutex, lock};
-    use std::sync::mpsc::{Sender, channel};
+    use crate::fault::{Fault, one_line};
+    use std::{
+        sync::mpsc::{Sender, channel},
+        time::{Duration, Instant},
+    };
 
-    type Job = (wgpu::SubmissionIndex, Arc<Mutex<Mapping>>);
+    /// How long a callback may be due before the read is given up.
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    type Job = (wgpu::SubmissionIndex, Arc<Mapping>);
 
     /// The thread that waits for submissions on behalf of futures.
     pub(crate) struct Poller {
         device: wgpu::Device,
+        fault: Arc<Fault>,
         jobs: Mutex<Option<Sender<Job>>>,
     }
 
     impl Poller {
-        pub(crate) fn new(device: wgpu::Device) -> Self {
-            Self { device, jobs: Mutex::new(None) }
+        pub(crate) fn new(device: wgpu::Device, fault: Arc<Fault>) -> Self {
+            Self { device, fault, jobs: Mutex::new(None) }
         }
 
         /// Has the mapping settled once submission `index` is done.
-        pub(super) fn wait_for(&self, index: wgpu::SubmissionIndex, mapping: Arc<Mutex<Mapping>>) {
+        pub(super) fn wait_for(&self, index: wgpu::SubmissionIndex, mapping: Arc<Mapping>) {
             let mut jobs = lock(&self.jobs);
             if jobs.is_none() {
                 let (sender, receiver) = channel::<Job>();
-                let device = self.device.clone();
+                let (device, fault) = (self.device.clone(), Arc::clone(&self.fault));
                 let thread = std::thread::Builder::new().name("opt-wgpu-poll".into());
                 let started = thread.spawn(move || {
                     for (index, mapping) in receiver {
-                        let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: None };
-                        let polled = device.poll(wait);
-                        // The callback has run by now; if it has not, it never will.
-                        let outcome = polled.map(|_| ()).map_err(|error| error.to_string());
-                        let outcome = outcome.and(Err("the device did not answer a read".to_owned()));
-                        Mapping::settle(&mapping, outcome);
+                        see_through(&device, &fault, index, &mapping);
                     }
                 });
                 if started.is_ok() {
@@ -184,11 +210,33 @@ mod poller {
                 Some(sender) => sender.send((index.clone(), Arc::clone(&mapping))).is_ok(),
                 None => false,
             };
+            drop(jobs);
             if !sent {
                 // No thread is to be had: wait here.
-                let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
-                Mapping::settle(&mapping, Err("the device did not answer a read".to_owned()));
+                see_through(&self.device, &self.fault, index, &mapping);
             }
+        }
+    }
+
+    /// Waits for submission `index` and then until the mapping is settled.
+    ///
+    /// `poll` takes the callbacks that are due under a lock and calls them after it is released, so whichever thread
+    /// polls may find that another has taken a callback and not yet called it. The end of the submission therefore
+    /// does not say that the callback has run; only a fault of the device or much time says that it will not.
+    fn see_through(device: &wgpu::Device, fault: &Fault, index: wgpu::SubmissionIndex, mapping: &Mapping) {
+        let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: None };
+        if let Err(error) = device.poll(wait) {
+            return mapping.settle(Err(one_line(error)));
+        }
+        let since = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        while !mapping.settled_within(pause) {
+            // Who awaits the read asks for the fault itself.
+            if fault.check("read").is_err() || since.elapsed() > PATIENCE {
+                return mapping.settle(Err("the device did not answer a read".to_owned()));
+            }
+            let _ = device.poll(wgpu::PollType::Poll);
+            pause = (2 * pause).min(Duration::from_millis(50));
         }
     }
 }

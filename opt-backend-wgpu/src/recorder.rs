@@ -23,7 +23,10 @@ const GROUPS_KEPT: usize = 4096;
 /// Most storage buffers that a kernel binds.
 const BINDINGS_MOST: usize = 6;
 
-/// Layout, then id, offset and size of each buffer.
+/// Bits of a buffer's id in the first word of a [`GroupKey`]; the layout has the rest.
+const ID_BITS: u32 = 48;
+
+/// Layout and id of the arguments buffer, then id and place of each buffer.
 type GroupKey = [u64; 1 + 2 * BINDINGS_MOST];
 
 /// Multiplies and rotates: bind groups are looked up once a dispatch, and their keys are ids that nobody chooses.
@@ -118,7 +121,11 @@ impl Recorder {
             // Many went at once: a model was dropped.
             self.groups.clear();
         } else if !buried.is_empty() {
-            self.groups.retain(|key, _| key[1..].iter().step_by(2).all(|id| !buried.contains(id)));
+            self.groups.retain(|key, _| {
+                let arguments = key[0] & ((1 << ID_BITS) - 1);
+                let mut others = key[1..].iter().step_by(2);
+                !buried.contains(&arguments) && others.all(|id| !buried.contains(id))
+            });
         }
         if self.groups.len() > GROUPS_KEPT {
             self.groups.clear();
@@ -204,7 +211,7 @@ impl Recorder {
             return Err(Error::new(ErrorKind::Device, "dispatch", "no room was made for arguments"));
         };
         let mut key: GroupKey = [0; 1 + 2 * BINDINGS_MOST];
-        key[0] = kernel.layout_id << 48 | arguments.id;
+        key[0] = kernel.layout_id << ID_BITS | arguments.id;
         for (place, slice) in key[1..].chunks_exact_mut(2).zip(buffers) {
             if let Some(slice) = slice {
                 place[0] = slice.buffer.id();

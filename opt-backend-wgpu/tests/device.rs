@@ -19,14 +19,23 @@ fn backend() -> Option<Wgpu> {
 #[test]
 fn an_unknown_adapter_is_an_error_that_lists_those_there_are() {
     let Some(_) = common::builder() else { return };
-    for name in ["no such adapter", "", "99"] {
-        let error = Wgpu::builder().device(name).build().expect_err("there is none of that name");
+    let adapters = opt_backend_wgpu::adapters();
+    let mut unknown = vec!["no such adapter".to_owned(), String::new(), "99".to_owned()];
+    unknown.push(adapters.len().to_string());
+    // Digits that occur in a name, as in "llvmpipe (LLVM 15.0.6, 256 bits)", do not name that adapter.
+    for adapter in &adapters {
+        let numbers = adapter.name.split(|c: char| !c.is_ascii_digit());
+        let beyond = |number: &&str| number.parse::<usize>().is_ok_and(|index| index >= adapters.len());
+        unknown.extend(numbers.filter(beyond).map(str::to_owned));
+    }
+    for name in unknown {
+        let error = Wgpu::builder().device(&name).build().expect_err("there is none of that name");
         assert_eq!(error.kind(), ErrorKind::Unsupported);
-        for adapter in opt_backend_wgpu::adapters() {
+        for adapter in &adapters {
             assert!(error.to_string().contains(&adapter.name), "{error}");
         }
     }
-    for adapter in opt_backend_wgpu::adapters() {
+    for adapter in adapters {
         let b = Wgpu::builder().device(adapter.index.to_string()).build().expect("by index");
         assert_eq!(b.info().device, adapter.name);
         let b = Wgpu::builder().device(adapter.name.to_uppercase()).build().expect("by name");
@@ -43,6 +52,10 @@ fn info_says_what_was_found() {
     assert_eq!(info.memory, Some(1 << 30));
     let detail = |name: &str| info.details.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
     assert_eq!((detail("subgroups"), detail("f16")), (Some("no"), Some("no")));
+    let adapters = detail("adapters").expect("they are listed");
+    for adapter in opt_backend_wgpu::adapters() {
+        assert!(adapters.contains(&format!("{}: {}", adapter.index, adapter.name)), "{adapters}");
+    }
 }
 
 /// 1,000 decode steps: one submission and one read each, always as many dispatches, and no memory gained.
@@ -224,6 +237,30 @@ fn readbacks_may_be_awaited_anywhere_or_dropped() {
             assert_eq!(*held.get_or_insert(now), now, "round {i}");
         }
     }
+}
+
+/// Any thread's poll may take the callbacks of all others: a read whose callback is in another's hands still arrives.
+#[test]
+fn reads_of_many_threads() {
+    let Some(b) = backend() else { return };
+    std::thread::scope(|scope| {
+        for thread in 0..8u16 {
+            let b = &b;
+            scope.spawn(move || {
+                for i in 0..400u16 {
+                    let x = array![[f32::from(thread), f32::from(i)]];
+                    let tensor = b.upload(x.view()).expect("upload");
+                    let readback = b.read(&tensor);
+                    // Every third is left behind while its callback is due.
+                    if i % 3 == 0 {
+                        drop(b.read(&tensor));
+                    }
+                    let found = if (thread + i) % 2 == 0 { b.block_on(readback) } else { block_on(readback) };
+                    assert_eq!(found.expect("read"), x, "thread {thread}, read {i}");
+                }
+            });
+        }
+    });
 }
 
 /// Many threads on one backend get what one thread gets.

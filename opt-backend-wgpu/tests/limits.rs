@@ -4,7 +4,8 @@ mod common;
 
 use common::model::Numbers;
 use opt_backend::{
-    Attend, Backend, CacheDType, CacheSpec, DType, ErrorKind, HostMatrix, NormParams, Op, Reference, Span,
+    Activation, Attend, Backend, CacheDType, CacheSpec, DType, ErrorKind, HostMatrix, HostVector, NormParams,
+    Op, Reference, Span, Then,
     conformance::{Suite, Tolerance},
     ndarray::{Array2, ArrayView2, s},
     oracle,
@@ -93,6 +94,81 @@ fn the_real_table_at_default_limits() {
         for (found, row) in found.iter().zip(read.outer_iter()) {
             let expected = oracle::top_k(row, k);
             assert_eq!((&found.ids, &found.logits), (&expected.ids, &expected.logits), "top {k}");
+        }
+    }
+}
+
+/// The shapes of OPT-1.3b scaled down by 8 in each direction, under the default limits scaled down alike, by 64: the
+/// table of 393 MiB in f32 is as large as four bindings, fc1 and fc2 fit one each.
+#[test]
+fn the_table_of_1_3b_scaled_down_with_its_limits() {
+    let Some(builder) = common::builder() else { return };
+    let b = builder.max_binding((128 << 20) / 64).build().expect("the adapter was there a moment ago");
+    let (hidden, ffn, entries) = (2048 / 8, 8192 / 8, 50272 / 8);
+    let mut numbers = Numbers(13);
+    let up = |x: &Array2<f32>| b.upload(x.view()).expect("upload");
+    for dtype in [DType::F32, DType::F16] {
+        let held = (numbers.matrix(entries, hidden) * 0.3).mapv(|v| dtype.round(v));
+        let table = b.new_table(HostMatrix::F32(held.view()), dtype).expect("it is split");
+        // The entries at both sides of each seam are among them, wherever the seams are.
+        let ids: Vec<u32> = (0..entries as u32).collect();
+        let found = b.block_on(b.read(&b.gather(&table, &ids).expect("gather"))).expect("read");
+        assert!(found == held, "{dtype}: gather");
+        for rows in [1, 3, 20] {
+            let what = |op: &str| format!("{dtype}, {rows} rows: {op}");
+            let x = numbers.matrix(rows, hidden);
+            let expected = oracle::linear(x.view(), held.view(), None, None);
+            let x = up(&x);
+            let logits = b.logits(&x, &table).expect("logits");
+            let found = b.block_on(b.read(&logits)).expect("read");
+            close(found.view(), expected.view(), &what("logits"));
+
+            let targets: Vec<u32> = (0..rows).map(|row| (row * 331 + 6000) as u32 % entries as u32).collect();
+            let scores = b.block_on(b.log_probs(&x, &table, &targets)).expect("log_probs");
+            assert_eq!(scores.len(), rows);
+            for ((score, row), &target) in scores.iter().zip(expected.outer_iter()).zip(&targets) {
+                let expected = oracle::target_score(row, target);
+                let distance = (score.log_prob - expected.log_prob).abs();
+                assert!(distance <= 1e-4 * expected.log_prob.abs().max(1.0), "{}", what("log_probs"));
+                assert_eq!(score.greedy, expected.greedy, "{}", what("greedy"));
+            }
+            for k in [1, 5, 700] {
+                // Of the logits that were read, so that no two trade places by rounding.
+                for (top, row) in
+                    b.block_on(b.top_k(&logits, k)).expect("top_k").iter().zip(found.outer_iter())
+                {
+                    let expected = oracle::top_k(row, k);
+                    assert_eq!(
+                        (&top.ids, &top.logits),
+                        (&expected.ids, &expected.logits),
+                        "{}",
+                        what("top_k")
+                    );
+                    assert!(
+                        (top.log_sum_exp - expected.log_sum_exp).abs() <= 1e-4,
+                        "{}",
+                        what("log_sum_exp")
+                    );
+                }
+            }
+        }
+
+        for (name, out, width, activation) in
+            [("fc1", ffn, hidden, Some(Activation::Relu)), ("fc2", hidden, ffn, None)]
+        {
+            let weight = (numbers.matrix(out, width) * 0.1).mapv(|v| dtype.round(v));
+            let bias = numbers.matrix(1, out).mapv(|v| dtype.round(v)).row(0).to_owned();
+            let linear = b
+                .new_linear(HostMatrix::F32(weight.view()), Some(HostVector::F32(bias.view())), dtype)
+                .expect("linear");
+            // 1000 rows of 1024 elements are as large as two bindings.
+            for rows in [1, 3, 40, 1000] {
+                let x = numbers.matrix(rows, width);
+                let then = activation.map_or(Then::Nothing, Then::Activate);
+                let found = b.block_on(b.read(&b.linear(&up(&x), &linear, then).expect(name))).expect("read");
+                let expected = oracle::linear(x.view(), weight.view(), Some(bias.view()), activation);
+                close(found.view(), expected.view(), &format!("{dtype}, {rows} rows: {name}"));
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-// The activations of `opt_backend::Activation`, numbered as in `linear.rs`. Arguments of exp are clamped: what
+// The activations of `opt_backend::Activation`, numbered as in `product.rs`. Arguments of exp are clamped: what
 // overflows is not defined here. tanh and erf are written out, since drivers differ on large arguments.
 
 fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(min(-x, 80.0))); }
