@@ -19,6 +19,12 @@
 //! opt-backend-candle = { version = "0.1", features = ["cuda"] }
 //! ```
 //!
+//! The `opt` command with them:
+//!
+//! ```text
+//! cargo build --release -p opt-cli -p opt-backend-candle --features opt-cli/candle,opt-backend-candle/cuda
+//! ```
+//!
 //! # Example
 //! ```
 //! use opt_backend::{Backend, DType, HostMatrix, Then, ndarray::array};
