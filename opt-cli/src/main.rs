@@ -60,6 +60,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    quiet_drivers();
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
@@ -77,5 +78,14 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
+    }
+}
+
+/// Keeps Mesa's layer for choosing among GPUs from looking for a desktop where there is none: it would complain on
+/// stderr each time that Vulkan is started.
+fn quiet_drivers() {
+    if cfg!(all(feature = "wgpu", target_os = "linux")) && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: this is the only thread yet, so that nobody reads the environment meanwhile.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     }
 }
