@@ -63,10 +63,18 @@ pub use tensor::Tensor;
 pub use weights::{Linear, Norm, Table};
 
 use opt_backend::{Counters, Error, ErrorKind, Result};
+use std::sync::OnceLock;
 use tch::Device;
 
 /// Threads a [`Tch`] may be built with at most; beyond it a number is a mistake.
 const MAX_THREADS: usize = 1024;
+
+/// The number of threads that LibTorch chooses, asked for before any value of this crate has set it: the setting
+/// belongs to the calling thread and stays there when the value is gone.
+fn default_threads() -> i32 {
+    static CHOSEN: OnceLock<i32> = OnceLock::new();
+    *CHOSEN.get_or_init(tch::get_num_threads)
+}
 
 /// LibTorch on one device.
 #[derive(Debug)]
@@ -141,9 +149,10 @@ impl Builder {
     /// LibTorch of another version than 2.13, or one that is set to multiply f32 in less.
     pub fn build(self) -> Result<Tch> {
         device::check_version()?;
+        let chosen = default_threads();
         let device = device::named(self.device.as_deref().unwrap_or("cpu"))?;
         let threads = match self.threads {
-            None => tch::get_num_threads(),
+            None => chosen,
             Some(threads) => match i32::try_from(threads) {
                 Ok(found) if (1..=MAX_THREADS).contains(&threads) => found,
                 _ => {

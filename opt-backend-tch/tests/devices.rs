@@ -84,3 +84,15 @@ fn out_of_memory() {
     let sum = tch.add(tch.upload(column.slice(s![..2, ..])).expect("uploads"), &x).expect("adds");
     assert_eq!(tch.block_on(tch.read(&sum)).expect("reads"), array![[2.0], [2.0]]);
 }
+
+/// LibTorch keeps the number on the calling thread; the next value built there is not to inherit it.
+#[test]
+fn a_number_of_threads_is_not_inherited() {
+    let threads = || Tch::new().expect("the CPU").info().threads;
+    let before = threads();
+    let three = Tch::builder().threads(3).build().expect("three threads");
+    let x = three.upload(Array2::ones((2, 2)).view()).expect("upload");
+    three.block_on(three.read(&x)).expect("read");
+    drop(x);
+    assert_eq!(threads(), before);
+}
