@@ -21,7 +21,8 @@ use tch::{Device, Kind, NoGradGuard, utils};
 impl Tch {
     /// To be held while LibTorch is called: no gradients, and this value's number of threads.
     pub(crate) fn at_work(&self) -> NoGradGuard {
-        // Both settings are the calling thread's own.
+        // Both settings are the calling thread's own. These calls, and dropping a tensor, are the only ones of tch here
+        // without a fallible form: they read and set numbers, and LibTorch refuses only numbers below 1.
         if self.device == Device::Cpu && tch::get_num_threads() != self.threads {
             tch::set_num_threads(self.threads);
         }
@@ -61,6 +62,9 @@ impl Backend for Tch {
         let mut info = Info::new("tch", device::name(self.device()));
         info.dtypes = vec![DType::F32, DType::F16, DType::BF16];
         info.details.push(("LibTorch".to_owned(), device::version_text()));
+        if let Device::Cuda(index) = self.device() {
+            info.memory = device::cuda_memory(index);
+        }
         if self.device() == Device::Cpu {
             info.threads = usize::try_from(self.threads).unwrap_or(0);
             info.memory = host_memory();

@@ -1,9 +1,15 @@
 //! Devices by name, and what LibTorch finds on this machine.
 
-use crate::error::torch;
-use opt_backend::{Error, ErrorKind, Result};
+use crate::{
+    Linear, Tch, Tensor,
+    tensor::{read, upload},
+};
+use opt_backend::{
+    DType, Error, ErrorKind, HostMatrix, Result,
+    ndarray::{Array2, Ix2},
+};
 use std::{ffi::OsStr, sync::OnceLock};
-use tch::{Cuda, Device, Kind, Tensor, utils};
+use tch::{Cuda, Device, Kind, utils};
 
 const OP: &str = "tch";
 
@@ -140,26 +146,58 @@ pub(crate) fn check_version() -> Result<()> {
 
 /// Fails if products of f32 matrices are computed in less, as TF32 or bf16: settings of the process or of the
 /// environment may say so, and results would be wrong by a thousandth.
-pub(crate) fn check_products_are_f32(device: Device) -> Result<()> {
-    const N: i64 = 64;
+pub(crate) fn check_products_are_f32(tch: &Tch) -> Result<()> {
+    const N: usize = 64;
     // 1 + 2⁻²⁰ is an f32, and 1 in a format of 10 or 7 bits.
-    let exact = 1.0 + f64::from(2f32.powi(-20));
-    let product = || {
-        let x = Tensor::f_full([N, N], exact, (Kind::Float, device))?;
-        let identity = Tensor::f_eye(N, (Kind::Float, device))?;
-        x.f_mm(&identity)?
-            .f_to_dtype(Kind::Float, false, false)?
-            .f_sub_scalar(1.0)?
-            .f_amin([0, 1], false)?
-            .f_double_value(&[])
-    };
-    let found = product().map_err(torch(OP))?;
-    if found == exact - 1.0 {
+    let exact = 1.0 + 2f32.powi(-20);
+    let identity = Array2::eye(N);
+    let linear = Linear::new(tch, HostMatrix::F32(identity.view()), None, DType::F32)?;
+    let x = upload::<f32, Ix2>(OP, Array2::from_elem((N, N), exact).view(), tch.device())?;
+    let (product, _) = linear.apply(OP, tch, &Tensor::new(x, Kind::Float, [N, N]), false)?;
+    if read(OP, &product, N * N)?.iter().all(|found| *found == exact) {
         return Ok(());
     }
     Err(unsupported(format!(
         "products of f32 are not computed in f32 on {} (TF32 or bf16 in their place); unset \
-         TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and ONEDNN_DEFAULT_FPMATH_MODE, and leave float32_matmul_precision at highest",
-        name(device)
+         TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and leave LibTorch's float32_matmul_precision at highest",
+        name(tch.device())
     )))
+}
+
+/// Bytes of memory that are free on a CUDA device.
+pub(crate) fn cuda_memory(index: usize) -> Option<u64> {
+    let index = i32::try_from(index).ok()?;
+    if !load_cuda() {
+        return None;
+    }
+    free_on(index)
+}
+
+#[cfg(unix)]
+fn free_on(index: i32) -> Option<u64> {
+    use libloading::os::unix::Library;
+    type Device = unsafe extern "C" fn(i32) -> i32;
+    type GetDevice = unsafe extern "C" fn(*mut i32) -> i32;
+    type Memory = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+    // LibTorch has loaded the CUDA runtime, and so its functions are among those of the program.
+    let program = Library::this();
+    // SAFETY: the types are those of CUDA's `cuda_runtime_api.h`; 0 is success. The device that this thread works on
+    // is as before afterwards.
+    unsafe {
+        let get_device = program.get::<GetDevice>(b"cudaGetDevice\0").ok()?;
+        let set_device = program.get::<Device>(b"cudaSetDevice\0").ok()?;
+        let memory = program.get::<Memory>(b"cudaMemGetInfo\0").ok()?;
+        let (mut before, mut free, mut total) = (0, 0, 0);
+        if get_device(&mut before) != 0 || set_device(index) != 0 {
+            return None;
+        }
+        let asked = memory(&mut free, &mut total);
+        let restored = set_device(before);
+        (asked == 0 && restored == 0).then_some(free as u64)
+    }
+}
+
+#[cfg(not(unix))]
+fn free_on(_: i32) -> Option<u64> {
+    None
 }

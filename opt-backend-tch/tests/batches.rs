@@ -32,7 +32,7 @@ struct Sequences {
 
 impl Sequences {
     fn new(dtype: CacheDType, count: usize) -> Self {
-        let device = std::env::var("OPT_TCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+        let device = std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
         let tch = Tch::builder().device(device).threads(2).build().expect("the device is there");
         let reference = Reference::new();
         let spec = CacheSpec { layers: 1, heads: HEADS, head_dim: WIDTH / HEADS, dtype, capacity_hint: 0 };

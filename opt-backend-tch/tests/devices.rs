@@ -38,7 +38,7 @@ fn unknown_names() {
 fn devices_that_are_not_there() {
     refused("cuda:4000", &["device cuda:4000 is not there; expected one of cpu"]);
     refused("cuda:18446744073709551615", &["is not there"]);
-    if tch::Cuda::device_count() == 0 {
+    if Tch::cuda(0).is_err() {
         refused("cuda", &["device cuda:0 is not there; expected one of cpu"]);
         assert_eq!(Tch::cuda(0).expect_err("no CUDA").kind(), ErrorKind::Unsupported);
     }
@@ -67,6 +67,41 @@ fn info_of_the_cpu() {
         info.details.iter().find(|(name, _)| name == "LibTorch").map(|(_, version)| version.as_str());
     assert!(version.is_some_and(|version| version.starts_with("2.13.")), "{version:?}");
     assert_eq!(info.memory.is_some(), cfg!(target_os = "linux"));
+}
+
+#[test]
+fn info_of_cuda() {
+    for index in (0..).take_while(|index| Tch::cuda(*index).is_ok()) {
+        let info = Tch::cuda(index).expect("it starts").info();
+        assert_eq!(info.device, format!("cuda:{index}"));
+        assert!(info.memory.is_some_and(|free| free > 0), "{info:?}");
+    }
+}
+
+/// Settings of the environment under which f32 might be multiplied in less. They are read once in a process, so this
+/// asks others: oneDNN must not follow, and where CUDA follows, the backend refuses to start.
+#[test]
+fn f32_is_f32() {
+    if let Some(device) = std::env::var_os("OPT_TCH_TEST_START") {
+        match Tch::builder().device(device.to_string_lossy()).build() {
+            Ok(_) => println!("started"),
+            Err(error) => println!("refused: {error}"),
+        }
+        return;
+    }
+    let this = std::env::current_exe().expect("a test has a path");
+    let start = |device: &str, variable: &str, value: &str| {
+        let mut command = std::process::Command::new(&this);
+        command.args(["--exact", "f32_is_f32", "--nocapture"]).env("OPT_TCH_TEST_START", device);
+        let output = command.env(variable, value).output().expect("runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let text = start("cpu", "ONEDNN_DEFAULT_FPMATH_MODE", "BF16");
+    assert!(text.contains("started"), "{text}");
+    if Tch::cuda(0).is_ok() {
+        let text = start("cuda:0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1");
+        assert!(text.contains("refused: tch: products of f32 are not computed in f32 on cuda:0"), "{text}");
+    }
 }
 
 /// Results larger than any machine's memory: an error that says so, and the backend works on.
