@@ -424,11 +424,7 @@ impl Backend for Candle {
             for cache in caches.iter() {
                 check::layer(op, attend.layer, cache.layers.len())?;
                 check::width(op, shape[1], cache.width())?;
-                if cache.spec.heads != attend.heads {
-                    let (expected, found) = (attend.heads, cache.spec.heads);
-                    let message = format_args!("expected caches of {expected} heads, found {found}");
-                    return Err(Error::shape(op, message));
-                }
+                check::heads(op, attend, cache.spec.heads)?;
             }
             for (span, cache) in attend.spans.iter().zip(caches.iter_mut()) {
                 self.append(op, cache, attend.layer, [&k, &v], span.rows())?;
@@ -466,11 +462,7 @@ impl Backend for Candle {
             let [entries, width] = head.0.shape;
             check::width(op, x.shape[1], width)?;
             check::ids(op, targets, entries)?;
-            if targets.len() != x.shape[0] {
-                let (found, rows) = (targets.len(), x.shape[0]);
-                let message = format_args!("expected one target a row, found {found} for {rows} rows");
-                return Err(Error::shape(op, message));
-            }
+            check::targets(op, targets, x.shape[0])?;
             let share = (LOGITS_HELD / entries.max(1)).max(1);
             if targets.len() <= share {
                 return self.scores(&self.logits_of(x, head)?, targets);

@@ -414,13 +414,7 @@ impl Backend for Cpu {
                 // All checks come before the first append: an error leaves every cache as it was.
                 for cache in caches.iter() {
                     cache.check("attend", attend.layer, width)?;
-                    if cache.shape.heads != attend.heads {
-                        let found = format_args!(
-                            "expected caches of {} heads, found {}",
-                            attend.heads, cache.shape.heads
-                        );
-                        return Err(Error::shape("attend", found));
-                    }
+                    check::heads("attend", attend, cache.shape.heads)?;
                 }
                 for (span, cache) in attend.spans.iter().zip(caches.iter_mut()) {
                     self.append("attend", cache, attend.layer, &k, &v, span.rows())?;
@@ -481,14 +475,7 @@ impl Backend for Cpu {
             let [entries, width] = head.0.shape();
             check::ids("log_probs", targets, entries)?;
             check::width("log_probs", x.shape[1], width)?;
-            if x.shape[0] != targets.len() {
-                let found = format_args!(
-                    "expected one target a row, found {} for {} rows",
-                    targets.len(),
-                    x.shape[0]
-                );
-                return Err(Error::shape("log_probs", found));
-            }
+            check::targets("log_probs", targets, x.shape[0])?;
             let share = (LOGITS_HELD / entries.max(1)).clamp(1, targets.len().max(1));
             let mut logits = Buffer::reserve(&self.guards, "log_probs", share * entries)?;
             let mut scores = Vec::with_capacity(targets.len());

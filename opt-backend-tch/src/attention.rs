@@ -5,7 +5,7 @@ use crate::{
     error::torch,
     tensor::{Tensor, upload},
 };
-use opt_backend::{Attend, Error, Result, Span, check, ndarray::ArrayView1};
+use opt_backend::{Attend, Result, Span, check, ndarray::ArrayView1};
 use tch::Kind;
 
 const OP: &str = "attend";
@@ -41,13 +41,7 @@ pub(crate) fn attend(
             // All checks come before the first append: an error leaves every cache as it was.
             for cache in caches.iter() {
                 cache.check(OP, attend.layer, width)?;
-                if cache.heads() != attend.heads {
-                    let (expected, found) = (attend.heads, cache.heads());
-                    return Err(Error::shape(
-                        OP,
-                        format_args!("expected caches of {expected} heads, found {found}"),
-                    ));
-                }
+                check::heads(OP, attend, cache.heads())?;
             }
             if let Some(out) = one_row_each(tch, q, k, v, attend, caches)? {
                 return Ok(out);

@@ -5,7 +5,7 @@ use crate::{
     error::{Tried, torch},
     tensor::{Tensor, upload},
 };
-use opt_backend::{Error, Result, TargetScore, TopK, check, ndarray::ArrayView1, oracle};
+use opt_backend::{Result, TargetScore, TopK, check, ndarray::ArrayView1, oracle};
 use tch::Kind;
 
 /// Logits that [`log_probs`] holds at a time.
@@ -134,10 +134,7 @@ pub(crate) fn log_probs(tch: &Tch, x: &Tensor, head: &Table, targets: &[u32]) ->
     let [entries, expected] = head.shape;
     check::width(OP, width, expected)?;
     check::ids(OP, targets, entries)?;
-    if rows != targets.len() {
-        let found = format_args!("expected one target a row, found {} for {rows} rows", targets.len());
-        return Err(Error::shape(OP, found));
-    }
+    check::targets(OP, targets, rows)?;
     if rows == 0 {
         return Ok(Vec::new());
     }

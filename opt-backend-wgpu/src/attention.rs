@@ -84,11 +84,7 @@ impl Gpu {
         check::caches(attend, caches.len())?;
         for cache in caches.iter() {
             check_fits(op, cache, attend.layer, q.width())?;
-            if cache.store.shape.heads != attend.heads {
-                let (expected, found) = (cache.store.shape.heads, attend.heads);
-                let message = format_args!("expected {expected} heads as in the cache, found {found}");
-                return Err(Error::shape(op, message));
-            }
+            check::heads(op, attend, cache.store.shape.heads)?;
         }
         // Caches of one shape and dtype share their slabs; almost always all do.
         let mut batches: Vec<(Arc<Store>, Vec<Span>, Vec<&mut Cache>)> = Vec::with_capacity(1);

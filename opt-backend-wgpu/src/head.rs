@@ -126,11 +126,7 @@ impl Gpu {
         let op = "log_probs";
         check::ids(op, targets, head.shape[0])?;
         check::width(op, x.width(), head.shape[1])?;
-        if x.rows() != targets.len() {
-            let found =
-                format_args!("expected one target a row, found {} for {} rows", targets.len(), x.rows());
-            return Err(Error::shape(op, found));
-        }
+        check::targets(op, targets, x.rows())?;
         let parts = stats_parts(head.shape[0]);
         let row_bytes = 16 * quads(head.shape[0]) as u64;
         let held = LOGITS_HELD.min(self.max_binding()) / row_bytes.max(1);

@@ -1,6 +1,6 @@
 use crate::{
-    Activation, Counters, DType, Error, HostMatrix, HostVector, Info, MaybeSend, MaybeSync, Op, Readback,
-    Result, check, oracle,
+    Activation, Counters, DType, HostMatrix, HostVector, Info, MaybeSend, MaybeSync, Op, Readback, Result,
+    check, oracle,
 };
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, s};
 use std::ops::Range;
@@ -440,14 +440,7 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         self.counters().default_body(Op::LogProbs);
         let compute = || {
             check::ids("log_probs", targets, self.table_shape(head)[0])?;
-            if self.shape(x)[0] != targets.len() {
-                let found = format_args!(
-                    "expected one target a row, found {} for {} rows",
-                    targets.len(),
-                    self.shape(x)[0]
-                );
-                return Err(Error::shape("log_probs", found));
-            }
+            check::targets("log_probs", targets, self.shape(x)[0])?;
             let logits = self.block_on(self.read_owned(self.logits(x, head)?))?;
             Ok(logits.outer_iter().zip(targets).map(|(row, &t)| oracle::target_score(row, t)).collect())
         };

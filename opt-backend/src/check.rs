@@ -51,6 +51,24 @@ pub fn caches(attend: Attend<'_>, caches: usize) -> Result<()> {
     Err(Error::shape("attend", message))
 }
 
+/// Fails unless a cache was made for as many heads as the call has.
+pub fn heads(op: &'static str, attend: Attend<'_>, of_cache: usize) -> Result<()> {
+    if of_cache == attend.heads {
+        return Ok(());
+    }
+    let message = format_args!("expected caches of {} heads, found {of_cache}", attend.heads);
+    Err(Error::shape(op, message))
+}
+
+/// Fails unless there is one target a row.
+pub fn targets(op: &'static str, targets: &[u32], rows: usize) -> Result<()> {
+    if targets.len() == rows {
+        return Ok(());
+    }
+    let message = format_args!("expected one target a row, found {} for {rows} rows", targets.len());
+    Err(Error::shape(op, message))
+}
+
 /// Fails unless the shapes `[rows, width]` are equal.
 pub fn same_shape(op: &'static str, found: [usize; 2], expected: [usize; 2]) -> Result<()> {
     if found == expected {

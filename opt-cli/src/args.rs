@@ -197,6 +197,9 @@ impl ModelArgs {
         let opt = Opt::load(&path, load)?;
         drop(bar);
         opt.warnings().iter().for_each(|warning| console.warn(warning));
+        if self.threads.is_some() && opt.info().threads == 0 {
+            console.warn(&format!("--threads has no effect on backend {}", opt.info().name));
+        }
         Ok(opt)
     }
 }

@@ -21,7 +21,7 @@ pub const NAMES: [&str; 4] = ["cpu", "tch", "candle", "wgpu"];
 pub struct BackendOptions {
     /// The backend's own name of a device, such as `cuda:0`.
     pub device: Option<String>,
-    /// Threads that compute; `None` for all cores.
+    /// Threads that compute; `None` for all cores. Without effect where a device computes.
     pub threads: Option<usize>,
 }
 

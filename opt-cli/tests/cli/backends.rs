@@ -83,3 +83,18 @@ fn devices_that_are_not_there() {
         run(opt().args(args)).refused(code, &[&backend, "abacus:7"]);
     }
 }
+
+#[test]
+fn threads_that_have_no_effect_are_told() {
+    for backend in usable() {
+        let args =
+            ["generate", "--backend", &backend, "--threads", "1", "--max-new-tokens", "2", "The river"];
+        let ran = run(opt().args(args)).done();
+        assert_eq!(
+            ran.stderr.contains("--threads has no effect"),
+            backend == "wgpu",
+            "{backend}: {}",
+            ran.stderr
+        );
+    }
+}
