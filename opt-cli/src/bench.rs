@@ -245,23 +245,23 @@ impl Work<'_> {
     /// Kernels and submissions per decoded token of one row, where the backend counts them.
     fn per_token(&self) -> Result<Option<[f64; 2]>, Failure> {
         const STEPS: usize = 8;
+        // The first token has been made: a backend that counts has counted.
+        if self.opt.engine().counts().dispatches == 0 {
+            return Ok(None);
+        }
         let counts = |steps| {
             let before = self.opt.engine().counts();
             self.decode(1, steps).map(|_| self.opt.engine().counts().since(&before))
         };
         // The prompt is in both.
-        let (prompt, both) = (counts(0)?, counts(STEPS.min(self.most_steps()))?);
-        let steps = STEPS.min(self.most_steps()).max(1) as f64;
-        let per_token = |both: u64, prompt: u64| both.saturating_sub(prompt) as f64 / steps;
-        let counted = both.dispatches > 0;
-        Ok(counted.then(|| {
-            [per_token(both.dispatches, prompt.dispatches), per_token(both.submissions, prompt.submissions)]
-        }))
-    }
-
-    /// How many tokens the context has room for behind the prompt of a row.
-    fn most_steps(&self) -> usize {
-        self.opt.config().max_position_embeddings.saturating_sub(DECODE_PROMPT)
+        let room = self.opt.config().max_position_embeddings.saturating_sub(DECODE_PROMPT);
+        let steps = STEPS.min(room);
+        let (prompt, both) = (counts(0)?, counts(steps)?);
+        let per_token = |both: u64, prompt: u64| both.saturating_sub(prompt) as f64 / steps.max(1) as f64;
+        Ok(Some([
+            per_token(both.dispatches, prompt.dispatches),
+            per_token(both.submissions, prompt.submissions),
+        ]))
     }
 
     /// One batch; the most probable next tokens where they were asked for.
