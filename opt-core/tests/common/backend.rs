@@ -87,6 +87,11 @@ pub fn assert_within<D: Dimension>(
         length += e.powi(2);
     }
     let Tolerance { max, nmse, .. } = tolerance;
+    eprintln!(
+        "{what}: off by {:.2e} of {max:.2e}, NMSE {:.2e} of {nmse:.2e}",
+        worst / largest,
+        error / length.max(f64::MIN_POSITIVE)
+    );
     assert!(worst <= max * largest, "{what}: off by {worst:.2e} where the largest value is {largest:.2e}");
     assert!(error <= nmse * length.max(f64::MIN_POSITIVE), "{what}: NMSE {:.2e}", error / length);
 }
