@@ -1,6 +1,6 @@
 use crate::{
     Activation, Counters, DType, HostMatrix, HostVector, Info, MaybeSend, MaybeSync, Op, Readback, Result,
-    check, oracle,
+    check, oracle, quant::Quantized,
 };
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, s};
 use std::ops::Range;
@@ -204,6 +204,22 @@ pub trait Backend: MaybeSend + MaybeSync + 'static {
         bias: Option<HostVector<'_>>,
         dtype: DType,
     ) -> Result<Self::Linear>;
+
+    /// Takes over a quantized weight `[out, in]` and the bias `[out]` of a linear. The weight stays packed.
+    ///
+    /// The default body holds the weight in f32, which no backend that is meant for use should do.
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Self::Linear> {
+        self.counters().default_body(Op::NewQuantizedLinear);
+        self.new_linear(HostMatrix::F32(weight.dequantize().view()), bias, DType::F32)
+    }
+
+    /// Takes over a quantized table `[entries, width]`, which stays packed.
+    ///
+    /// The default body holds it in f32, as that of [`Backend::new_quantized_linear`] does.
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<Self::Table> {
+        self.counters().default_body(Op::NewQuantizedTable);
+        self.new_table(HostMatrix::F32(rows.dequantize().view()), DType::F32)
+    }
 
     /// Reads a linear back in logical order.
     fn read_linear<'a>(&'a self, linear: &Self::Linear) -> Readback<'a, HostLinear>;

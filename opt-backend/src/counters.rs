@@ -20,11 +20,13 @@ pub enum Op {
     Logits,
     LogProbs,
     TopK,
+    NewQuantizedLinear,
+    NewQuantizedTable,
 }
 
 impl Op {
     /// Every op, in the order of declaration.
-    pub const ALL: [Op; 12] = [
+    pub const ALL: [Op; 14] = [
         Op::Gather,
         Op::AddGathered,
         Op::LayerNorm,
@@ -37,6 +39,8 @@ impl Op {
         Op::Logits,
         Op::LogProbs,
         Op::TopK,
+        Op::NewQuantizedLinear,
+        Op::NewQuantizedTable,
     ];
 }
 

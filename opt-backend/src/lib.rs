@@ -27,6 +27,7 @@ mod dtype;
 mod error;
 mod info;
 pub mod oracle;
+pub mod quant;
 mod readback;
 mod reference;
 

@@ -21,6 +21,11 @@ impl Data {
         self.kit.tolerance
     }
 
+    /// The tolerance for products with quantized weights.
+    pub(super) fn quantized_tolerance(&self) -> Tolerance {
+        self.kit.quantized
+    }
+
     fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;

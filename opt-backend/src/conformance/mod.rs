@@ -26,6 +26,7 @@
 //! - Storage: what is uploaded comes back, also from strided views; weights come back rounded to their dtype.
 //! - Every op against [`crate::oracle`], over shapes that hurt, under one tolerance per dtype ([`Tolerance`]). The
 //!   oracle is given the weights as the backend reads them back, so rounding at storage is no error of the op.
+//! - Linears and tables of every quantized format against the same of [`crate::quant::Quantized::dequantize`].
 //! - Arguments that do not fit give [`crate::ErrorKind::Shape`], never a panic, and leave caches as they were.
 //! - Caches against a model of vectors, over random sequences of append, seed, truncate and fork.
 //! - Operands passed by reference, and results of earlier ops, stay as they are while later ops run; guard zones,
@@ -48,6 +49,7 @@ mod head;
 mod kept;
 mod model;
 mod ops;
+mod quantized;
 mod whole;
 
 pub use compare::Tolerance;
@@ -84,6 +86,7 @@ pub struct Suite<B: Backend> {
     make: Box<dyn Fn() -> B>,
     activations: DType,
     tolerance: Option<Tolerance>,
+    quantized: Option<Tolerance>,
     dtypes: Option<Vec<DType>>,
     heavy: bool,
     only: Vec<String>,
@@ -99,6 +102,7 @@ impl<B: Backend> Suite<B> {
             make: Box::new(make),
             activations: DType::F32,
             tolerance: None,
+            quantized: None,
             dtypes: None,
             heavy: true,
             only: Vec::new(),
@@ -118,6 +122,13 @@ impl<B: Backend> Suite<B> {
     /// Sets how close results must be; what [`Tolerance::of`] says of the activations unless said otherwise.
     pub fn tolerance(mut self, tolerance: Tolerance) -> Self {
         self.tolerance = Some(tolerance);
+        self
+    }
+
+    /// Sets how close results must be where weights are quantized: [`Tolerance::INT8_ACTIVATIONS`] for a backend that
+    /// quantizes activations too. As for other weights unless said otherwise.
+    pub fn quantized_tolerance(mut self, tolerance: Tolerance) -> Self {
+        self.quantized = Some(tolerance);
         self
     }
 
@@ -180,6 +191,7 @@ impl<B: Backend> Suite<B> {
             kit: Kit {
                 activations: self.activations,
                 tolerance: self.tolerance.unwrap_or(Tolerance::of(self.activations)),
+                quantized: self.quantized.or(self.tolerance).unwrap_or(Tolerance::of(self.activations)),
             },
             dtypes: match &self.dtypes {
                 Some(dtypes) => dtypes.clone(),
@@ -193,6 +205,7 @@ impl<B: Backend> Suite<B> {
             suite: self,
         };
         ops::run(&mut run);
+        quantized::run(&mut run);
         attention::run(&mut run);
         head::run(&mut run);
         cache::run(&mut run);
@@ -279,6 +292,7 @@ fn ensure(holds: bool, message: impl fmt::Display) -> Outcome {
 struct Kit {
     activations: DType,
     tolerance: Tolerance,
+    quantized: Tolerance,
 }
 
 /// One run over one backend.
