@@ -121,7 +121,7 @@ mod tests {
                 Quantized::new(codes.clone(), scales.clone(), zeros.clone(), levels, groups).unwrap();
             for step in [1, 4, 32] {
                 let regular = weight.regular(step);
-                assert!(regular.group % step == 0 && regular.places() % regular.group == 0);
+                assert!(regular.group.is_multiple_of(step) && regular.places().is_multiple_of(regular.group));
                 assert_eq!(value(&regular, 7), weight.dequantize());
             }
         }
