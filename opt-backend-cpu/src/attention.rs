@@ -5,14 +5,14 @@
 //! the second cache at any context length OPT has, so a two-pass softmax is both simpler and more exact than an online
 //! one. The order of every sum is fixed by absolute positions: prefill in chunks equals prefill at once, bit by bit.
 
-use crate::{
-    cache::{BLOCK, Layer, Shape},
+use crate::cache::{BLOCK, Layer, Shape};
+use opt_backend::{Result, Span};
+use opt_kernels::{
     memory::Shared,
     pool::Pool,
     simd::{Kernel, Simd, SimdLevel, math},
     tile::{Apart, At, tile},
 };
-use opt_backend::{Result, Span};
 
 /// Query rows of a task: enough that widening a head's cache for it does not weigh.
 const TASK_ROWS: usize = 64;

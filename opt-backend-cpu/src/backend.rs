@@ -3,17 +3,21 @@
 use crate::{
     Cache, Cpu, Norm, attention,
     cache::{Layer, Shape},
-    gemm::{self, After, Product},
-    memory::{Buffer, Guards, Shared, reserve},
-    norm,
-    pack::Packed,
-    vocab,
+    norm, vocab,
 };
 use opt_backend::{
     Attend, Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, Error, HostLinear, HostMatrix,
     HostNorm, HostVector, Info, NormParams, Readback, Result, Span, TargetScore, Then, TopK, check,
     ndarray::{Array1, Array2, ArrayView2, Axis},
+    quant::Quantized,
     ready,
+};
+use opt_kernels::{
+    Machine,
+    memory::{Buffer, Guards, Shared, out_of_memory, reserve},
+    output::{After, Product},
+    pack::Packed,
+    product,
 };
 use std::{fmt, ops::Range};
 
@@ -68,7 +72,7 @@ impl Tensor {
         write: impl FnOnce(Shared<f32>) -> Result<()>,
     ) -> Result<Self> {
         let len = shape[0].checked_mul(shape[1]);
-        let len = len.ok_or_else(|| crate::memory::out_of_memory(op, usize::MAX))?;
+        let len = len.ok_or_else(|| out_of_memory(op, usize::MAX))?;
         let mut data = Buffer::reserve(guards, op, len)?;
         write(data.target())?;
         // SAFETY: the caller's promise.
@@ -82,6 +86,10 @@ impl Tensor {
 }
 
 impl Cpu {
+    fn machine(&self) -> Machine<'_> {
+        Machine { pool: &self.pool, guards: &self.guards, level: self.level, compute: self.compute }
+    }
+
     /// Several products of one input.
     fn products<const N: usize>(
         &self,
@@ -96,14 +104,14 @@ impl Cpu {
             let [outputs, expected] = weight.shape();
             check::width(op, depth, expected)?;
             let len = rows.checked_mul(outputs);
-            let len = len.ok_or_else(|| crate::memory::out_of_memory(op, usize::MAX))?;
+            let len = len.ok_or_else(|| out_of_memory(op, usize::MAX))?;
             let mut data = Buffer::reserve(&self.guards, op, len)?;
             products.push(Product { weights: weight, bias, after, out: data.target() });
             outs.push(Tensor { data, shape: [rows, outputs] });
         }
         // SAFETY: depths are checked here, bias when the linear was made, the residual by `linear`; each output has
         // room for its elements, and this function owns it.
-        unsafe { gemm::multiply(&self.pool, &self.guards, self.level, &x.data, x.shape, &products)? };
+        unsafe { product::multiply(self.machine(), &x.data, x.shape, &products)? };
         for out in &mut outs {
             // SAFETY: `multiply` has written every element.
             unsafe { out.data.written() };
@@ -182,6 +190,7 @@ impl Backend for Cpu {
         info.dtypes = vec![DType::F32, DType::F16, DType::BF16];
         info.memory = opt_backend::host_memory();
         info.deterministic = true;
+        info.details.push(("quantized weights".to_owned(), format!("multiplied in {}", self.compute)));
         info
     }
 
@@ -227,9 +236,18 @@ impl Backend for Cpu {
         // The bias is rounded like the weight, and kept as f32: it is small, and added in f32.
         let bias = vector(bias).map(|bias| bias.into_iter().map(|b| dtype.round(b)).collect());
         expect_len("new_linear", "bias", bias.as_ref(), weight.shape()[0])?;
-        let weight =
-            Packed::new(&self.pool, &self.guards, weight, dtype, self.level.sizes().panel, "new_linear")?;
+        let weight = Packed::new(self.machine(), weight, dtype, "new_linear")?;
         Ok(Linear { weight, bias })
+    }
+
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Linear> {
+        let bias = vector(bias);
+        expect_len("new_linear", "bias", bias.as_ref(), weight.shape()[0])?;
+        Ok(Linear { weight: Packed::quantized(self.machine(), weight, "new_linear")?, bias })
+    }
+
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<Table> {
+        Ok(Table(Packed::quantized(self.machine(), rows, "new_table")?))
     }
 
     fn read_linear<'a>(&'a self, linear: &Linear) -> Readback<'a, HostLinear> {
@@ -265,7 +283,7 @@ impl Backend for Cpu {
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<Table> {
-        Ok(Table(Packed::new(&self.pool, &self.guards, rows, dtype, self.level.sizes().panel, "new_table")?))
+        Ok(Table(Packed::new(self.machine(), rows, dtype, "new_table")?))
     }
 
     fn table_shape(&self, table: &Table) -> [usize; 2] {
@@ -487,7 +505,7 @@ impl Backend for Cpu {
                 // SAFETY: the width is checked, and there is room for this many logits. The first chunk is the
                 // largest, so with it all are written.
                 unsafe {
-                    gemm::multiply(&self.pool, &self.guards, self.level, rows, shape, &[product])?;
+                    product::multiply(self.machine(), rows, shape, &[product])?;
                     logits.written();
                 }
                 let logits = &logits[..targets.len() * entries];

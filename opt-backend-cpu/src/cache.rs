@@ -5,9 +5,9 @@
 //! references: a fork copies the list, and an append copies the last block if another cache still refers to it.
 //! Positions past the length hold anything.
 
-use crate::memory::{Aligned, Guards, reserve};
 use half::f16;
 use opt_backend::{CacheDType, CacheLayer, CacheSpec, Error, ErrorKind, Result, ndarray::Array2};
+use opt_kernels::memory::{Aligned, Guards, reserve};
 use std::{ops::Range, sync::Arc};
 
 /// Positions of a block: two vectors of the widest instruction set. Small, because a short sequence holds one block

@@ -8,13 +8,11 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `simd` | vector types per instruction set, exponential and activations |
-//! | `pool` | threads, parallel regions |
-//! | `memory`, `pack` | aligned buffers, weights as column panels |
-//! | `tile`, `gemm` | the register tile, linears and LM head |
 //! | `cache`, `attention` | KV cache in blocks, causal attention |
 //! | `norm`, `vocab` | LayerNorm, what is done with logits |
 //! | `backend` | the [`opt_backend::Backend`] implementation: checks, then the above |
+//!
+//! Instruction sets, threads and the products themselves are in the crate `opt-kernels`.
 //!
 //! ```
 //! use opt_backend::{Backend, DType, HostMatrix, Then, ndarray::array};
@@ -32,23 +30,19 @@
 mod attention;
 mod backend;
 mod cache;
-mod gemm;
-mod memory;
 mod norm;
-mod pack;
-mod pool;
-mod simd;
-mod tile;
 mod vocab;
 
 pub use backend::{Linear, Table, Tensor};
 pub use cache::Cache;
 pub use norm::Norm;
-pub use simd::SimdLevel;
+pub use opt_kernels::{Compute, simd::SimdLevel};
 
-use memory::Guards;
 use opt_backend::{Counters, Error, ErrorKind, Result};
-use pool::Pool;
+use opt_kernels::{
+    memory::Guards,
+    pool::{self, Pool},
+};
 
 /// Threads a [`Cpu`] may be built with at most; beyond it a number is a mistake.
 const MAX_THREADS: usize = 1024;
@@ -61,6 +55,7 @@ const MAX_THREADS: usize = 1024;
 pub struct Cpu {
     pool: Pool,
     level: SimdLevel,
+    compute: Compute,
     guards: Guards,
     counters: Counters,
 }
@@ -78,14 +73,15 @@ pub struct Cpu {
 pub struct CpuBuilder {
     threads: Option<usize>,
     simd: Option<SimdLevel>,
+    compute: Compute,
     guarded: bool,
 }
 
 impl Cpu {
     /// With the fastest instruction set and one thread per physical core that this process may use.
     ///
-    /// The environment variables `OPT_CPU_THREADS` (a number) and `OPT_CPU_SIMD` (`scalar`, `avx2`, `avx512` or
-    /// `neon`) override that.
+    /// The environment variables `OPT_CPU_THREADS` (a number) and `OPT_CPU_SIMD` (a [`SimdLevel`] by name)
+    /// override that.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if a variable asks for what is not there, [`ErrorKind::Device`] if threads cannot
@@ -130,6 +126,12 @@ impl CpuBuilder {
         self
     }
 
+    /// How products with quantized weights are computed; [`Compute::Int8`] unless said otherwise.
+    pub fn compute(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
     /// For tests: guard zones around the buffers that kernels write to. Readbacks then copy.
     #[doc(hidden)]
     pub fn guarded(mut self, guarded: bool) -> Self {
@@ -168,7 +170,13 @@ impl CpuBuilder {
             )));
         }
         let guards = Guards::new(self.guarded);
-        Ok(Cpu { pool: Pool::new(threads)?, level, guards, counters: Counters::default() })
+        Ok(Cpu {
+            pool: Pool::new(threads)?,
+            level,
+            compute: self.compute,
+            guards,
+            counters: Counters::default(),
+        })
     }
 }
 

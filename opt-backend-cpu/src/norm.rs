@@ -3,12 +3,12 @@
 //! Sums are in f64, eight at a time in a plain loop that compilers vectorise: rows whose mean is far larger than
 //! their deviation would lose it in f32. The order of the sums is the same for every instruction set.
 
-use crate::{
+use opt_backend::Result;
+use opt_kernels::{
     memory::Shared,
     pool::Pool,
     simd::{Kernel, Simd, SimdLevel},
 };
-use opt_backend::Result;
 
 /// A LayerNorm's parameters. Created by [`opt_backend::Backend::new_norm`].
 #[derive(Debug)]

@@ -3,12 +3,12 @@
 //! A row has some fifty thousand elements of which a few matter, so one pass compares chunks with a threshold and
 //! touches only those that pass it.
 
-use crate::{
+use opt_backend::{Result, TargetScore, TopK, ndarray::aview1, oracle};
+use opt_kernels::{
     memory::Shared,
     pool::Pool,
     simd::{Kernel, Simd, SimdLevel, math},
 };
-use opt_backend::{Result, TargetScore, TopK, ndarray::aview1, oracle};
 
 /// Scores of `targets`, one a row of `logits`.
 pub(crate) fn target_scores(

@@ -1,7 +1,7 @@
 //! The suite every backend must pass, at every instruction set of this machine.
 
-use opt_backend::conformance::Suite;
-use opt_backend_cpu::{Cpu, SimdLevel};
+use opt_backend::conformance::{Suite, Tolerance};
+use opt_backend_cpu::{Compute, Cpu, SimdLevel};
 
 /// Whether `OPT_QUICK_TESTS` is set, as for emulated machines, which take a minute for what others do in a second.
 fn quick() -> bool {
@@ -23,7 +23,17 @@ fn levels() -> Vec<SimdLevel> {
 fn conformance() {
     for level in levels() {
         let make = move || Cpu::builder().threads(2).simd(Some(level)).build().expect("the level is there");
-        println!("{level}: {}", suite(make).run());
+        println!("{level}: {}", suite(make).quantized_tolerance(Tolerance::INT8_ACTIVATIONS).run());
+    }
+}
+
+/// Quantized weights, activations in f32: as exact as dense weights.
+#[test]
+fn quantized_weights_alone() {
+    for level in levels() {
+        let cpu = Cpu::builder().threads(2).simd(Some(level)).compute(Compute::F32);
+        let make = move || cpu.clone().build().expect("the level is there");
+        println!("{level}: {}", suite(make).only(&["quantized"]).run());
     }
 }
 
@@ -37,6 +47,9 @@ fn nothing_is_written_outside_buffers() {
             faults if faults.is_empty() => Ok(()),
             faults => Err(faults.join("; ")),
         };
-        println!("{level}, guarded: {}", suite(make).quick().guards(guards).run());
+        println!(
+            "{level}, guarded: {}",
+            suite(make).quantized_tolerance(Tolerance::INT8_ACTIVATIONS).quick().guards(guards).run()
+        );
     }
 }

@@ -170,6 +170,7 @@ mod poller {
     use crate::fault::{Fault, one_line};
     use std::{
         sync::mpsc::{Sender, channel},
+        thread::{self, JoinHandle},
         time::{Duration, Instant},
     };
 
@@ -182,38 +183,53 @@ mod poller {
     pub(crate) struct Poller {
         device: wgpu::Device,
         fault: Arc<Fault>,
-        jobs: Mutex<Option<Sender<Job>>>,
+        worker: Mutex<Option<Worker>>,
+    }
+
+    struct Worker {
+        jobs: Sender<Job>,
+        thread: JoinHandle<()>,
     }
 
     impl Poller {
         pub(crate) fn new(device: wgpu::Device, fault: Arc<Fault>) -> Self {
-            Self { device, fault, jobs: Mutex::new(None) }
+            Self { device, fault, worker: Mutex::new(None) }
         }
 
         /// Has the mapping settled once submission `index` is done.
         pub(super) fn wait_for(&self, index: wgpu::SubmissionIndex, mapping: Arc<Mapping>) {
-            let mut jobs = lock(&self.jobs);
-            if jobs.is_none() {
-                let (sender, receiver) = channel::<Job>();
+            let mut worker = lock(&self.worker);
+            if worker.is_none() {
+                let (jobs, receiver) = channel::<Job>();
                 let (device, fault) = (self.device.clone(), Arc::clone(&self.fault));
-                let thread = std::thread::Builder::new().name("opt-wgpu-poll".into());
-                let started = thread.spawn(move || {
+                let thread = thread::Builder::new().name("opt-wgpu-poll".into()).spawn(move || {
                     for (index, mapping) in receiver {
                         see_through(&device, &fault, index, &mapping);
                     }
                 });
-                if started.is_ok() {
-                    *jobs = Some(sender);
-                }
+                *worker = thread.ok().map(|thread| Worker { jobs, thread });
             }
-            let sent = match &*jobs {
-                Some(sender) => sender.send((index.clone(), Arc::clone(&mapping))).is_ok(),
+            let sent = match &*worker {
+                Some(worker) => worker.jobs.send((index.clone(), Arc::clone(&mapping))).is_ok(),
                 None => false,
             };
-            drop(jobs);
+            drop(worker);
             if !sent {
                 // No thread is to be had: wait here.
                 see_through(&self.device, &self.fault, index, &mapping);
+            }
+        }
+    }
+
+    impl Drop for Poller {
+        /// Waits for the thread, which holds the device: left to itself it could be taking the device down while the
+        /// process ends, and drivers crash where that meets the destructors of their own libraries.
+        fn drop(&mut self) {
+            let Some(Worker { jobs, thread }) = lock(&self.worker).take() else { return };
+            drop(jobs);
+            // What a callback wakes may drop the backend on the thread itself.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
             }
         }
     }

@@ -51,7 +51,7 @@ unsafe impl Send for Inner {}
 unsafe impl Sync for Inner {}
 
 /// A fixed set of threads, ended when this is dropped.
-pub(crate) struct Pool {
+pub struct Pool {
     inner: Arc<Inner>,
     workers: Vec<JoinHandle<()>>,
     region: Mutex<()>,
@@ -59,7 +59,7 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// `threads` in all, the caller of a region included.
-    pub(crate) fn new(threads: usize) -> Result<Self> {
+    pub fn new(threads: usize) -> Result<Self> {
         let inner = Arc::new(Inner {
             state: AtomicU64::new(CLOSED),
             job: UnsafeCell::new(None),
@@ -87,7 +87,7 @@ impl Pool {
     }
 
     /// Threads that can work on a region.
-    pub(crate) fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
@@ -95,7 +95,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`ErrorKind::Device`] if the body panicked; then some tasks may not have run.
-    pub(crate) fn run(&self, tasks: usize, body: &Body<'_>) -> Result<()> {
+    pub fn run(&self, tasks: usize, body: &Body<'_>) -> Result<()> {
         let guard = match self.region.try_lock() {
             _ if tasks <= 1 || self.workers.is_empty() => None,
             Ok(guard) => Some(guard),
@@ -239,7 +239,7 @@ impl Inner {
 /// Physical cores this process may use: its affinity and quota, hyper-threads of one core counted once.
 ///
 /// Two threads on one core share its arithmetic units, and kernels that fill them gain nothing from the second.
-pub(crate) fn usable_cores() -> usize {
+pub fn usable_cores() -> usize {
     let available = thread::available_parallelism().map_or(1, |n| n.get());
     physical_cores().map_or(available, |cores| cores.clamp(1, available))
 }

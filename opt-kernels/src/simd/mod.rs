@@ -12,7 +12,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub(crate) mod math;
+pub mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -28,15 +28,29 @@ pub enum SimdLevel {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// AVX2 and dot products of bytes (AVX-VNNI).
+    Avx2Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 and dot products of bytes (AVX512-VNNI).
+    Avx512Vnni,
     /// 64-bit ARM.
     Neon,
+    /// NEON and dot products of bytes (the DotProd extension).
+    NeonDot,
 }
 
 impl SimdLevel {
     /// Every level, the fastest last among those of one architecture.
-    pub const ALL: [SimdLevel; 4] = [SimdLevel::Scalar, SimdLevel::Avx2, SimdLevel::Avx512, SimdLevel::Neon];
+    pub const ALL: [SimdLevel; 7] = [
+        SimdLevel::Scalar,
+        SimdLevel::Avx2,
+        SimdLevel::Avx2Vnni,
+        SimdLevel::Avx512,
+        SimdLevel::Avx512Vnni,
+        SimdLevel::Neon,
+        SimdLevel::NeonDot,
+    ];
 
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
@@ -45,9 +59,15 @@ impl SimdLevel {
             #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx2 => avx2::detected(),
             #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2Vnni => avx2::detected() && avx2::detected_vnni(),
+            #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx512 => avx2::detected() && avx512::detected(),
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Vnni => avx2::detected() && avx512::detected() && avx512::detected_vnni(),
             #[cfg(target_arch = "aarch64")]
-            SimdLevel::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            SimdLevel::Neon => neon::detected(),
+            #[cfg(target_arch = "aarch64")]
+            SimdLevel::NeonDot => neon::detected() && neon::detected_dot(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -59,7 +79,7 @@ impl SimdLevel {
     }
 
     /// The sizes of this level's tiles.
-    pub(crate) fn sizes(self) -> Sizes {
+    pub fn sizes(self) -> Sizes {
         struct Ask;
         impl Kernel for Ask {
             type Output = Sizes;
@@ -73,20 +93,35 @@ impl SimdLevel {
 
     /// Runs `kernel` compiled for this level.
     ///
-    /// Values of this type that users can get hold of are checked when a [`crate::Cpu`] is built; asking for an
+    /// Values of this type that users can get hold of are checked when a backend is built; asking for an
     /// absent level here falls back to scalar.
     #[inline]
-    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Vnni if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { avx512::run_vnni(kernel) }
+            }
             #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx512 if self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx512::run(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2Vnni if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { avx2::run_vnni(kernel) }
+            }
+            #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx2 if self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx2::run(kernel) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            SimdLevel::NeonDot if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { neon::run_dot(kernel) }
             }
             #[cfg(target_arch = "aarch64")]
             SimdLevel::Neon if self.is_available() => {
@@ -103,8 +138,11 @@ impl fmt::Display for SimdLevel {
         f.write_str(match self {
             SimdLevel::Scalar => "scalar",
             SimdLevel::Avx2 => "avx2",
+            SimdLevel::Avx2Vnni => "avx2-vnni",
             SimdLevel::Avx512 => "avx512",
+            SimdLevel::Avx512Vnni => "avx512-vnni",
             SimdLevel::Neon => "neon",
+            SimdLevel::NeonDot => "neon-dot",
         })
     }
 }
@@ -114,24 +152,26 @@ impl FromStr for SimdLevel {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let mut all = SimdLevel::ALL.into_iter();
-        all.find(|level| level.to_string() == name)
-            .ok_or_else(|| format!("unknown SIMD level {name:?}; expected scalar, avx2, avx512 or neon"))
+        all.find(|level| level.to_string() == name).ok_or_else(|| {
+            let names: Vec<String> = SimdLevel::ALL.iter().map(ToString::to_string).collect();
+            format!("unknown SIMD level {name:?}; expected one of {}", names.join(", "))
+        })
     }
 }
 
 /// The sizes of a level's register tiles.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sizes {
+pub struct Sizes {
     /// Columns of a weight panel: two vectors.
-    pub(crate) panel: usize,
+    pub panel: usize,
     /// [`Simd::ROWS`]
-    pub(crate) rows: usize,
+    pub rows: usize,
     /// [`Simd::FEW`]
-    pub(crate) few: usize,
+    pub few: usize,
 }
 
 /// A computation that can be compiled for each instruction set.
-pub(crate) trait Kernel {
+pub trait Kernel {
     /// What it returns.
     type Output;
     /// The computation; implementations are `#[inline(always)]`.
@@ -142,7 +182,7 @@ pub(crate) trait Kernel {
 ///
 /// # Safety
 /// The unsafe methods read or write [`Simd::LANES`] elements at `p`, which need not be aligned.
-pub(crate) trait Simd: Copy {
+pub trait Simd: Copy {
     /// A vector.
     type V: Copy;
     /// Its elements.
@@ -181,10 +221,42 @@ pub(crate) trait Simd: Copy {
     fn sum(self, a: Self::V) -> f32;
     /// The largest element.
     fn largest(self, a: Self::V) -> f32;
+
+    /// As many quads of bytes as a vector has lanes.
+    type B: Copy;
+    /// As many 32-bit integers.
+    type I: Copy;
+    /// What [`Simd::dot_bytes`] takes off each code before it multiplies.
+    const CENTRE: i32;
+    /// Rows of the register tile of integer products, of two vectors each.
+    const INT_ROWS: usize;
+
+    /// The `4 * LANES` bytes at `p`.
+    unsafe fn load_bytes(self, p: *const u8) -> Self::B;
+    unsafe fn store_bytes(self, p: *mut u8, b: Self::B);
+    /// The quad at `p` in every lane.
+    unsafe fn splat_quad(self, p: *const i8) -> Self::B;
+    /// The lower four bits of each byte.
+    fn low_nibbles(self, b: Self::B) -> Self::B;
+    /// The upper four bits of each byte.
+    fn high_nibbles(self, b: Self::B) -> Self::B;
+    /// For each byte, which is below 16, the entry of `table`.
+    fn lookup_bytes(self, table: &[u8; 16], b: Self::B) -> Self::B;
+    /// `sums` plus, for each lane, the products of (code - CENTRE) and x; codes are unsigned, x is signed and not -128.
+    fn dot_bytes(self, sums: Self::I, codes: Self::B, x: Self::B) -> Self::I;
+    /// `sums` plus, for each lane, the products of codes below 16 and signed x.
+    fn dot_nibbles(self, sums: Self::I, codes: Self::B, x: Self::B) -> Self::I;
+    fn splat_int(self, x: i32) -> Self::I;
+    fn int_to_float(self, x: Self::I) -> Self::V;
+    /// Byte `J` of each quad.
+    fn byte<const J: i32>(self, b: Self::B) -> Self::I;
+    fn sub_int(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The entries of `table` at `at`, which are below 16.
+    fn lookup(self, table: &[f32; 16], at: Self::I) -> Self::V;
 }
 
 /// How a weight lies in memory.
-pub(crate) trait Weight: Copy + Send + Sync + 'static {
+pub trait Weight: crate::memory::Number + Send + Sync + 'static {
     /// Whether this is f32, and needs no widening.
     const IS_F32: bool = false;
     /// # Safety

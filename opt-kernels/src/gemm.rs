@@ -9,64 +9,41 @@
 //! bias, then activation or residual. So the result of a row is bit-equal however many rows are computed with it.
 
 use crate::{
-    memory::{Aligned, Guards, Shared},
-    pack::{Packed, Panels, for_each_dtype},
-    pool::Pool,
-    simd::{Kernel, Simd, SimdLevel, Weight, math},
+    Machine,
+    memory::{Aligned, Shared},
+    output::{Output, Product, TILE},
+    pack::{Source, for_each_packed},
+    simd::{Kernel, Simd, Weight},
     tile::{Apart, At, Woven, tile},
 };
-use opt_backend::{Activation, Result};
+use opt_backend::Result;
 
 /// Depth of a block: this many rows of a panel of f32 are 32 KiB with AVX-512, and fit the first cache.
-const DEPTH: usize = 256;
+pub(crate) const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
 /// Panels of a task of many rows: their outputs, too, are visited block after block and should stay in the cache.
 const PANELS: usize = 6;
-/// Elements of the largest tile.
-const TILE: usize = 12 * 32;
 /// Bytes between the weights that are multiplied and those that are asked for, when each is used once: hardware
 /// prefetch starts anew at every page of 4 KiB.
 const AHEAD: usize = 4096;
 /// Bytes of weights that are worth a task of their own when one row is multiplied.
 const TASK_BYTES: usize = 96 << 10;
 
-/// What happens to a product before it is stored.
-#[derive(Clone, Copy)]
-pub(crate) enum After<'a> {
-    Nothing,
-    Activate(Activation),
-    /// Adds a matrix of the output's shape.
-    Add(&'a [f32]),
-}
-
-/// One matrix to multiply by, and where the product goes.
-pub(crate) struct Product<'a> {
-    pub(crate) weights: &'a Packed,
-    pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) after: After<'a>,
-    /// `[rows, outputs]`, every element of which is written.
-    pub(crate) out: Shared<f32>,
-}
-
-/// Computes the products of `x`, `[rows, depth]`, in one parallel region.
+/// Computes the products of `x`, `[rows, depth]`, in f32 and in one parallel region.
 ///
 /// # Safety
-/// Every weight has depth `depth` and panels as wide as `level`'s; bias, residual and output have the fitting sizes,
-/// and nobody else accesses the outputs.
+/// Every weight has `depth` places a row and panels as wide as the level's; bias, residual and output have the fitting
+/// sizes, and nobody else accesses the outputs.
 pub(crate) unsafe fn multiply(
-    pool: &Pool,
-    guards: &Guards,
-    level: SimdLevel,
+    machine: Machine<'_>,
     x: &[f32],
     [rows, depth]: [usize; 2],
-    products: &[Product<'_>],
+    products: &[&Product<'_>],
 ) -> Result<()> {
-    if rows == 0 {
-        return Ok(());
-    }
+    let Machine { pool, level, .. } = machine;
     let sizes = level.sizes();
-    let woven = if rows > sizes.few { Some(weave(pool, guards, level, x, [rows, depth])?) } else { None };
+    let woven = if rows > sizes.few { Some(weave(machine, x, [rows, depth])?) } else { None };
     // Row groups of about equal size, each a whole number of tiles.
     let groups = if woven.is_some() { rows.div_ceil(ROW_GROUP) } else { 1 };
     let group_rows = rows.div_ceil(groups).next_multiple_of(if woven.is_some() { sizes.rows } else { 1 });
@@ -84,12 +61,12 @@ pub(crate) unsafe fn multiply(
         .collect();
     let body = |task: usize| {
         let (group, i, first) = tasks[task];
-        let product = &products[i];
-        let outputs = product.weights.shape()[0];
+        let product = products[i];
+        let output = Output { product, outputs: product.weights.shape()[0], level };
         let row_range = group * group_rows..rows.min((group + 1) * group_rows);
-        for_each_dtype!(product.weights, weights => {
+        for_each_packed!(product.weights, weights => {
             let panels = first..weights.count().min(first + share);
-            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, outputs, product, level })
+            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, output })
         });
     };
     // A region costs more than a product this small.
@@ -102,13 +79,8 @@ pub(crate) unsafe fn multiply(
 
 /// Interleaves rows by tiles: for each block of [`DEPTH`], for each tile, `[block depth, tile rows]`. Missing rows of
 /// the last tile are zeros.
-fn weave(
-    pool: &Pool,
-    guards: &Guards,
-    level: SimdLevel,
-    x: &[f32],
-    [rows, depth]: [usize; 2],
-) -> Result<Aligned<f32>> {
+fn weave(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Aligned<f32>> {
+    let Machine { pool, guards, level, .. } = machine;
     let tile_rows = level.sizes().rows;
     let tiles = rows.div_ceil(tile_rows);
     let mut woven = Aligned::<f32>::zeroed(guards, tiles * tile_rows * depth, "linear")?;
@@ -134,20 +106,18 @@ fn weave(
 }
 
 /// Some panels times some rows.
-struct Block<'a, W: Weight> {
+struct Block<'a, P: Source> {
     x: &'a [f32],
     woven: Option<&'a Aligned<f32>>,
     rows: usize,
     row_range: std::ops::Range<usize>,
     depth: usize,
-    weights: &'a Panels<W>,
+    weights: &'a P,
     panels: std::ops::Range<usize>,
-    outputs: usize,
-    product: &'a Product<'a>,
-    level: SimdLevel,
+    output: Output<'a>,
 }
 
-impl<W: Weight> Kernel for Block<'_, W> {
+impl<P: Source> Kernel for Block<'_, P> {
     type Output = ();
 
     #[inline(always)]
@@ -157,12 +127,12 @@ impl<W: Weight> Kernel for Block<'_, W> {
                 // SAFETY: as in `few`.
                 unsafe {
                     for row in self.row_range.clone() {
-                        let (out, columns) = self.target(s, row, panel);
+                        let (out, columns) = self.output.target(s, row, panel);
                         for column in 0..columns {
                             *out.add(column) = 0.0;
                         }
                     }
-                    self.finish(s, self.row_range.clone(), panel);
+                    self.output.finish(s, self.row_range.clone(), panel);
                 }
             }
             return;
@@ -180,30 +150,40 @@ impl<W: Weight> Kernel for Block<'_, W> {
     }
 }
 
-impl<W: Weight> Block<'_, W> {
+impl<P: Source> Block<'_, P> {
     /// At most `M` rows, read where they lie: each panel is streamed once.
     #[inline(always)]
     fn few<S: Simd, const M: usize>(&self, s: S) {
         let width = 2 * S::LANES;
         let mut sums = [0.0_f32; TILE];
+        let mut wide = Wide::new();
         for panel in self.panels.clone() {
-            let elements = self.weights.panel(panel);
             let mut start = 0;
             while start < self.depth {
                 let block = DEPTH.min(self.depth - start);
                 // SAFETY: x has `rows` rows of `depth`, the panel `depth` rows of two vectors, `sums` at least M.
                 unsafe {
                     let a = Apart::<M>::new(self.x.as_ptr().add(start), self.depth, self.rows);
-                    let b = At { start: elements.as_ptr().add(start * width), stride: width };
                     let out = At { start: sums.as_mut_ptr(), stride: width };
-                    tile::<S, W, _, M, 2>(s, block, a, b, out, start > 0, AHEAD / size_of::<W>());
+                    match self.weights.elements(panel, start) {
+                        Some(elements) => {
+                            let b = At { start: elements, stride: width };
+                            let ahead = AHEAD / size_of::<P::Element>();
+                            tile::<S, P::Element, _, M, 2>(s, block, a, b, out, start > 0, ahead);
+                        }
+                        None => {
+                            self.weights.widen(s, panel, start, block, &mut wide);
+                            let b = At { start: wide.0.as_ptr(), stride: width };
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                        }
+                    }
                 }
                 start += block;
             }
             // SAFETY: each row and column of this panel belongs to this task alone.
             unsafe {
-                self.copy_out(s, &sums, 0..self.rows, panel);
-                self.finish(s, 0..self.rows, panel);
+                self.output.copy_out(s, &sums, 0..self.rows, panel);
+                self.output.finish(s, 0..self.rows, panel);
             }
         }
     }
@@ -214,28 +194,26 @@ impl<W: Weight> Block<'_, W> {
         let width = 2 * S::LANES;
         let padded = self.rows.next_multiple_of(M);
         let mut sums = [0.0_f32; TILE];
-        let mut wide = Wide([0.0_f32; DEPTH * 32]);
+        let mut wide = Wide::new();
         let mut start = 0;
         while start < self.depth {
             let block = DEPTH.min(self.depth - start);
             let last = start + block == self.depth;
             for panel in self.panels.clone() {
-                // Half weights are widened once for all rows.
-                let elements = &self.weights.panel(panel)[start * width..][..block * width];
-                let elements: *const f32 = if W::IS_F32 {
-                    elements.as_ptr().cast()
-                } else {
-                    for i in (0..block * width).step_by(S::LANES) {
-                        // SAFETY: `elements` and `wide` have block * width elements, whole vectors.
-                        unsafe { s.store(wide.0.as_mut_ptr().add(i), W::load(s, elements.as_ptr().add(i))) };
+                // What is not f32 is widened once for all rows.
+                let elements: *const f32 = match self.weights.elements(panel, start) {
+                    Some(elements) if P::Element::IS_F32 => elements.cast(),
+                    _ => {
+                        // SAFETY: the panel has the places start..start + block, at most DEPTH.
+                        unsafe { self.weights.widen(s, panel, start, block, &mut wide) };
+                        wide.0.as_ptr()
                     }
-                    wide.0.as_ptr()
                 };
                 // While this block is multiplied, the next one is fetched, some lines with each tile.
-                let next = self.next_block(panel, start, block, width);
-                let lines = block * width * size_of::<W>() / 64;
+                let next = self.next_block(panel, start, block);
+                let lines = self.weights.bytes(block) / 64;
                 let tiles = self.row_range.len().div_ceil(M);
-                let full_width = (panel + 1) * width <= self.outputs;
+                let full_width = (panel + 1) * width <= self.output.outputs;
                 for (i, row) in self.row_range.clone().step_by(M).enumerate() {
                     for line in lines * i / tiles..lines * (i + 1) / tiles {
                         s.prefetch_far(next.wrapping_byte_add(line * 64));
@@ -247,18 +225,21 @@ impl<W: Weight> Block<'_, W> {
                         let a = Woven(woven.as_ptr().add(start * padded + row * block));
                         let b = At { start: elements, stride: width };
                         if rows.len() == M && full_width {
-                            let out = At { start: self.target(s, row, panel).0, stride: self.outputs };
+                            let out = At {
+                                start: self.output.target(s, row, panel).0,
+                                stride: self.output.outputs,
+                            };
                             tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
                         } else {
                             let out = At { start: sums.as_mut_ptr(), stride: width };
                             if start > 0 {
-                                self.copy_in(s, &mut sums, rows.clone(), panel);
+                                self.output.copy_in(s, &mut sums, rows.clone(), panel);
                             }
                             tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
-                            self.copy_out(s, &sums, rows.clone(), panel);
+                            self.output.copy_out(s, &sums, rows.clone(), panel);
                         }
                         if last {
-                            self.finish(s, rows, panel);
+                            self.output.finish(s, rows, panel);
                         }
                     }
                 }
@@ -269,100 +250,20 @@ impl<W: Weight> Block<'_, W> {
 
     /// The block that `many` comes to after this one; any address will do where there is none.
     #[inline(always)]
-    fn next_block(&self, panel: usize, start: usize, block: usize, width: usize) -> *const W {
+    fn next_block(&self, panel: usize, start: usize, block: usize) -> *const u8 {
         let (panel, start) =
             if panel + 1 < self.panels.end { (panel + 1, start) } else { (self.panels.start, start + block) };
-        self.weights.panel(panel).as_ptr().wrapping_add(start * width)
-    }
-
-    /// Where the outputs of `row` and `panel` are, and how many.
-    ///
-    /// # Safety
-    /// Both exist.
-    #[inline(always)]
-    unsafe fn target<S: Simd>(&self, _: S, row: usize, panel: usize) -> (*mut f32, usize) {
-        let column = panel * 2 * S::LANES;
-        // SAFETY: the caller's promise.
-        let out = unsafe { self.product.out.at(row * self.outputs + column) };
-        (out, (2 * S::LANES).min(self.outputs - column))
-    }
-
-    /// # Safety
-    /// The rows and the panel exist, and nobody else accesses their outputs.
-    #[inline(always)]
-    unsafe fn copy_out<S: Simd>(&self, s: S, sums: &[f32; TILE], rows: std::ops::Range<usize>, panel: usize) {
-        for (r, row) in rows.enumerate() {
-            // SAFETY: `target` gives as many elements as there are.
-            unsafe {
-                let (out, columns) = self.target(s, row, panel);
-                std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * 2 * S::LANES), out, columns);
-            }
-        }
-    }
-
-    /// # Safety
-    /// The rows and the panel exist and have been written, and nobody else accesses their outputs.
-    #[inline(always)]
-    unsafe fn copy_in<S: Simd>(
-        &self,
-        s: S,
-        sums: &mut [f32; TILE],
-        rows: std::ops::Range<usize>,
-        panel: usize,
-    ) {
-        for (r, row) in rows.enumerate() {
-            // SAFETY: `target` gives as many elements as there are.
-            unsafe {
-                let (out, columns) = self.target(s, row, panel);
-                std::ptr::copy_nonoverlapping(out, sums.as_mut_ptr().add(r * 2 * S::LANES), columns);
-            }
-        }
-    }
-
-    /// Bias, then activation or residual.
-    ///
-    /// # Safety
-    /// The rows and the panel exist and have been written, and nobody else accesses their outputs.
-    #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, s: S, rows: std::ops::Range<usize>, panel: usize) {
-        let column = panel * 2 * S::LANES;
-        let product = self.product;
-        if product.bias.is_none() && matches!(product.after, After::Nothing) {
-            return;
-        }
-        for row in rows {
-            // SAFETY: the caller's promise; bias has one element a column and the residual the output's shape.
-            let (out, bias, other) = unsafe {
-                let (start, columns) = self.target(s, row, panel);
-                let out = std::slice::from_raw_parts_mut(start, columns);
-                let bias =
-                    product.bias.map(|bias| std::slice::from_raw_parts(bias.as_ptr().add(column), columns));
-                let other = match product.after {
-                    After::Add(other) => other.as_ptr().add(row * self.outputs + column),
-                    _ => start.cast_const(),
-                };
-                (out, bias, other)
-            };
-            if let Some(bias) = bias {
-                out.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-            }
-            match product.after {
-                After::Nothing => (),
-                // The one that the published models use, and too cheap for a call.
-                After::Activate(Activation::Relu) => {
-                    out.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
-                }
-                After::Activate(activation) => self.level.run(math::Activate(activation, out)),
-                After::Add(_) => {
-                    // SAFETY: the residual has the output's shape.
-                    let other = unsafe { std::slice::from_raw_parts(other, out.len()) };
-                    out.iter_mut().zip(other).for_each(|(x, o)| *x += o);
-                }
-            }
-        }
+        self.weights.address(panel, start)
     }
 }
 
 /// A widened panel block; aligned, so that no load straddles two cache lines.
 #[repr(align(64))]
-struct Wide([f32; DEPTH * 32]);
+pub struct Wide(pub(crate) [f32; DEPTH * 32]);
+
+impl Wide {
+    #[inline(always)]
+    fn new() -> Self {
+        Self([0.0; DEPTH * 32])
+    }
+}

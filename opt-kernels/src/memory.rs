@@ -25,10 +25,10 @@ const PATTERN: u8 = 0xff;
 /// Guard zones around the buffers of one backend: none, or [`ZONE`] bytes before and after each, looked at when the
 /// buffer is given back.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Guards(Option<Arc<Mutex<Vec<String>>>>);
+pub struct Guards(Option<Arc<Mutex<Vec<String>>>>);
 
 impl Guards {
-    pub(crate) fn new(on: bool) -> Self {
+    pub fn new(on: bool) -> Self {
         Self(on.then(Arc::default))
     }
 
@@ -38,7 +38,7 @@ impl Guards {
     }
 
     /// What was found since the last call, one line a zone.
-    pub(crate) fn take(&self) -> Vec<String> {
+    pub fn take(&self) -> Vec<String> {
         let Some(faults) = &self.0 else { return Vec::new() };
         std::mem::take(&mut faults.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -69,7 +69,7 @@ impl Guards {
 }
 
 /// Activations: a vector, with guard zones if there are to be any.
-pub(crate) struct Buffer {
+pub struct Buffer {
     /// The elements, between `zone / 4` elements of either zone; empty until they are written.
     data: Vec<f32>,
     len: usize,
@@ -79,7 +79,7 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     /// Room for `len` elements, none of them written.
-    pub(crate) fn reserve(guards: &Guards, what: &'static str, len: usize) -> Result<Self> {
+    pub fn reserve(guards: &Guards, what: &'static str, len: usize) -> Result<Self> {
         let zone = guards.zone();
         let room = len.checked_add(zone / 2).ok_or_else(|| out_of_memory(what, usize::MAX))?;
         let mut data: Vec<f32> = reserve(what, room)?;
@@ -91,7 +91,7 @@ impl Buffer {
     }
 
     /// What is in `data`.
-    pub(crate) fn holding(guards: &Guards, what: &'static str, data: Vec<f32>) -> Result<Self> {
+    pub fn holding(guards: &Guards, what: &'static str, data: Vec<f32>) -> Result<Self> {
         if guards.zone() == 0 {
             return Ok(Self { len: data.len(), data, what, guards: guards.clone() });
         }
@@ -110,7 +110,7 @@ impl Buffer {
     }
 
     /// Where the elements are or will be.
-    pub(crate) fn target(&mut self) -> Shared<f32> {
+    pub fn target(&mut self) -> Shared<f32> {
         Shared(self.data.as_mut_ptr().wrapping_add(self.zone()))
     }
 
@@ -118,14 +118,14 @@ impl Buffer {
     ///
     /// # Safety
     /// They are.
-    pub(crate) unsafe fn written(&mut self) {
+    pub unsafe fn written(&mut self) {
         let room = self.len + 2 * self.zone();
         // SAFETY: room was reserved for all, the zones are written, and so are the elements, the caller promises.
         unsafe { self.data.set_len(room) };
     }
 
     /// The elements, by the memory itself.
-    pub(crate) fn into_vec(mut self) -> Vec<f32> {
+    pub fn into_vec(mut self) -> Vec<f32> {
         if self.zone() > 0 { self.to_vec() } else { std::mem::take(&mut self.data) }
     }
 }
@@ -149,8 +149,16 @@ impl Drop for Buffer {
     }
 }
 
+/// Number types of which all bits zero is a value.
+pub trait Number: Copy {}
+
+impl Number for f32 {}
+impl Number for half::f16 {}
+impl Number for half::bf16 {}
+impl Number for u8 {}
+
 /// A fixed-size array of plain numbers that starts at a cache line, or at a huge page if it is larger than one.
-pub(crate) struct Aligned<T: Copy> {
+pub struct Aligned<T: Copy> {
     start: NonNull<T>,
     len: usize,
     layout: Layout,
@@ -165,10 +173,10 @@ unsafe impl<T: Copy + Send> Send for Aligned<T> {}
 unsafe impl<T: Copy + Sync> Sync for Aligned<T> {}
 
 impl<T: Copy> Aligned<T> {
-    /// `len` elements of zero bits. `T` must be a number type for which those are a value.
-    pub(crate) fn zeroed(guards: &Guards, len: usize, what: &'static str) -> Result<Self>
+    /// `len` elements of zero bits.
+    pub fn zeroed(guards: &Guards, len: usize, what: &'static str) -> Result<Self>
     where
-        T: crate::simd::Weight,
+        T: Number,
     {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(what, len))?;
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { CACHE_LINE };
@@ -193,12 +201,12 @@ impl<T: Copy> Aligned<T> {
         Ok(Self { start: start.cast(), len, layout, what, guards: guards.clone(), owns: PhantomData })
     }
 
-    pub(crate) fn as_slice(&self) -> &[T] {
+    pub fn as_slice(&self) -> &[T] {
         // SAFETY: `len` initialised elements, borrowed with self.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: `len` initialised elements, borrowed mutably with self.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
@@ -230,12 +238,12 @@ fn advise_huge_pages(start: *mut u8, bytes: usize) {
 #[cfg(not(all(target_os = "linux", not(miri))))]
 fn advise_huge_pages(_: *mut u8, _: usize) {}
 
-pub(crate) fn out_of_memory(what: &'static str, bytes: usize) -> Error {
+pub fn out_of_memory(what: &'static str, bytes: usize) -> Error {
     Error::new(ErrorKind::OutOfMemory, what, format_args!("no memory for {bytes} bytes"))
 }
 
 /// An empty vector with room for `len` elements.
-pub(crate) fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
+pub fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
     let mut vec: Vec<T> = Vec::new();
     let bytes = len.saturating_mul(size_of::<T>());
     vec.try_reserve_exact(len).map_err(|_| out_of_memory(what, bytes))?;
@@ -249,7 +257,7 @@ pub(crate) fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
 }
 
 /// A pointer that tasks of one parallel region write disjoint parts through.
-pub(crate) struct Shared<T>(pub(crate) *mut T);
+pub struct Shared<T>(pub *mut T);
 
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {
@@ -270,7 +278,7 @@ impl<T> Shared<T> {
     /// # Safety
     /// The offset lies within the allocation.
     #[inline(always)]
-    pub(crate) unsafe fn at(self, offset: usize) -> *mut T {
+    pub unsafe fn at(self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }

@@ -4,9 +4,9 @@ use super::{Kernel, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has the features: made by [`run`] only.
+/// Proof that the CPU has the features, AVX-VNNI among them or not: made by [`run`] and [`run_vnni`] only.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(());
+pub(super) struct Avx2<const VNNI: bool>(());
 
 pub(super) fn detected() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -16,7 +16,18 @@ pub(super) fn detected() -> bool {
 /// The CPU has the features of [`detected`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx2(()))
+    kernel.run(Avx2::<false>(()))
+}
+
+pub(super) fn detected_vnni() -> bool {
+    is_x86_feature_detected!("avxvnni")
+}
+
+/// # Safety
+/// The CPU has the features of [`detected`] and [`detected_vnni`].
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx2::<true>(()))
 }
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -24,7 +35,7 @@ const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 // SAFETY of every block below: the token exists only where the CPU has the features, and pointers are valid for
 // eight elements by the callers' promise.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type V = __m256;
     const LANES: usize = 8;
     const ROWS: usize = 6;
@@ -119,5 +130,77 @@ impl Simd for Avx2 {
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }
+    }
+
+    type B = __m256i;
+    type I = __m256i;
+    const CENTRE: i32 = if VNNI { 0 } else { 128 };
+    const INT_ROWS: usize = 3;
+
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8, b: __m256i) {
+        unsafe { _mm256_storeu_si256(p.cast(), b) }
+    }
+    #[inline(always)]
+    unsafe fn splat_quad(self, p: *const i8) -> __m256i {
+        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, b: __m256i) -> __m256i {
+        unsafe { _mm256_and_si256(b, _mm256_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: __m256i) -> __m256i {
+        unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(b), _mm256_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn lookup_bytes(self, table: &[u8; 16], b: __m256i) -> __m256i {
+        unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), b) }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+        unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(sums, codes, x);
+            }
+            // |code| times x with the code's sign: pairs of products then fit 16 bits.
+            let codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+        unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(sums, codes, x);
+            }
+            let pairs = _mm256_maddubs_epi16(codes, x);
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> __m256i {
+        unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn int_to_float(self, x: __m256i) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(x) }
+    }
+    #[inline(always)]
+    fn byte<const J: i32>(self, b: __m256i) -> __m256i {
+        unsafe { _mm256_and_si256(_mm256_srlv_epi32(b, _mm256_set1_epi32(8 * J)), _mm256_set1_epi32(255)) }
+    }
+    #[inline(always)]
+    fn sub_int(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], at: __m256i) -> __m256 {
+        unsafe { _mm256_i32gather_ps::<4>(table.as_ptr(), at) }
     }
 }

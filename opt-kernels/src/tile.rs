@@ -7,7 +7,7 @@
 use crate::simd::{Simd, Weight};
 
 /// Where a tile finds the left-hand elements.
-pub(crate) trait Rows<const M: usize>: Copy {
+pub trait Rows<const M: usize>: Copy {
     /// Element `k` of row `r`.
     ///
     /// # Safety
@@ -17,11 +17,11 @@ pub(crate) trait Rows<const M: usize>: Copy {
 
 /// Rows where they lie, each with its own pointer.
 #[derive(Clone, Copy)]
-pub(crate) struct Apart<const M: usize>(pub(crate) [*const f32; M]);
+pub struct Apart<const M: usize>(pub [*const f32; M]);
 
 /// Rows interleaved: `M` elements of depth 0, `M` of depth 1, ...
 #[derive(Clone, Copy)]
-pub(crate) struct Woven(pub(crate) *const f32);
+pub struct Woven(pub *const f32);
 
 impl<const M: usize> Apart<M> {
     /// The rows `0..count` of width `stride` at `start`; the last one stands in for those missing.
@@ -29,7 +29,7 @@ impl<const M: usize> Apart<M> {
     /// # Safety
     /// `count > 0`, and the rows lie within one allocation.
     #[inline(always)]
-    pub(crate) unsafe fn new(start: *const f32, stride: usize, count: usize) -> Self {
+    pub unsafe fn new(start: *const f32, stride: usize, count: usize) -> Self {
         let mut rows = [start; M];
         let mut r = 1;
         while r < M {
@@ -60,9 +60,9 @@ impl<const M: usize> Rows<M> for Woven {
 
 /// A matrix in memory: its first element and the distance of its rows.
 #[derive(Clone, Copy)]
-pub(crate) struct At<P> {
-    pub(crate) start: P,
-    pub(crate) stride: usize,
+pub struct At<P> {
+    pub start: P,
+    pub stride: usize,
 }
 
 /// `out = a b`, or `out += a b`, for `M` rows and `N` vectors of columns, over `depth`. Elements of `b` are asked for
@@ -71,7 +71,7 @@ pub(crate) struct At<P> {
 /// # Safety
 /// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const N: usize>(
+pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const N: usize>(
     s: S,
     depth: usize,
     a: A,

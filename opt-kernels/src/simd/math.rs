@@ -4,7 +4,7 @@ use super::{Kernel, Simd};
 use opt_backend::Activation;
 
 /// Applies an activation to each element. A kernel of its own, so that its code exists once per instruction set.
-pub(crate) struct Activate<'a>(pub(crate) Activation, pub(crate) &'a mut [f32]);
+pub struct Activate<'a>(pub(crate) Activation, pub(crate) &'a mut [f32]);
 
 impl Kernel for Activate<'_> {
     type Output = ();
@@ -34,7 +34,7 @@ impl Kernel for Activate<'_> {
 /// x = n ln 2 + r with |r| <= ln 2 / 2, then 2ⁿ times the Taylor polynomial of degree 7 of eʳ (remainder 5e-9).
 /// ln 2 is split in two so that n times the first part is exact.
 #[inline(always)]
-pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const TAYLOR: [f32; 6] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];

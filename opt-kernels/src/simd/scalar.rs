@@ -91,4 +91,67 @@ impl Simd for Scalar {
     fn largest(self, a: Self::V) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
+
+    type B = [[u8; 4]; LANES];
+    type I = [i32; LANES];
+    const CENTRE: i32 = 0;
+    const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> Self::B {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<Self::B>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8, b: Self::B) {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<Self::B>().write_unaligned(b) }
+    }
+    #[inline(always)]
+    unsafe fn splat_quad(self, p: *const i8) -> Self::B {
+        // SAFETY: the caller's promise.
+        [unsafe { p.cast::<[u8; 4]>().read_unaligned() }; LANES]
+    }
+    #[inline(always)]
+    fn low_nibbles(self, b: Self::B) -> Self::B {
+        b.map(|quad| quad.map(|b| b & 15))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: Self::B) -> Self::B {
+        b.map(|quad| quad.map(|b| b >> 4))
+    }
+    #[inline(always)]
+    fn lookup_bytes(self, table: &[u8; 16], b: Self::B) -> Self::B {
+        b.map(|quad| quad.map(|b| table[usize::from(b & 15)]))
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sums: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        from_fn(|lane| {
+            (0..4).fold(sums[lane], |sum, j| sum + i32::from(codes[lane][j]) * i32::from(x[lane][j] as i8))
+        })
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        self.dot_bytes(sums, codes, x)
+    }
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn int_to_float(self, x: Self::I) -> Self::V {
+        x.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn byte<const J: i32>(self, b: Self::B) -> Self::I {
+        b.map(|quad| i32::from(quad[J as usize & 3]))
+    }
+    #[inline(always)]
+    fn sub_int(self, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], at: Self::I) -> Self::V {
+        at.map(|i| table[(i & 15) as usize])
+    }
 }

@@ -1,0 +1,42 @@
+//! What backends compute with where tensors lie in host memory: SIMD chosen at run time, a thread pool, and products
+//! with packed weights, dense or quantized.
+//!
+//! The embedded backend is built on all of it; those of LibTorch and candle take their quantized products from here
+//! when they run on the CPU. It is an internal crate: what it offers changes with what they need.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`simd`] | vector types per instruction set, exponential and activations |
+//! | [`pool`] | threads, parallel regions |
+//! | [`memory`], [`pack`] | aligned buffers, weights as column panels |
+//! | [`tile`], `gemm` | the register tile, products in f32 |
+//! | [`quant`] | products with quantized weights and activations |
+//! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
+
+// An internal crate: what a name says by itself is not said again.
+#![allow(missing_docs)]
+
+mod gemm;
+pub mod memory;
+pub mod output;
+pub mod pack;
+pub mod pool;
+pub mod product;
+pub mod quant;
+pub mod simd;
+pub mod tile;
+
+pub use quant::Compute;
+
+/// What kernels run on.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// Threads.
+    pub pool: &'a pool::Pool,
+    /// Zones around buffers, for tests.
+    pub guards: &'a memory::Guards,
+    /// The instruction set.
+    pub level: simd::SimdLevel,
+    /// How products with quantized weights are computed.
+    pub compute: Compute,
+}

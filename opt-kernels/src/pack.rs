@@ -1,0 +1,186 @@
+//! Weights as kernels want them: column panels.
+//!
+//! A weight `[out, in]` is held as ceil(out / width) panels of `[in, width]`, `width` being two vectors, so that a
+//! kernel streams memory from first to last byte whether it computes one row (decode) or hundreds (prefill). Packing
+//! happens once, panel by panel from the caller's view: no second copy of the matrix exists at any time. Outputs past
+//! the last are zeros.
+
+use crate::{
+    Machine,
+    gemm::Wide,
+    memory::{Aligned, Shared},
+    quant::Codes,
+    simd::{Simd, Weight},
+};
+use half::{bf16, f16};
+use opt_backend::{DType, Error, ErrorKind, HostMatrix, Result, quant::Quantized};
+
+/// Column panels, however their elements are held.
+pub trait Source: Sync {
+    /// What elements are held as, where kernels can load them one after the other.
+    type Element: Weight;
+    /// Number of panels.
+    fn count(&self) -> usize;
+    /// Bytes of `places` places of a panel.
+    fn bytes(&self, places: usize) -> usize;
+    /// Where the elements of a panel are held, from place `start` on; need not exist.
+    fn address(&self, panel: usize, start: usize) -> *const u8;
+    /// The elements of a panel from place `start` on, `[places, width]`, if they can be loaded as they lie.
+    fn elements(&self, panel: usize, start: usize) -> Option<*const Self::Element>;
+    /// Writes the places `start..start + block` of a panel as f32, `[block, width]`.
+    ///
+    /// # Safety
+    /// The panel has these places, no more than `wide` has room for, and `S` is the level it was packed for.
+    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide);
+}
+
+/// A packed matrix of one element type.
+pub struct Panels<W: Weight> {
+    data: Aligned<W>,
+    outputs: usize,
+    depth: usize,
+    width: usize,
+}
+
+impl<W: Weight> Panels<W> {
+    fn new(machine: Machine<'_>, weight: HostMatrix<'_>, what: &'static str) -> Result<Self> {
+        let Machine { pool, guards, level, .. } = machine;
+        let width = level.sizes().panel;
+        let [outputs, depth] = weight.shape();
+        let panels = outputs.div_ceil(width);
+        let size = panels.checked_mul(width).and_then(|n| n.checked_mul(depth));
+        let size = size.ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
+        let mut data = Aligned::<W>::zeroed(guards, size, what)?;
+        let target = Shared(data.as_mut_slice().as_mut_ptr());
+        pool.run(if depth == 0 { 0 } else { panels }, &|panel| {
+            let rows = panel * width..outputs.min((panel + 1) * width);
+            let mut row = vec![0.0; depth];
+            for (column, j) in rows.enumerate() {
+                weight.row_f32(j, &mut row);
+                for (k, &x) in row.iter().enumerate() {
+                    // SAFETY: within this task's own panel of depth * width elements.
+                    unsafe { *target.at((panel * depth + k) * width + column) = W::from_f32(x) };
+                }
+            }
+        })?;
+        Ok(Self { data, outputs, depth, width })
+    }
+
+    /// The elements of panel `panel`, `[depth, width]`.
+    pub fn panel(&self, panel: usize) -> &[W] {
+        let size = self.depth * self.width;
+        &self.data.as_slice()[panel * size..(panel + 1) * size]
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        [self.outputs, self.depth]
+    }
+
+    fn places(&self) -> usize {
+        self.depth
+    }
+
+    /// Writes row `output` of the matrix, `depth` elements, to `row`.
+    fn read_row(&self, output: usize, row: &mut [f32]) {
+        let column = output % self.width;
+        let elements = self.panel(output / self.width).chunks_exact(self.width);
+        row.iter_mut().zip(elements).for_each(|(x, k)| *x = k[column].to_f32());
+    }
+}
+
+impl<W: Weight> Source for Panels<W> {
+    type Element = W;
+
+    fn count(&self) -> usize {
+        self.outputs.div_ceil(self.width)
+    }
+
+    fn bytes(&self, places: usize) -> usize {
+        places * self.width * size_of::<W>()
+    }
+
+    #[inline(always)]
+    fn address(&self, panel: usize, start: usize) -> *const u8 {
+        self.panel(panel).as_ptr().wrapping_add(start * self.width).cast()
+    }
+
+    #[inline(always)]
+    fn elements(&self, panel: usize, start: usize) -> Option<*const W> {
+        Some(self.panel(panel).as_ptr().wrapping_add(start * self.width))
+    }
+
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide) {
+        let elements = &self.panel(panel)[start * self.width..][..block * self.width];
+        for i in (0..elements.len()).step_by(S::LANES) {
+            // SAFETY: `elements` and `wide` have block * width elements, whole vectors.
+            unsafe { s.store(wide.0.as_mut_ptr().add(i), W::load(s, elements.as_ptr().add(i))) };
+        }
+    }
+}
+
+/// A packed matrix `[outputs, inputs]`.
+pub enum Packed {
+    F32(Panels<f32>),
+    F16(Panels<f16>),
+    BF16(Panels<bf16>),
+    Codes(Codes),
+}
+
+/// Calls `$body` with `$panels` bound to the panels of whatever type.
+macro_rules! for_each_packed {
+    ($packed:expr, $panels:ident => $body:expr) => {
+        match $packed {
+            $crate::pack::Packed::F32($panels) => $body,
+            $crate::pack::Packed::F16($panels) => $body,
+            $crate::pack::Packed::BF16($panels) => $body,
+            $crate::pack::Packed::Codes($panels) => $body,
+        }
+    };
+}
+pub(crate) use for_each_packed;
+
+impl Packed {
+    /// Packs `weight` as `dtype` into panels as wide as the machine's level wants them.
+    pub fn new(
+        machine: Machine<'_>,
+        weight: HostMatrix<'_>,
+        dtype: DType,
+        what: &'static str,
+    ) -> Result<Self> {
+        Ok(match dtype {
+            DType::F32 => Packed::F32(Panels::new(machine, weight, what)?),
+            DType::F16 => Packed::F16(Panels::new(machine, weight, what)?),
+            DType::BF16 => Packed::BF16(Panels::new(machine, weight, what)?),
+            other => {
+                let message = format_args!("expected f32, f16 or bf16, found {other}");
+                return Err(Error::new(ErrorKind::Unsupported, what, message));
+            }
+        })
+    }
+
+    /// Packs a quantized weight.
+    pub fn quantized(machine: Machine<'_>, weight: &Quantized, what: &'static str) -> Result<Self> {
+        Codes::new(machine, weight, what).map(Packed::Codes)
+    }
+
+    /// `[outputs, inputs]`.
+    pub fn shape(&self) -> [usize; 2] {
+        for_each_packed!(self, panels => panels.shape())
+    }
+
+    /// Number of panels.
+    pub fn panels(&self) -> usize {
+        for_each_packed!(self, panels => panels.count())
+    }
+
+    /// Bytes of one panel.
+    pub fn panel_bytes(&self) -> usize {
+        for_each_packed!(self, panels => panels.bytes(panels.places()))
+    }
+
+    /// Writes row `output`, `depth` elements, to `row`.
+    pub fn read_row(&self, output: usize, row: &mut [f32]) {
+        for_each_packed!(self, panels => panels.read_row(output, row))
+    }
+}

@@ -1,0 +1,180 @@
+//! Rows of activations in int8.
+
+use super::RUN;
+use crate::{
+    Machine,
+    memory::{Shared, reserve},
+    simd::{Kernel, Simd},
+};
+use opt_backend::Result;
+
+/// Rows `[rows, places]`: x ≈ scale * code per row and run of [`RUN`] places, codes from -127 to 127.
+pub(super) struct Rows {
+    pub(super) codes: Vec<i8>,
+    /// `[rows, runs]`
+    pub(super) scales: Vec<f32>,
+    /// The sum of each run's codes, `[rows, runs]`.
+    pub(super) sums: Vec<i32>,
+    /// Places of a row: a multiple of [`RUN`].
+    pub(super) places: usize,
+    /// What was kept out of the codes: row, place and value, in their order.
+    pub(super) outliers: Vec<(usize, usize, f32)>,
+}
+
+impl Rows {
+    pub(super) fn runs(&self) -> usize {
+        self.places / RUN
+    }
+
+    /// Quantizes `[rows, width]`. Elements of at least `threshold` in magnitude are set aside.
+    pub(super) fn new(
+        machine: Machine<'_>,
+        x: &[f32],
+        [rows, width]: [usize; 2],
+        threshold: Option<f32>,
+    ) -> Result<Self> {
+        let places = width.next_multiple_of(RUN);
+        let runs = places / RUN;
+        let mut codes = reserve("linear", rows * places)?;
+        codes.resize(rows * places, 0_i8);
+        let mut scales = reserve("linear", rows * runs)?;
+        scales.resize(rows * runs, 0.0_f32);
+        let mut sums = reserve("linear", rows * runs)?;
+        sums.resize(rows * runs, 0_i32);
+        let outliers = match threshold {
+            Some(threshold) => {
+                let each = x.iter().enumerate().filter(|(_, x)| x.abs() >= threshold);
+                each.map(|(at, &x)| (at / width, at % width, x)).collect()
+            }
+            None => Vec::new(),
+        };
+        let targets = (Shared(codes.as_mut_ptr()), Shared(scales.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+        let body = |row: usize| {
+            let (codes, scales, sums) = targets;
+            // SAFETY: what belongs to this row belongs to this task alone.
+            let (codes, scales, sums) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(codes.at(row * places), places),
+                    std::slice::from_raw_parts_mut(scales.at(row * runs), runs),
+                    std::slice::from_raw_parts_mut(sums.at(row * runs), runs),
+                )
+            };
+            let x = &x[row * width..][..width];
+            machine.level.run(Quantize {
+                x,
+                threshold: threshold.unwrap_or(f32::INFINITY),
+                codes,
+                scales,
+                sums,
+            });
+        };
+        // A region costs more than a few rows.
+        if rows * width < 1 << 14 {
+            (0..rows).for_each(body);
+        } else {
+            machine.pool.run(rows, &body)?;
+        }
+        Ok(Self { codes, scales, sums, places, outliers })
+    }
+}
+
+struct Quantize<'a> {
+    x: &'a [f32],
+    threshold: f32,
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+}
+
+impl Kernel for Quantize<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let runs = self.codes.chunks_exact_mut(RUN).zip(self.scales).zip(self.sums);
+        for (i, ((codes, scale), sum)) in runs.enumerate() {
+            let mut x = [0.0; RUN];
+            let part = &self.x[(i * RUN).min(self.x.len())..self.x.len().min((i + 1) * RUN)];
+            x[..part.len()].copy_from_slice(part);
+            // As integers, magnitudes keep their order, and NaN is the largest: it must not get lost.
+            let mut largest = 0;
+            for x in &mut x {
+                if self.threshold.is_finite() && x.abs() >= self.threshold {
+                    *x = 0.0;
+                }
+                largest = largest.max(x.to_bits() & 0x7fff_ffff);
+            }
+            let largest = f32::from_bits(largest);
+            // Codes of 0 times a scale that is not finite are NaN, as the product would be; what is too small to have
+            // a reciprocal is 0.
+            let inverse = if largest.is_finite() && largest > 1e-36 { 127.0 / largest } else { 0.0 };
+            *scale = if largest > 1e-36 || !largest.is_finite() { largest / 127.0 } else { 0.0 };
+            const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23: there the spacing of f32 is 1
+            let mut total = 0;
+            if inverse > 0.0 {
+                for (code, x) in codes.iter_mut().zip(x) {
+                    let nearest = (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
+                    *code = nearest as i8;
+                    total += nearest;
+                }
+            } else {
+                codes.fill(0);
+            }
+            *sum = total;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Compute, memory::Guards, pool::Pool, simd::SimdLevel};
+
+    #[test]
+    fn every_level_gives_the_same_codes() {
+        let (pool, guards) = (Pool::new(1).unwrap(), Guards::new(false));
+        let mut x: Vec<f32> = (0..4 * 70).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.37).collect();
+        x[3] = 0.0;
+        x[40..70].fill(0.0);
+        x[71] = 1e30;
+        x[150] = f32::NAN;
+        x[250] = 1e-41;
+        let quantize = |level| {
+            let machine = Machine { pool: &pool, guards: &guards, level, compute: Compute::Int8 };
+            Rows::new(machine, &x, [4, 70], None).unwrap()
+        };
+        let expected = quantize(SimdLevel::Scalar);
+        assert_eq!((expected.places, expected.runs()), (96, 3));
+        for (row, x) in x.chunks(70).enumerate() {
+            for (place, &x) in x.iter().enumerate() {
+                let run = row * 3 + place / RUN;
+                let (scale, code) = (expected.scales[run], expected.codes[row * 96 + place]);
+                if scale.is_finite() {
+                    assert!((x - scale * f32::from(code)).abs() <= scale * 0.5001 + 1e-36, "{x}");
+                }
+                assert!(code != i8::MIN);
+            }
+        }
+        assert!(
+            expected.scales[2 * 3].is_nan()
+                || expected.scales[2 * 3 + 1].is_nan()
+                || expected.scales[6].is_nan()
+        );
+        for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+            let found = quantize(level);
+            assert_eq!((&found.codes, &found.sums), (&expected.codes, &expected.sums), "{level}");
+            let bits = |rows: &Rows| rows.scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&found), bits(&expected), "{level}");
+        }
+    }
+
+    #[test]
+    fn outliers_are_set_aside() {
+        let (pool, guards) = (Pool::new(1).unwrap(), Guards::new(false));
+        let machine =
+            Machine { pool: &pool, guards: &guards, level: SimdLevel::Scalar, compute: Compute::Int8 };
+        let rows = Rows::new(machine, &[1.0, -7.0, 2.0, 6.0], [2, 2], Some(6.0)).unwrap();
+        assert_eq!(rows.outliers, [(0, 1, -7.0), (1, 1, 6.0)]);
+        assert_eq!((rows.codes[0], rows.codes[1], rows.codes[32], rows.codes[33]), (127, 0, 127, 0));
+    }
+}
