@@ -1,7 +1,7 @@
 //! Tokens per second of the op sequence of an OPT-125m with random weights: what the kernels can give, before
 //! tokenizer, sampling and checkpoint have a part in it.
 //!
-//!     cargo run --release -p opt-backend-cpu --example shape_125m [f32|f16|bf16]
+//!     cargo run --release -p opt-backend-cpu --example shape_125m [f32|f16|bf16|int8|int4|nf4] [compute: int8|f32]
 //!
 //! Decoding one token reads every weight once: 124 million of them, 0.5 GB in f32. Prefill of 512 tokens with all
 //! logits is 131 GFLOP: 87 in the layers, 40 in the LM head, 5 in attention.
@@ -10,8 +10,9 @@ use opt_backend::{
     Activation, Attend, Backend, CacheDType, CacheSpec, DType, HostMatrix, HostVector, NormParams, Result,
     Span, Then,
     ndarray::{Array1, Array2},
+    quant::{Groups, Levels, NF4, Quantized, Zeros},
 };
-use opt_backend_cpu::{Cache, Cpu, Linear, Norm, Table, Tensor};
+use opt_backend_cpu::{Cache, Compute, Cpu, Linear, Norm, Table, Tensor};
 use std::time::Instant;
 
 const HIDDEN: usize = 768;
@@ -44,16 +45,43 @@ fn random(rows: usize, columns: usize, scale: f32) -> Array2<f32> {
     })
 }
 
+/// How weights are held.
+#[derive(Clone, Copy)]
+enum Held {
+    Dense(DType),
+    Quantized(Levels),
+}
+
+/// Random codes in groups of 32, of tables 64.
+fn codes(levels: Levels, outputs: usize, inputs: usize) -> Result<Quantized> {
+    let (count, group) = match levels {
+        Levels::Integers { bits } => (1 << bits, 32),
+        _ => (16, 64),
+    };
+    let codes =
+        random(outputs, inputs, 1.0).mapv(|x| (((x + 1.0) * 0.5 * count as f32) as u32).min(count - 1) as u8);
+    let scales = Array2::from_elem((outputs, inputs.div_ceil(group)), 0.125 / count as f32);
+    Quantized::new(codes, scales, Zeros::Same(count as u16 / 2), levels, Groups::Runs(group))
+}
+
 impl Model {
-    fn new(cpu: Cpu, dtype: DType) -> Result<Self> {
-        let table = |rows| cpu.new_table(HostMatrix::F32(random(rows, HIDDEN, 0.05).view()), dtype);
+    fn new(cpu: Cpu, held: Held) -> Result<Self> {
+        let table = |rows, held| match held {
+            Held::Dense(dtype) => cpu.new_table(HostMatrix::F32(random(rows, HIDDEN, 0.05).view()), dtype),
+            // Where weights are narrower, the table stays at eight bits.
+            Held::Quantized(_) => {
+                cpu.new_quantized_table(&codes(Levels::Integers { bits: 8 }, rows, HIDDEN)?)
+            }
+        };
         let linear = |outputs, inputs| {
             let bias = Array1::<f32>::zeros(outputs);
-            cpu.new_linear(
-                HostMatrix::F32(random(outputs, inputs, 0.05).view()),
-                Some(HostVector::F32(bias.view())),
-                dtype,
-            )
+            let bias = Some(HostVector::F32(bias.view()));
+            match held {
+                Held::Dense(dtype) => {
+                    cpu.new_linear(HostMatrix::F32(random(outputs, inputs, 0.05).view()), bias, dtype)
+                }
+                Held::Quantized(levels) => cpu.new_quantized_linear(&codes(levels, outputs, inputs)?, bias),
+            }
         };
         let ones = Array1::<f32>::ones(HIDDEN);
         let norm = || {
@@ -69,7 +97,13 @@ impl Model {
             })
         });
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { layers, tokens: table(VOCAB)?, positions: table(2050)?, last: norm()?, cpu })
+        Ok(Self {
+            layers,
+            tokens: table(VOCAB, held)?,
+            positions: table(2050, Held::Dense(DType::F32))?,
+            last: norm()?,
+            cpu,
+        })
     }
 
     fn caches(&self, batch: usize) -> Result<Vec<Cache>> {
@@ -137,12 +171,19 @@ fn busy_seconds() -> Option<f64> {
 }
 
 fn main() -> Result<()> {
-    let dtype = std::env::args().nth(1).map_or(Ok(DType::F32), |name| name.parse());
-    let dtype =
-        dtype.map_err(|e| opt_backend::Error::new(opt_backend::ErrorKind::Unsupported, "arguments", e))?;
-    let cpu = Cpu::new()?;
-    println!("{}, {}, {} threads, {dtype}", cpu.info().device, cpu.simd(), cpu.threads());
-    let model = Model::new(cpu, dtype)?;
+    let wrong = |e| opt_backend::Error::new(opt_backend::ErrorKind::Unsupported, "arguments", e);
+    let mut arguments = std::env::args().skip(1);
+    let name = arguments.next().unwrap_or("f32".to_owned());
+    let held = match &name[..] {
+        "int8" => Held::Quantized(Levels::Integers { bits: 8 }),
+        "int4" => Held::Quantized(Levels::Integers { bits: 4 }),
+        "nf4" => Held::Quantized(Levels::Table(NF4)),
+        name => Held::Dense(name.parse().map_err(wrong)?),
+    };
+    let compute = arguments.next().map_or(Ok(Compute::Int8), |name| name.parse()).map_err(wrong)?;
+    let cpu = Cpu::builder().compute(compute).build()?;
+    println!("{}, {}, {} threads, {name}", cpu.info().device, cpu.simd(), cpu.threads());
+    let model = Model::new(cpu, held)?;
     let runs = 5;
     let print = |what: &str, run: &dyn Fn() -> Result<f64>| {
         let speeds = (0..runs).map(|_| {

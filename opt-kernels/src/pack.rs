@@ -124,7 +124,7 @@ pub enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
     BF16(Panels<bf16>),
-    Codes(Codes),
+    Codes(Box<Codes>),
 }
 
 /// Calls `$body` with `$panels` bound to the panels of whatever type.
@@ -134,7 +134,10 @@ macro_rules! for_each_packed {
             $crate::pack::Packed::F32($panels) => $body,
             $crate::pack::Packed::F16($panels) => $body,
             $crate::pack::Packed::BF16($panels) => $body,
-            $crate::pack::Packed::Codes($panels) => $body,
+            $crate::pack::Packed::Codes(boxed) => {
+                let $panels = &**boxed;
+                $body
+            }
         }
     };
 }
@@ -161,7 +164,7 @@ impl Packed {
 
     /// Packs a quantized weight.
     pub fn quantized(machine: Machine<'_>, weight: &Quantized, what: &'static str) -> Result<Self> {
-        Codes::new(machine, weight, what).map(Packed::Codes)
+        Ok(Packed::Codes(Box::new(Codes::new(machine, weight, what)?)))
     }
 
     /// `[outputs, inputs]`.

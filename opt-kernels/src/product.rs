@@ -26,9 +26,9 @@ pub unsafe fn multiply(
     let (mut dense, mut coded, mut apart) = (Vec::new(), Vec::new(), Vec::new());
     for product in products {
         match product.weights {
-            Packed::Codes(codes) if codes.order().is_some() => apart.push((product, codes)),
+            Packed::Codes(codes) if codes.order().is_some() => apart.push((product, &**codes)),
             Packed::Codes(codes) if machine.compute == Compute::Int8 && codes.places() > 0 => {
-                coded.push((product, codes))
+                coded.push((product, &**codes))
             }
             _ => dense.push(product),
         }

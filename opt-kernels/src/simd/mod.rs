@@ -182,6 +182,7 @@ pub trait Kernel {
 ///
 /// # Safety
 /// The unsafe methods read or write [`Simd::LANES`] elements at `p`, which need not be aligned.
+#[allow(clippy::missing_safety_doc)] // said above, once for all
 pub trait Simd: Copy {
     /// A vector.
     type V: Copy;
