@@ -9,12 +9,18 @@ use crate::{
 use opt_backend::Result;
 
 /// Rows `[rows, places]`: x ≈ scale * code per row and run of [`RUN`] places, codes from -127 to 127.
+///
+/// Rows are interleaved by tiles of [`Rows::tile`], so that a kernel reads one stream; missing rows of the last tile are
+/// zeros.
 pub(super) struct Rows {
+    /// `[tiles, places / 4, tile, 4]`
     pub(super) codes: Vec<i8>,
-    /// `[rows, runs]`
+    /// `[tiles, runs, tile]`
     pub(super) scales: Vec<f32>,
-    /// The sum of each run's codes, `[rows, runs]`.
+    /// The sum of each run's codes, `[tiles, runs, tile]`.
     pub(super) sums: Vec<i32>,
+    /// Rows of a tile.
+    pub(super) tile: usize,
     /// Places of a row: a multiple of [`RUN`].
     pub(super) places: usize,
     /// What was kept out of the codes: row, place and value, in their order.
@@ -31,16 +37,17 @@ impl Rows {
         machine: Machine<'_>,
         x: &[f32],
         [rows, width]: [usize; 2],
+        tile: usize,
         threshold: Option<f32>,
     ) -> Result<Self> {
         let places = width.next_multiple_of(RUN);
-        let runs = places / RUN;
-        let mut codes = reserve("linear", rows * places)?;
-        codes.resize(rows * places, 0_i8);
-        let mut scales = reserve("linear", rows * runs)?;
-        scales.resize(rows * runs, 0.0_f32);
-        let mut sums = reserve("linear", rows * runs)?;
-        sums.resize(rows * runs, 0_i32);
+        let (runs, padded) = (places / RUN, rows.next_multiple_of(tile));
+        let mut codes = reserve("linear", padded * places)?;
+        codes.resize(padded * places, 0_i8);
+        let mut scales = reserve("linear", padded * runs)?;
+        scales.resize(padded * runs, 0.0_f32);
+        let mut sums = reserve("linear", padded * runs)?;
+        sums.resize(padded * runs, 0_i32);
         let outliers = match threshold {
             Some(threshold) => {
                 let each = x.iter().enumerate().filter(|(_, x)| x.abs() >= threshold);
@@ -48,39 +55,41 @@ impl Rows {
             }
             None => Vec::new(),
         };
+        let threshold = threshold.unwrap_or(f32::INFINITY);
         let targets = (Shared(codes.as_mut_ptr()), Shared(scales.as_mut_ptr()), Shared(sums.as_mut_ptr()));
-        let body = |row: usize| {
+        let body = |t: usize| {
             let (codes, scales, sums) = targets;
-            // SAFETY: what belongs to this row belongs to this task alone.
+            // SAFETY: what belongs to this tile belongs to this task alone.
             let (codes, scales, sums) = unsafe {
                 (
-                    std::slice::from_raw_parts_mut(codes.at(row * places), places),
-                    std::slice::from_raw_parts_mut(scales.at(row * runs), runs),
-                    std::slice::from_raw_parts_mut(sums.at(row * runs), runs),
+                    std::slice::from_raw_parts_mut(codes.at(t * tile * places), tile * places),
+                    std::slice::from_raw_parts_mut(scales.at(t * tile * runs), tile * runs),
+                    std::slice::from_raw_parts_mut(sums.at(t * tile * runs), tile * runs),
                 )
             };
-            let x = &x[row * width..][..width];
-            machine.level.run(Quantize {
-                x,
-                threshold: threshold.unwrap_or(f32::INFINITY),
-                codes,
-                scales,
-                sums,
-            });
+            for row in t * tile..rows.min((t + 1) * tile) {
+                let x = &x[row * width..][..width];
+                let (lane, codes, scales, sums) = (row - t * tile, &mut *codes, &mut *scales, &mut *sums);
+                machine.level.run(Quantize { x, threshold, lane, tile, codes, scales, sums });
+            }
         };
         // A region costs more than a few rows.
+        let tiles = padded / tile;
         if rows * width < 1 << 14 {
-            (0..rows).for_each(body);
+            (0..tiles).for_each(body);
         } else {
-            machine.pool.run(rows, &body)?;
+            machine.pool.run(tiles, &body)?;
         }
-        Ok(Self { codes, scales, sums, places, outliers })
+        Ok(Self { codes, scales, sums, tile, places, outliers })
     }
 }
 
+/// One row into its lane of a tile.
 struct Quantize<'a> {
     x: &'a [f32],
     threshold: f32,
+    lane: usize,
+    tile: usize,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
@@ -91,8 +100,9 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let runs = self.codes.chunks_exact_mut(RUN).zip(self.scales).zip(self.sums);
-        for (i, ((codes, scale), sum)) in runs.enumerate() {
+        let Self { lane, tile, .. } = self;
+        let runs = self.codes.chunks_exact_mut(RUN * tile).zip(self.scales.chunks_exact_mut(tile));
+        for (i, ((codes, scales), sums)) in runs.zip(self.sums.chunks_exact_mut(tile)).enumerate() {
             let mut x = [0.0; RUN];
             let part = &self.x[(i * RUN).min(self.x.len())..self.x.len().min((i + 1) * RUN)];
             x[..part.len()].copy_from_slice(part);
@@ -108,19 +118,17 @@ impl Kernel for Quantize<'_> {
             // Codes of 0 times a scale that is not finite are NaN, as the product would be; what is too small to have
             // a reciprocal is 0.
             let inverse = if largest.is_finite() && largest > 1e-36 { 127.0 / largest } else { 0.0 };
-            *scale = if largest > 1e-36 || !largest.is_finite() { largest / 127.0 } else { 0.0 };
-            const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23: there the spacing of f32 is 1
-            let mut total = 0;
-            if inverse > 0.0 {
-                for (code, x) in codes.iter_mut().zip(x) {
-                    let nearest = (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
-                    *code = nearest as i8;
-                    total += nearest;
-                }
-            } else {
-                codes.fill(0);
+            scales[lane] = if largest > 1e-36 || !largest.is_finite() { largest / 127.0 } else { 0.0 };
+            if inverse == 0.0 {
+                continue;
             }
-            *sum = total;
+            const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23: there the spacing of f32 is 1
+            let nearest = x.map(|x| (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32);
+            sums[lane] = nearest.iter().sum();
+            let bytes = nearest.map(|code| code as i8);
+            for (to, quad) in codes.chunks_exact_mut(4 * tile).zip(bytes.chunks_exact(4)) {
+                to[4 * lane..4 * lane + 4].copy_from_slice(quad);
+            }
         }
     }
 }
@@ -141,25 +149,23 @@ mod tests {
         x[250] = 1e-41;
         let quantize = |level| {
             let machine = Machine { pool: &pool, guards: &guards, level, compute: Compute::Int8 };
-            Rows::new(machine, &x, [4, 70], None).unwrap()
+            Rows::new(machine, &x, [4, 70], 3, None).unwrap()
         };
         let expected = quantize(SimdLevel::Scalar);
         assert_eq!((expected.places, expected.runs()), (96, 3));
         for (row, x) in x.chunks(70).enumerate() {
             for (place, &x) in x.iter().enumerate() {
-                let run = row * 3 + place / RUN;
-                let (scale, code) = (expected.scales[run], expected.codes[row * 96 + place]);
+                let (tile, lane) = (row / 3, row % 3);
+                let scale = expected.scales[(tile * 3 + place / RUN) * 3 + lane];
+                let code = expected.codes[((tile * 24 + place / 4) * 3 + lane) * 4 + place % 4];
                 if scale.is_finite() {
                     assert!((x - scale * f32::from(code)).abs() <= scale * 0.5001 + 1e-36, "{x}");
                 }
                 assert!(code != i8::MIN);
             }
         }
-        assert!(
-            expected.scales[2 * 3].is_nan()
-                || expected.scales[2 * 3 + 1].is_nan()
-                || expected.scales[6].is_nan()
-        );
+        // x[150] is in row 2, run 0.
+        assert!(expected.scales[2].is_nan());
         for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
             let found = quantize(level);
             assert_eq!((&found.codes, &found.sums), (&expected.codes, &expected.sums), "{level}");
@@ -173,7 +179,7 @@ mod tests {
         let (pool, guards) = (Pool::new(1).unwrap(), Guards::new(false));
         let machine =
             Machine { pool: &pool, guards: &guards, level: SimdLevel::Scalar, compute: Compute::Int8 };
-        let rows = Rows::new(machine, &[1.0, -7.0, 2.0, 6.0], [2, 2], Some(6.0)).unwrap();
+        let rows = Rows::new(machine, &[1.0, -7.0, 2.0, 6.0], [2, 2], 1, Some(6.0)).unwrap();
         assert_eq!(rows.outliers, [(0, 1, -7.0), (1, 1, 6.0)]);
         assert_eq!((rows.codes[0], rows.codes[1], rows.codes[32], rows.codes[33]), (127, 0, 127, 0));
     }

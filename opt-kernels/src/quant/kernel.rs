@@ -37,9 +37,12 @@ pub unsafe fn multiply(
 ) -> Result<()> {
     let Machine { pool, level, .. } = machine;
     let threshold = products.iter().filter_map(|(_, codes)| codes.outlier_threshold).reduce(f32::min);
-    let quantized = Rows::new(machine, x, [rows, places], threshold)?;
+    // The tile that leaves the fewest rows of it empty, and of these the largest.
+    let tiles = level.int_tiles().iter().copied();
+    let tile = tiles.min_by_key(|tile| (rows.next_multiple_of(*tile), usize::MAX - tile)).unwrap_or(1);
+    let quantized = Rows::new(machine, x, [rows, places], tile, threshold)?;
     let groups = rows.div_ceil(ROW_GROUP);
-    let group_rows = rows.div_ceil(groups).next_multiple_of(6);
+    let group_rows = rows.div_ceil(groups).next_multiple_of(tile);
     let panels: usize = products.iter().map(|(_, codes)| codes.count()).sum();
     let bytes = products.iter().map(|(_, codes)| codes.bytes(codes.places())).max().unwrap_or(0).max(1);
     let share = panels / (pool.threads() * 8);
@@ -114,19 +117,12 @@ impl Kernel for Block<'_> {
             } else {
                 (form, packed)
             };
-            match (form, S::INT_ROWS) {
-                (Form::Bytes, 6) => self.panel::<S, 6, { Form::Bytes as u8 }>(s, panel, codes),
-                (Form::Bytes, 3) => self.panel::<S, 3, { Form::Bytes as u8 }>(s, panel, codes),
-                (Form::Bytes, _) => self.panel::<S, 2, { Form::Bytes as u8 }>(s, panel, codes),
-                (Form::Loose, 6) => self.panel::<S, 6, { Form::Loose as u8 }>(s, panel, codes),
-                (Form::Loose, 3) => self.panel::<S, 3, { Form::Loose as u8 }>(s, panel, codes),
-                (Form::Loose, _) => self.panel::<S, 2, { Form::Loose as u8 }>(s, panel, codes),
-                (Form::Nibbles, 6) => self.panel::<S, 6, { Form::Nibbles as u8 }>(s, panel, codes),
-                (Form::Nibbles, 3) => self.panel::<S, 3, { Form::Nibbles as u8 }>(s, panel, codes),
-                (Form::Nibbles, _) => self.panel::<S, 2, { Form::Nibbles as u8 }>(s, panel, codes),
-                (Form::Table, 6) => self.panel::<S, 6, { Form::Table as u8 }>(s, panel, codes),
-                (Form::Table, 3) => self.panel::<S, 3, { Form::Table as u8 }>(s, panel, codes),
-                (Form::Table, _) => self.panel::<S, 2, { Form::Table as u8 }>(s, panel, codes),
+            match self.x.tile {
+                1 => self.panel_of::<S, 1>(s, form, panel, codes),
+                2 => self.panel_of::<S, 2>(s, form, panel, codes),
+                3 => self.panel_of::<S, 3>(s, form, panel, codes),
+                4 => self.panel_of::<S, 4>(s, form, panel, codes),
+                _ => self.panel_of::<S, 6>(s, form, panel, codes),
             }
         }
     }
@@ -157,79 +153,46 @@ impl Block<'_> {
         }
     }
 
-    /// One panel times the rows, `M` at a time.
+    #[inline(always)]
+    fn panel_of<S: Simd, const M: usize>(&self, s: S, form: Form, panel: usize, codes: &[u8]) {
+        if !S::INT_TILES.contains(&M) {
+            return;
+        }
+        match form {
+            Form::Bytes => self.panel::<S, M, { Form::Bytes as u8 }>(s, panel, codes),
+            Form::Loose => self.panel::<S, M, { Form::Loose as u8 }>(s, panel, codes),
+            Form::Nibbles => self.panel::<S, M, { Form::Nibbles as u8 }>(s, panel, codes),
+            Form::Table => self.panel::<S, M, { Form::Table as u8 }>(s, panel, codes),
+        }
+    }
+
+    /// One panel times the rows, a tile of `M` at a time.
     #[inline(always)]
     fn panel<S: Simd, const M: usize, const FORM: u8>(&self, s: S, panel: usize, codes: &[u8]) {
         let mut sums = [0.0_f32; TILE];
-        let mut row = self.rows.start;
-        while row < self.rows.end {
-            let rows = row..self.rows.end.min(row + M);
-            // SAFETY: the rows and the panel exist, and their outputs belong to this task alone.
+        for first in self.rows.clone().step_by(M) {
+            let rows = first..self.rows.end.min(first + M);
+            // SAFETY: the tile and the panel exist, and the outputs of the rows belong to this task alone.
             unsafe {
-                match (rows.len(), &self.codes.scales) {
-                    (1, Scales::Half(scales)) => {
-                        self.tile::<S, _, 1, FORM>(
-                            s,
-                            panel,
-                            codes,
-                            scales.as_slice(),
-                            rows.clone(),
-                            &mut sums,
-                        );
+                match &self.codes.scales {
+                    Scales::Half(scales) => {
+                        self.tile::<S, _, M, FORM>(s, panel, codes, scales.as_slice(), first / M, &mut sums);
                     }
-                    (1, Scales::Single(scales)) => {
-                        self.tile::<S, _, 1, FORM>(
-                            s,
-                            panel,
-                            codes,
-                            scales.as_slice(),
-                            rows.clone(),
-                            &mut sums,
-                        );
-                    }
-                    (2, Scales::Half(scales)) if M > 2 => {
-                        self.tile::<S, _, 2, FORM>(
-                            s,
-                            panel,
-                            codes,
-                            scales.as_slice(),
-                            rows.clone(),
-                            &mut sums,
-                        );
-                    }
-                    (_, Scales::Half(scales)) => {
-                        self.tile::<S, _, M, FORM>(
-                            s,
-                            panel,
-                            codes,
-                            scales.as_slice(),
-                            rows.clone(),
-                            &mut sums,
-                        );
-                    }
-                    (_, Scales::Single(scales)) => {
-                        self.tile::<S, _, M, FORM>(
-                            s,
-                            panel,
-                            codes,
-                            scales.as_slice(),
-                            rows.clone(),
-                            &mut sums,
-                        );
+                    Scales::Single(scales) => {
+                        self.tile::<S, _, M, FORM>(s, panel, codes, scales.as_slice(), first / M, &mut sums);
                     }
                 }
                 self.add_outliers::<S>(rows.clone(), panel, &mut sums);
                 self.output.copy_out(s, &sums, rows.clone(), panel);
-                self.output.finish(s, rows.clone(), panel);
+                self.output.finish(s, rows, panel);
             }
-            row = rows.end;
         }
     }
 
-    /// `M` rows, the last of `rows` standing in for those missing, into `sums`.
+    /// The `M` rows of tile `tile` into `sums`.
     ///
     /// # Safety
-    /// The rows and the panel exist; `rows` is not empty and not longer than `M`.
+    /// The tile, which is of `M` rows, and the panel exist.
     #[inline(always)]
     unsafe fn tile<S: Simd, W: Weight, const M: usize, const FORM: u8>(
         &self,
@@ -237,7 +200,7 @@ impl Block<'_> {
         panel: usize,
         codes: &[u8],
         scales: &[W],
-        rows: std::ops::Range<usize>,
+        tile: usize,
         sums: &mut [f32; TILE],
     ) {
         let width = 2 * S::LANES;
@@ -254,88 +217,97 @@ impl Block<'_> {
             Offsets::Same(zero) => (zero - centre, None),
             Offsets::Each(zeros) => (0, Some(zeros.as_slice())),
         };
+        let zero = s.splat_int(-zero);
         let runs = self.x.runs();
-        let row = |r: usize| rows.start + r.min(rows.len() - 1);
-        let x: [*const i8; M] = std::array::from_fn(|r| self.x.codes[row(r) * self.x.places..].as_ptr());
-        let x_scales: [*const f32; M] = std::array::from_fn(|r| self.x.scales[row(r) * runs..].as_ptr());
-        let x_sums: [*const i32; M] = std::array::from_fn(|r| self.x.sums[row(r) * runs..].as_ptr());
-        let beside = self.codes.beside(panel);
+        // One step a run for all streams.
+        let mut x = self.x.codes[tile * M * self.x.places..].as_ptr();
+        let mut x_scales = self.x.scales[tile * M * runs..].as_ptr();
+        let mut x_sums = self.x.sums[tile * M * runs..].as_ptr();
+        let mut codes = codes.as_ptr();
+        let mut beside = self.codes.beside(panel);
         let group_runs = self.codes.group / RUN;
+        let mut left = group_runs;
         let mut totals = [[s.splat(0.0); 2]; M];
-        let (mut group, mut left) = (0, group_runs);
-        for run in 0..runs {
+        for _ in 0..runs {
             if left == 0 {
-                (group, left) = (group + 1, group_runs);
+                (beside, left) = (beside + width, group_runs);
             }
             left -= 1;
             // SAFETY: by the caller's promise there are `runs` runs of codes, and of everything beside them.
             unsafe {
                 let mut dots = [[s.splat_int(0); 2]; M];
-                if zero != 0 {
-                    for r in 0..M {
-                        dots[r] = [s.splat_int(-zero * *x_sums[r].add(run)); 2];
+                if zeros.is_none() {
+                    for (r, dots) in dots.iter_mut().enumerate() {
+                        *dots = [s.mul_int(zero, s.load_int(x_sums.add(r))); 2];
                     }
                 }
-                let start = codes.as_ptr().add(run * RUN * width / if packed { 2 } else { 1 });
                 if packed {
-                    for pair in 0..RUN / 8 {
-                        let at = start.add(pair * width * 4);
-                        s.prefetch(at.wrapping_add(AHEAD));
-                        s.prefetch(at.wrapping_add(AHEAD + 4 * S::LANES));
-                        let both = [s.load_bytes(at), s.load_bytes(at.add(4 * S::LANES))];
+                    for _ in 0..RUN / 8 {
+                        if M <= 2 {
+                            s.prefetch(codes.wrapping_add(AHEAD));
+                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+                        }
+                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
                         let mut low = both.map(|b| s.low_nibbles(b));
                         let mut high = both.map(|b| s.high_nibbles(b));
                         if FORM == Form::Table as u8 {
                             low = low.map(|b| s.lookup_bytes(&table, b));
                             high = high.map(|b| s.lookup_bytes(&table, b));
                         }
-                        for r in 0..M {
-                            let at = x[r].add(run * RUN + pair * 8);
-                            let (first, second) = (s.splat_quad(at), s.splat_quad(at.add(4)));
-                            for n in 0..2 {
-                                dots[r][n] = if bytes {
-                                    s.dot_bytes(s.dot_bytes(dots[r][n], low[n], first), high[n], second)
-                                } else {
-                                    s.dot_nibbles(s.dot_nibbles(dots[r][n], low[n], first), high[n], second)
-                                };
+                        for (half, quad) in [(low, 0), (high, M)] {
+                            for (r, dots) in dots.iter_mut().enumerate() {
+                                let x = s.splat_quad(x.add(4 * (quad + r)));
+                                for (dot, half) in dots.iter_mut().zip(half) {
+                                    *dot = if bytes {
+                                        s.dot_bytes(*dot, half, x)
+                                    } else {
+                                        s.dot_nibbles(*dot, half, x)
+                                    };
+                                }
                             }
                         }
+                        x = x.add(8 * M);
+                        codes = codes.add(4 * width);
                     }
                 } else {
-                    for quad in 0..RUN / 4 {
-                        let at = start.add(quad * width * 4);
-                        s.prefetch(at.wrapping_add(AHEAD));
-                        s.prefetch(at.wrapping_add(AHEAD + 4 * S::LANES));
-                        let both = [s.load_bytes(at), s.load_bytes(at.add(4 * S::LANES))];
-                        for r in 0..M {
-                            let x = s.splat_quad(x[r].add(run * RUN + quad * 4));
-                            for n in 0..2 {
-                                dots[r][n] = if bytes {
-                                    s.dot_bytes(dots[r][n], both[n], x)
+                    for _ in 0..RUN / 4 {
+                        if M <= 2 {
+                            s.prefetch(codes.wrapping_add(AHEAD));
+                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+                        }
+                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
+                        for (r, dots) in dots.iter_mut().enumerate() {
+                            let x = s.splat_quad(x.add(4 * r));
+                            for (dot, half) in dots.iter_mut().zip(both) {
+                                *dot = if bytes {
+                                    s.dot_bytes(*dot, half, x)
                                 } else {
-                                    s.dot_nibbles(dots[r][n], both[n], x)
+                                    s.dot_nibbles(*dot, half, x)
                                 };
                             }
                         }
+                        x = x.add(4 * M);
+                        codes = codes.add(4 * width);
                     }
                 }
-                let at = beside + group * width;
                 for n in 0..2 {
-                    let scale = W::load(s, scales.as_ptr().add(at + n * S::LANES));
-                    let zero = zeros.map(|zeros| {
-                        let zero = s.load_f16(zeros.as_ptr().add(at + n * S::LANES));
-                        s.sub(s.splat(centre as f32), zero)
-                    });
-                    for r in 0..M {
+                    let at = beside + n * S::LANES;
+                    let mut scale = W::load(s, scales.as_ptr().add(at));
+                    if FORM == Form::Table as u8 || bytes && unit != 1.0 {
+                        scale = s.mul(scale, s.splat(unit));
+                    }
+                    for (r, total) in totals.iter_mut().enumerate() {
                         let mut dot = s.int_to_float(dots[r][n]);
-                        if let Some(zero) = zero {
+                        if let Some(zeros) = zeros {
                             // Integers below 2^24: exact.
-                            dot = s.fma(zero, s.splat(*x_sums[r].add(run) as f32), dot);
+                            let zero = s.sub(s.splat(centre as f32), s.load_f16(zeros.as_ptr().add(at)));
+                            dot = s.fma(zero, s.int_to_float(s.load_int(x_sums.add(r))), dot);
                         }
-                        let scale = s.mul(scale, s.splat(unit * *x_scales[r].add(run)));
-                        totals[r][n] = s.fma(dot, scale, totals[r][n]);
+                        total[n] = s.fma(dot, s.mul(scale, s.splat(*x_scales.add(r))), total[n]);
                     }
                 }
+                x_scales = x_scales.add(M);
+                x_sums = x_sums.add(M);
             }
         }
         for (r, total) in totals.into_iter().enumerate() {

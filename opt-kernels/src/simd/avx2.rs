@@ -135,7 +135,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type B = __m256i;
     type I = __m256i;
     const CENTRE: i32 = if VNNI { 0 } else { 128 };
-    const INT_ROWS: usize = 3;
+    const INT_TILES: &'static [usize] = &[1, 2, 3];
 
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m256i {
@@ -186,6 +186,14 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     fn splat_int(self, x: i32) -> __m256i {
         unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_int(self, p: *const i32) -> __m256i {
+        unsafe { _mm256_set1_epi32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    fn mul_int(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_mullo_epi32(a, b) }
     }
     #[inline(always)]
     fn int_to_float(self, x: __m256i) -> __m256 {

@@ -128,7 +128,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type I = __m512i;
     // VNNI takes codes as they are; without it there is room for products of signed bytes only.
     const CENTRE: i32 = if VNNI { 0 } else { 128 };
-    const INT_ROWS: usize = 6;
+    const INT_TILES: &'static [usize] = &[1, 2, 4, 6];
 
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m512i {
@@ -180,6 +180,14 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn splat_int(self, x: i32) -> __m512i {
         unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_int(self, p: *const i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    fn mul_int(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_mullo_epi32(a, b) }
     }
     #[inline(always)]
     fn int_to_float(self, x: __m512i) -> __m512 {

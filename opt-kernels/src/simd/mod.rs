@@ -91,6 +91,19 @@ impl SimdLevel {
         self.run(Ask)
     }
 
+    /// [`Simd::INT_TILES`] of this level.
+    pub(crate) fn int_tiles(self) -> &'static [usize] {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = &'static [usize];
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> &'static [usize] {
+                S::INT_TILES
+            }
+        }
+        self.run(Ask)
+    }
+
     /// Runs `kernel` compiled for this level.
     ///
     /// Values of this type that users can get hold of are checked when a backend is built; asking for an
@@ -229,8 +242,8 @@ pub trait Simd: Copy {
     type I: Copy;
     /// What [`Simd::dot_bytes`] takes off each code before it multiplies.
     const CENTRE: i32;
-    /// Rows of the register tile of integer products, of two vectors each.
-    const INT_ROWS: usize;
+    /// Rows that a register tile of integer products may have, of two vectors each: of 1, 2, 3, 4 and 6.
+    const INT_TILES: &'static [usize];
 
     /// The `4 * LANES` bytes at `p`.
     unsafe fn load_bytes(self, p: *const u8) -> Self::B;
@@ -248,6 +261,9 @@ pub trait Simd: Copy {
     /// `sums` plus, for each lane, the products of codes below 16 and signed x.
     fn dot_nibbles(self, sums: Self::I, codes: Self::B, x: Self::B) -> Self::I;
     fn splat_int(self, x: i32) -> Self::I;
+    /// The one integer at `p` in every lane.
+    unsafe fn load_int(self, p: *const i32) -> Self::I;
+    fn mul_int(self, a: Self::I, b: Self::I) -> Self::I;
     fn int_to_float(self, x: Self::I) -> Self::V;
     /// Byte `J` of each quad.
     fn byte<const J: i32>(self, b: Self::B) -> Self::I;

@@ -146,7 +146,7 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     type I = int32x4_t;
     // Products are of signed bytes.
     const CENTRE: i32 = 128;
-    const INT_ROWS: usize = 6;
+    const INT_TILES: &'static [usize] = &[1, 2, 4, 6];
 
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> uint8x16_t {
@@ -191,6 +191,14 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     #[inline(always)]
     fn splat_int(self, x: i32) -> int32x4_t {
         unsafe { vdupq_n_s32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_int(self, p: *const i32) -> int32x4_t {
+        unsafe { vdupq_n_s32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    fn mul_int(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vmulq_s32(a, b) }
     }
     #[inline(always)]
     fn int_to_float(self, x: int32x4_t) -> float32x4_t {

@@ -95,7 +95,7 @@ impl Simd for Scalar {
     type B = [[u8; 4]; LANES];
     type I = [i32; LANES];
     const CENTRE: i32 = 0;
-    const INT_ROWS: usize = 2;
+    const INT_TILES: &'static [usize] = &[1, 2];
 
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> Self::B {
@@ -137,6 +137,15 @@ impl Simd for Scalar {
     #[inline(always)]
     fn splat_int(self, x: i32) -> Self::I {
         [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_int(self, p: *const i32) -> Self::I {
+        // SAFETY: the caller's promise.
+        [unsafe { p.read_unaligned() }; LANES]
+    }
+    #[inline(always)]
+    fn mul_int(self, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| a[i] * b[i])
     }
     #[inline(always)]
     fn int_to_float(self, x: Self::I) -> Self::V {
