@@ -29,7 +29,7 @@ if ! tools; then
     "on Debian: apt-get install $packages)"
   exit 0
 fi
-run=(cargo test -p opt-backend-cpu --lib --tests --no-fail-fast --target "$target")
+run=(cargo test -p opt-kernels -p opt-backend-cpu --lib --tests --no-fail-fast --target "$target")
 if ! installed_std; then
   run=(env RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 "${run[@]}" -Zbuild-std=std,panic_unwind)
 fi

@@ -47,6 +47,10 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
     pub(crate) dtype: Format,
 
+    /// Multiply by quantized weights in this number format: int8 is faster, f32 keeps activations as they are.
+    #[arg(long, value_name = "FORMAT", default_value = "int8", help_heading = "Model")]
+    pub(crate) compute: ComputeFormat,
+
     /// Compute with N threads. [default: all cores]
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -98,6 +102,24 @@ impl BackendName {
             BackendName::Tch => "tch",
             BackendName::Candle => "candle",
             BackendName::Wgpu => "wgpu",
+        }
+    }
+}
+
+/// Number formats of products with quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ComputeFormat {
+    /// Activations are quantized to eight bits, per row and run of 32.
+    Int8,
+    /// Activations stay in single precision.
+    F32,
+}
+
+impl From<ComputeFormat> for backends::Compute {
+    fn from(format: ComputeFormat) -> Self {
+        match format {
+            ComputeFormat::Int8 => backends::Compute::Int8,
+            ComputeFormat::F32 => backends::Compute::F32,
         }
     }
 }
@@ -171,6 +193,7 @@ impl ModelArgs {
         let mut options = backends::BackendOptions::default();
         options.device = self.device.clone();
         options.threads = self.threads.map(NonZeroUsize::get);
+        options.compute = self.compute.into();
         options
     }
 

@@ -2,6 +2,7 @@
 
 use crate::{Error, ErrorKind, Result, opt::MakeEngine};
 use opt_backend::Info;
+pub use opt_backend::quant::Compute;
 
 #[cfg(feature = "candle")]
 pub use opt_backend_candle::Candle;
@@ -23,6 +24,8 @@ pub struct BackendOptions {
     pub device: Option<String>,
     /// Threads that compute; `None` for all cores. Without effect where a device computes.
     pub threads: Option<usize>,
+    /// How products with quantized weights are computed, where that is a choice.
+    pub compute: Compute,
 }
 
 /// A backend of this build, as a value that [`crate::Load::with`] takes.
@@ -104,7 +107,7 @@ fn cpu(options: &BackendOptions) -> Result<Cpu> {
         let message = format!("backend cpu: expected no device or \"cpu\", found {device:?}");
         return Err(Error::new(ErrorKind::Option, message));
     }
-    let mut builder = Cpu::builder();
+    let mut builder = Cpu::builder().compute(options.compute);
     if let Some(threads) = threads(options)? {
         builder = builder.threads(threads);
     }

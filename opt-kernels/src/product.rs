@@ -45,7 +45,7 @@ pub unsafe fn multiply(
             let x = codes.in_order(machine, x, [rows, inputs])?;
             match machine.compute {
                 Compute::Int8 => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
-                Compute::F32 => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
+                _ => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
             }
         }
     }

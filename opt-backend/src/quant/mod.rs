@@ -13,9 +13,11 @@
 //! want, with groups of one size whatever the file had. The formulas above, in f32 and in this order of operations,
 //! are the reference that kernels are compared to.
 
+mod compute;
 mod levels;
 mod regular;
 
+pub use compute::Compute;
 pub use levels::{FP4, NF4};
 pub use regular::Regular;
 

@@ -325,3 +325,77 @@ impl Weight for bf16 {
         self.to_f32()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the operations on bytes give, lane by lane; products as if nothing had been taken off the codes.
+    struct Bytes<'a> {
+        codes: &'a [u8],
+        x: &'a [i8; 4],
+    }
+
+    impl Kernel for Bytes<'_> {
+        type Output = Vec<[i64; 10]>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let table: [u8; 16] = std::array::from_fn(|i| (i * 17) as u8);
+            let levels: [f32; 16] = std::array::from_fn(|i| i as f32 * 0.5 - 3.0);
+            let mut found = Vec::new();
+            for codes in self.codes.chunks_exact(4 * S::LANES) {
+                // SAFETY: whole vectors of codes, a quad of x, and arrays of sixteen, the most lanes there are.
+                unsafe {
+                    let (b, x) = (s.load_bytes(codes.as_ptr()), s.splat_quad(self.x.as_ptr()));
+                    let (low, high) = (s.low_nibbles(b), s.high_nibbles(b));
+                    let total: i32 = self.x.iter().map(|x| i32::from(*x)).sum();
+                    let start = s.mul_int(s.splat_int(S::CENTRE), s.load_int(&total));
+                    let ints = [
+                        s.dot_bytes(start, b, x),
+                        s.dot_nibbles(s.splat_int(-7), low, x),
+                        s.dot_nibbles(s.splat_int(0), high, x),
+                        s.dot_bytes(start, s.lookup_bytes(&table, low), x),
+                        s.byte::<0>(b),
+                        s.byte::<1>(b),
+                        s.byte::<2>(high),
+                        s.sub_int(s.byte::<3>(b), s.splat_int(300)),
+                    ];
+                    let floats = [s.lookup(&levels, s.byte::<0>(low)), s.int_to_float(s.byte::<1>(b))];
+                    let mut lanes = [[0.0_f32; 16]; 10];
+                    for (to, from) in lanes.iter_mut().zip(ints) {
+                        s.store(to.as_mut_ptr(), s.int_to_float(from));
+                    }
+                    for (to, from) in lanes[8..].iter_mut().zip(floats) {
+                        s.store(to.as_mut_ptr(), from);
+                    }
+                    let lane = |lane: usize| std::array::from_fn(|i| (2.0 * lanes[i][lane]) as i64);
+                    found.extend((0..S::LANES).map(lane));
+                }
+            }
+            found
+        }
+    }
+
+    #[test]
+    fn bytes_are_the_same_on_every_level() {
+        // All codes there are in several neighbourhoods, and the largest and smallest of both operands.
+        let codes: Vec<u8> =
+            (0..1024_u32).map(|i| (i * 37 + i / 256 * 101) as u8).chain([0; 64]).chain([255; 64]).collect();
+        for x in [[127; 4], [-127; 4], [127, -127, 127, -127], [0, 1, -1, 90], [3, -50, 127, -2]] {
+            let run = |level: SimdLevel| level.run(Bytes { codes: &codes, x: &x });
+            let expected = run(SimdLevel::Scalar);
+            // The scalar twin against plain sums.
+            for (quad, found) in codes.chunks_exact(4).zip(&expected) {
+                let dot = |f: &dyn Fn(u8) -> u8| -> i64 {
+                    quad.iter().zip(x).map(|(c, x)| i64::from(f(*c)) * i64::from(x)).sum()
+                };
+                let sums = [dot(&|c| c), dot(&|c| c & 15) - 7, dot(&|c| c >> 4), dot(&|c| (c & 15) * 17)];
+                assert_eq!(found[..4], sums.map(|sum| 2 * sum));
+            }
+            for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+                assert_eq!(run(level), expected, "{level}, {x:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,33 @@
+use std::{fmt, str::FromStr};
+
+/// How backends that compute on the host multiply by quantized weights. On devices activations stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Compute {
+    /// Activations are quantized to int8, per row and run of 32 inputs; sums of 32 products are exact.
+    #[default]
+    Int8,
+    /// Activations stay f32.
+    F32,
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Compute::Int8 => "int8",
+            Compute::F32 => "f32",
+        })
+    }
+}
+
+impl FromStr for Compute {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "int8" => Ok(Compute::Int8),
+            "f32" => Ok(Compute::F32),
+            _ => Err(format!("unknown arithmetic {name:?}; expected int8 or f32")),
+        }
+    }
+}
