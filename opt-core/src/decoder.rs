@@ -5,7 +5,7 @@
 
 use crate::{
     Result,
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, Weight},
     config::{LAYER_NORM_EPS, OptConfig, POSITION_OFFSET},
 };
 use ndarray::Array3;
@@ -203,17 +203,22 @@ impl<B: Backend> Loader<'_, B> {
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<B::Table> {
         let name = format!("{name}.weight");
         (self.taken)(&name)?;
-        let rows = self.checkpoint.tensor(&name, &shape)?;
-        Ok(self.backend.new_table(rows.matrix()?, self.dtype)?)
+        Ok(match self.checkpoint.weight(&name, shape)? {
+            Weight::Plain(rows) => self.backend.new_table(rows.matrix()?, self.dtype)?,
+            Weight::Quantized(rows) => self.backend.new_quantized_table(&rows)?,
+        })
     }
 
     fn linear(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<B::Linear> {
         let weight_name = format!("{name}.weight");
         (self.taken)(&weight_name)?;
-        let weight = self.checkpoint.tensor(&weight_name, &shape)?;
+        let weight = self.checkpoint.weight(&weight_name, shape)?;
         let bias = bias.then(|| self.checkpoint.tensor(&format!("{name}.bias"), &shape[..1])).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.vector()).transpose()?;
-        Ok(self.backend.new_linear(weight.matrix()?, bias, self.dtype)?)
+        Ok(match weight {
+            Weight::Plain(weight) => self.backend.new_linear(weight.matrix()?, bias, self.dtype)?,
+            Weight::Quantized(weight) => self.backend.new_quantized_linear(&weight, bias)?,
+        })
     }
 
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {

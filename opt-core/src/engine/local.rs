@@ -30,7 +30,7 @@ impl<B: Backend> LocalEngine<B> {
         mut progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Self> {
         let config = checkpoint.config().clone();
-        check_fits(&backend.info(), &config, dtype)?;
+        check_fits(&backend.info(), checkpoint, dtype)?;
         let mut done = 0;
         let total = config.tensor_shapes().iter().filter(|(_, shape)| shape.len() == 2).count() as u64;
         let mut taken = |name: &str| {
@@ -245,18 +245,14 @@ impl<B: Backend> LocalEngine<B> {
 }
 
 /// Refuses, before anything is loaded, what a device cannot hold: the format of the weights, or their size.
-fn check_fits(info: &Info, config: &OptConfig, dtype: DType) -> Result<()> {
+fn check_fits(info: &Info, checkpoint: &Checkpoint, dtype: DType) -> Result<()> {
     let who = format_args!("backend {} on {}", info.name, info.device).to_string();
     if !info.dtypes.contains(&dtype) {
         let can: Vec<String> = info.dtypes.iter().map(ToString::to_string).collect();
         let message = format!("{who}: expected weights held as one of {}, found {dtype}", can.join(", "));
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    let bytes = |shape: &[usize]| {
-        let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
-        count.saturating_mul(if shape.len() == 2 { dtype.size() as u64 } else { 4 })
-    };
-    let needed = config.tensor_shapes().iter().fold(0u64, |sum, (_, shape)| sum.saturating_add(bytes(shape)));
+    let needed = checkpoint.weight_bytes(dtype);
     match info.memory {
         Some(free) if free < needed => {
             let mib = |bytes: u64| bytes / (1 << 20);
