@@ -7,7 +7,7 @@ use crate::{
     Result,
     checkpoint::Checkpoint,
     config::{LAYER_NORM_EPS, OptConfig, POSITION_OFFSET},
-    quantize::Holding,
+    quantize::{Held, Holding},
 };
 use ndarray::Array3;
 use opt_backend::{Activation, Attend, Backend, NormParams, Readback, Span, Then};
@@ -86,9 +86,9 @@ pub(crate) struct At<'a> {
 }
 
 /// What a layer hands out of its inside, beside its result.
-pub(crate) struct Inside<'a, 'b, B: Backend> {
+pub(crate) struct Inside<'a, 's, 'b, B: Backend> {
     pub(crate) attentions: Option<&'a mut Vec<Readback<'b, Vec<Array3<f32>>>>>,
-    pub(crate) inputs: Option<SeeInput<'a, B>>,
+    pub(crate) inputs: Option<SeeInput<'s, B>>,
 }
 
 /// The rows of a batch.
@@ -225,7 +225,7 @@ impl<B: Backend> Layer<B> {
         mut h: B::Tensor,
         at: At<'_>,
         caches: Option<&mut [&mut B::Cache]>,
-        inside: Inside<'_, 'b, B>,
+        inside: Inside<'_, '_, 'b, B>,
     ) -> Result<B::Tensor> {
         let At { style: Style { heads, pre_norm, activation }, index, spans, wanted } = at;
         let Inside { attentions, mut inputs } = inside;
@@ -299,23 +299,22 @@ impl<B: Backend> Loader<'_, B> {
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<B::Table> {
         let name = format!("{name}.weight");
         (self.taken)(&name)?;
-        if let Some(rows) = self.holding.quantized(self.checkpoint, &name, shape)? {
-            return Ok(self.backend.new_quantized_table(&rows)?);
-        }
-        let rows = self.checkpoint.tensor(&name, &shape)?;
-        Ok(self.backend.new_table(rows.matrix()?, self.holding.dtype)?)
+        Ok(match self.holding.weight(self.checkpoint, &name, shape)? {
+            Held::Plain(rows) => self.backend.new_table(rows.matrix()?, self.holding.dtype)?,
+            Held::Quantized(rows) => self.backend.new_quantized_table(&rows)?,
+        })
     }
 
     fn linear(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<B::Linear> {
         let weight_name = format!("{name}.weight");
         (self.taken)(&weight_name)?;
+        let weight = self.holding.weight(self.checkpoint, &weight_name, shape)?;
         let bias = bias.then(|| self.checkpoint.tensor(&format!("{name}.bias"), &shape[..1])).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.vector()).transpose()?;
-        if let Some(weight) = self.holding.quantized(self.checkpoint, &weight_name, shape)? {
-            return Ok(self.backend.new_quantized_linear(&weight, bias)?);
-        }
-        let weight = self.checkpoint.tensor(&weight_name, &shape)?;
-        Ok(self.backend.new_linear(weight.matrix()?, bias, self.holding.dtype)?)
+        Ok(match weight {
+            Held::Plain(weight) => self.backend.new_linear(weight.matrix()?, bias, self.holding.dtype)?,
+            Held::Quantized(weight) => self.backend.new_quantized_linear(&weight, bias)?,
+        })
     }
 
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {

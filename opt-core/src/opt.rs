@@ -11,7 +11,7 @@ use crate::{
         strategy,
     },
     prompt::{self, Overflow},
-    quantize::{Holding, QuantSpec, QuantizedWeights},
+    quantize::{Holding, QuantSpec, QuantizedWeights, WalkJob},
     stream::Head,
     tokenizer::Tokenizer,
 };
@@ -62,6 +62,9 @@ pub(crate) trait MakeEngine: MaybeSend {
         cancel: Option<&CancelToken>,
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>>;
+
+    /// Runs a checkpoint layer by layer.
+    fn walk(&self, job: &mut WalkJob<'_>) -> Result<()>;
 }
 
 impl<B: Backend> MakeEngine for B {
@@ -73,6 +76,10 @@ impl<B: Backend> MakeEngine for B {
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>> {
         Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?))
+    }
+
+    fn walk(&self, job: &mut WalkJob<'_>) -> Result<()> {
+        job.run(self)
     }
 }
 
@@ -186,7 +193,7 @@ impl Opt {
     ) -> Result<Self> {
         let mut warnings: Vec<String> = checkpoint.validate()?.iter().map(ToString::to_string).collect();
         let config = checkpoint.config();
-        load.holding.check(config)?;
+        load.holding.check(checkpoint)?;
         if let Some(tokenizer) = tokenizer.as_ref().filter(|t| t.vocab_size() > config.vocab_size) {
             warnings.push(format!(
                 "the tokenizer knows {} tokens, the model {}: some texts will not run",

@@ -102,6 +102,11 @@ pub(super) fn config(directory: &Path) -> Result<String> {
     source::read_text(&directory.join("config.json"), MOST_JSON)
 }
 
+/// A small text file.
+pub(super) fn small(path: &Path) -> Result<String> {
+    source::read_text(path, MOST_JSON)
+}
+
 /// Opens the files of a directory or the one file named, and says which directory the config is in.
 pub(super) fn open(path: &Path) -> Result<(PathBuf, Opened)> {
     let metadata = path.metadata().map_err(|e| match e.kind() {

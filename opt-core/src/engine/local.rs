@@ -42,7 +42,7 @@ impl<B: Backend> LocalEngine<B> {
         mut progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Self> {
         let config = checkpoint.config().clone();
-        check_fits(&backend.info(), &config, holding)?;
+        check_fits(&backend.info(), checkpoint, holding)?;
         let mut done = 0;
         let total = config.tensor_shapes().iter().filter(|(_, shape)| shape.len() == 2).count() as u64;
         let mut taken = |name: &str| {
@@ -257,7 +257,7 @@ impl<B: Backend> LocalEngine<B> {
 }
 
 /// Refuses, before anything is loaded, what a device cannot hold: the format of the weights, or their size.
-fn check_fits(info: &Info, config: &OptConfig, holding: &Holding) -> Result<()> {
+fn check_fits(info: &Info, checkpoint: &Checkpoint, holding: &Holding) -> Result<()> {
     let who = format_args!("backend {} on {}", info.name, info.device).to_string();
     let dtype = holding.dtype;
     if !info.dtypes.contains(&dtype) {
@@ -265,8 +265,7 @@ fn check_fits(info: &Info, config: &OptConfig, holding: &Holding) -> Result<()> 
         let message = format!("{who}: expected weights held as one of {}, found {dtype}", can.join(", "));
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    let shapes = config.tensor_shapes();
-    let needed = shapes.iter().fold(0u64, |sum, (name, shape)| sum.saturating_add(holding.bytes(name, shape)));
+    let needed = holding.total_bytes(checkpoint);
     match info.memory {
         Some(free) if free < needed => {
             let mib = |bytes: u64| bytes / (1 << 20);

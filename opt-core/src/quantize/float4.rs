@@ -9,7 +9,7 @@ use opt_backend::{
 };
 
 /// Scales that share a scale of their own under double quantization.
-pub(super) const NESTED_BLOCK: usize = 256;
+const NESTED_BLOCK: usize = 256;
 
 /// Rounds a weight to the nearest levels. Ties go to the level below (for fp4: nearer to 0), as in bitsandbytes.
 pub(super) fn quantize(spec: &QuantSpec, weight: HostMatrix<'_>) -> Result<Quantized> {

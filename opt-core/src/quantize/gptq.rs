@@ -171,8 +171,8 @@ impl Prepared {
         }
         let dead: Vec<bool> = diagonal.iter().map(|d| *d == 0.0).collect();
         // Any number but 0 will do for an input that never was: it is on no row but its own. GPTQ takes 1 on its scale of
-        // H = 2 / n Σ x xᵀ, which does count in the mean of the damping.
-        let unit = gram.rows().max(1) as f32 / 2.0;
+        // H = 2 / n Σ x xᵀ over n sequences, which does count in the mean of the damping.
+        let unit = gram.samples().max(1) as f32 / 2.0;
         diagonal.iter_mut().for_each(|d| if *d == 0.0 { *d = unit });
         let mut order: Vec<usize> = (0..inputs).collect();
         if options.desc_act {

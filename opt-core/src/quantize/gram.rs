@@ -7,6 +7,7 @@ pub struct Gram {
     /// Upper triangle only, `[in, in]`.
     sum: Array2<f32>,
     rows: usize,
+    samples: usize,
 }
 
 /// Columns of the sum that are worked on at a time; what lies below the diagonal blocks is not computed.
@@ -15,7 +16,7 @@ const BLOCK: usize = 256;
 impl Gram {
     /// The sum over no inputs of this width.
     pub fn new(inputs: usize) -> Self {
-        Self { sum: Array2::zeros((inputs, inputs)), rows: 0 }
+        Self { sum: Array2::zeros((inputs, inputs)), rows: 0, samples: 0 }
     }
 
     /// Adds the rows of `x`, `[rows, in]`.
@@ -29,6 +30,7 @@ impl Gram {
             return Err(Error::new(ErrorKind::Option, message));
         }
         self.rows += x.nrows();
+        self.samples += 1;
         let starts: Vec<usize> = (0..inputs).step_by(BLOCK).collect();
         let bands = self.sum.axis_chunks_iter_mut(ndarray::Axis(0), BLOCK);
         in_parallel(starts.into_iter().zip(bands), |(start, mut band)| {
@@ -46,6 +48,11 @@ impl Gram {
     /// How many inputs were added.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// How often inputs were added: one sequence at a time, the number of sequences.
+    pub fn samples(&self) -> usize {
+        self.samples
     }
 
     /// The sum `[in, in]`, both triangles.

@@ -19,14 +19,15 @@ mod walk;
 mod work;
 
 pub use calibration::calibration_sequences;
-pub use compare::{Comparison, compare};
+#[cfg(not(target_arch = "wasm32"))]
+pub use compare::compare;
+pub use compare::{Comparison, compare_async};
 #[cfg(feature = "quantize")]
 pub use gptq::{GptqOptions, gptq};
 pub use gram::Gram;
-pub(crate) use holding::Holding;
+pub(crate) use holding::{Held, Holding};
 pub use model::{LayerError, Method, QuantizeOptions, layer_errors, quantize_weights};
 pub use spec::{QuantFormat, QuantSpec, TableFormat};
-pub(crate) use spec::is_linear;
 pub(crate) use walk::WalkJob;
 
 use half::f16;

@@ -114,7 +114,8 @@ pub struct QuantSpec {
     /// A zero point beside each scale, so that codes span from the least to the largest weight of a group; without,
     /// codes lie symmetrically around 0. Integers only.
     pub zero_points: bool,
-    /// Holds the scales of nf4 and fp4 in 8 bits themselves, as bitsandbytes' double quantization does.
+    /// Rounds the scales of nf4 and fp4 to what bitsandbytes' double quantization leaves of them in 8 bits. This is for
+    /// results like its; scales are held and written in f32 all the same.
     pub double_quant: bool,
     /// What happens to the token table.
     pub table: TableFormat,
@@ -260,19 +261,14 @@ impl QuantSpec {
         quantize().map_err(|e| e.at(format_args!("tensor {name}")))
     }
 
-    /// Bytes of a weight `[out, in]` held so: packed codes, scales in f16 (nf4 and fp4: f32, or 8 bits with double
-    /// quantization), packed zero points.
+    /// Bytes of a weight `[out, in]` held so: packed codes, scales in f16 (nf4 and fp4: f32), packed zero points.
     pub fn bytes(&self, [out, inputs]: [usize; 2]) -> u64 {
         let [out, inputs] = [out as u64, inputs as u64];
         let bits = u64::from(self.format.bits());
         let packed = |count: u64| count.saturating_mul(bits).div_ceil(8);
         let groups = inputs.div_ceil(self.group_size.map_or(inputs, |size| size as u64).max(1));
         let scales = out.saturating_mul(groups);
-        let scale_bytes = match (self.format.is_integer(), self.double_quant) {
-            (true, _) => scales * 2,
-            (false, false) => scales * 4,
-            (false, true) => scales + scales.div_ceil(float4::NESTED_BLOCK as u64) * 4 + 4,
-        };
+        let scale_bytes = scales.saturating_mul(if self.format.is_integer() { 2 } else { 4 });
         let zeros = if self.zero_points { packed(scales) } else { 0 };
         packed(out.saturating_mul(inputs)) + scale_bytes + zeros
     }

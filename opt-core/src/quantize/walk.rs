@@ -4,7 +4,7 @@ use super::{Gram, Holding, QuantizedWeights};
 use crate::{
     Decoder, Error, ErrorKind, Result,
     checkpoint::Checkpoint,
-    decoder::{At, Inside, Layer, Reads, Style},
+    decoder::{At, Inside, Layer, Reads, SeeInput, Style},
 };
 use ndarray::Array2;
 use opt_backend::{Backend, Span};
@@ -134,7 +134,7 @@ fn step<B: Backend>(
     style: Style,
     index: usize,
     state: &Array2<f32>,
-    inputs: Option<crate::decoder::SeeInput<'_, B>>,
+    inputs: Option<SeeInput<'_, B>>,
 ) -> Result<Array2<f32>> {
     let spans = [Span { start: 0, len: state.nrows() }];
     let at = At { style, index, spans: &spans, wanted: None };
