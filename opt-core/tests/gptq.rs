@@ -65,7 +65,8 @@ fn codes_scales_and_zero_points_are_those_of_the_reference() {
                 }
                 match made.zeros() {
                     Zeros::Each(zeros) => {
-                        let off = expected("zeros").iter().zip(zeros).filter(|(a, b)| **a != f32::from(**b));
+                        let expected = expected("zeros");
+                        let off = expected.iter().zip(zeros).filter(|(a, b)| **a != f32::from(**b));
                         assert!(off.count() <= 1, "{name}: {zeros:?}");
                     }
                     Zeros::Same(zero) => assert!(expected("zeros").iter().all(|z| *z == f32::from(*zero))),
@@ -136,7 +137,8 @@ fn a_model_s_layers_err_less() {
             let options = QuantizeOptions::default().method(method).calibration(sequences(8));
             let weights = quantize_weights(&checkpoint, &spec(), options).unwrap();
             assert_eq!(weights.len(), 12);
-            let errors = layer_errors(&checkpoint, &weights, &sequences(8), None, &CancelToken::new()).unwrap();
+            let errors =
+                layer_errors(&checkpoint, &weights, &sequences(8), None, &CancelToken::new()).unwrap();
             assert_eq!(errors.len(), 12);
             errors.iter().map(|e| e.relative_error).sum::<f64>()
         };

@@ -80,10 +80,12 @@ fn integers_stay_within_half_a_step() {
         each.sum::<f64>()
     };
     let largest = |group: &[f32]| group.iter().fold(0.0_f32, |m, w| m.max(w.abs()));
-    let signed = |group: &[f32]| group.iter().fold(0.0_f32, |m, w| if w.abs() > f32::abs(m) { *w } else { m });
+    let signed =
+        |group: &[f32]| group.iter().fold(0.0_f32, |m, w| if w.abs() > f32::abs(m) { *w } else { m });
     let made = QuantSpec::int4().quantize("w", HostMatrix::F32(weight.view())).unwrap().dequantize();
     let ours: f64 = (&made - &weight).iter().map(|e| f64::from(*e).powi(2)).sum();
-    let others = [error(&|g| largest(g) / 7.0), error(&|g| signed(g) / -8.0), error(&|g| 2.0 * largest(g) / 15.0)];
+    let others =
+        [error(&|g| largest(g) / 7.0), error(&|g| signed(g) / -8.0), error(&|g| 2.0 * largest(g) / 15.0)];
     assert!(others.iter().all(|other| ours <= other * 1.000_001), "{ours}, {others:?}");
 }
 
@@ -154,10 +156,8 @@ fn quantized_while_loading_or_before_is_the_same() {
         let weights = quantize_weights(&checkpoint, &spec, QuantizeOptions::default()).unwrap();
         assert_eq!(weights.contains_key("embed_tokens.weight"), spec.table == TableFormat::Int8);
         let bytes: u64 = weights.values().map(packed_bytes).sum();
-        let expected: u64 = weights
-            .iter()
-            .map(|(name, weight)| spec.of_tensor(name).unwrap().bytes(weight.shape()))
-            .sum();
+        let expected: u64 =
+            weights.iter().map(|(name, weight)| spec.of_tensor(name).unwrap().bytes(weight.shape())).sum();
         assert!(bytes <= expected, "{spec:?}: {bytes}, expected {expected}");
         let open = |load| Opt::assemble(&checkpoint, None, None, load).unwrap();
         let loaded = open(Load::default().quantize(spec));

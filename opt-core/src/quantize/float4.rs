@@ -104,7 +104,13 @@ fn nearest_in(values: &[f32], x: f32) -> f32 {
     let above = values.partition_point(|value| *value < x);
     let below = above.checked_sub(1).and_then(|i| values.get(i));
     match (below, values.get(above)) {
-        (Some(&below), Some(&above)) => if above - x < x - below { above } else { below },
+        (Some(&below), Some(&above)) => {
+            if above - x < x - below {
+                above
+            } else {
+                below
+            }
+        }
         (Some(&value), None) | (None, Some(&value)) => value,
         (None, None) => 0.0,
     }

@@ -35,7 +35,13 @@ pub struct GptqOptions {
 
 impl Default for GptqOptions {
     fn default() -> Self {
-        Self { desc_act: false, static_groups: false, true_sequential: false, damping: 0.01, f32_scales: false }
+        Self {
+            desc_act: false,
+            static_groups: false,
+            true_sequential: false,
+            damping: 0.01,
+            f32_scales: false,
+        }
     }
 }
 
@@ -173,7 +179,11 @@ impl Prepared {
         // Any number but 0 will do for an input that never was: it is on no row but its own. GPTQ takes 1 on its scale of
         // H = 2 / n Σ x xᵀ over n sequences, which does count in the mean of the damping.
         let unit = gram.samples().max(1) as f32 / 2.0;
-        diagonal.iter_mut().for_each(|d| if *d == 0.0 { *d = unit });
+        diagonal.iter_mut().for_each(|d| {
+            if *d == 0.0 {
+                *d = unit
+            }
+        });
         let mut order: Vec<usize> = (0..inputs).collect();
         if options.desc_act {
             let energy = |column: &usize| diagonal.get(*column).copied().unwrap_or_default();
@@ -190,7 +200,10 @@ impl Prepared {
 /// With J the reversal of the order and L Lᵀ = J H J, U is J L⁻¹ J: one factorization and one triangular inverse, where
 /// the definition (factor, invert, factor) takes three steps of that cost and loses more to rounding.
 fn inverse_factor(sum: &Array2<f32>, diagonal: &[f32], order: &[usize], damp: f64) -> Result<Array2<f32>> {
-    use faer::{Mat, Par, Side, linalg::{solvers::Llt, triangular_inverse::invert_lower_triangular}};
+    use faer::{
+        Mat, Par, Side,
+        linalg::{solvers::Llt, triangular_inverse::invert_lower_triangular},
+    };
     let n = order.len();
     let reversed: Vec<usize> = order.iter().rev().copied().collect();
     let at = |i: usize, j: usize| {
@@ -202,7 +215,8 @@ fn inverse_factor(sum: &Array2<f32>, diagonal: &[f32], order: &[usize], damp: f6
     };
     let hessian = Mat::from_fn(n, n, at);
     let factored = Llt::new(hessian.as_ref(), Side::Lower).map_err(|_| {
-        let message = "the Hessian of the inputs is not positive definite; expected more damping or calibration text";
+        let message =
+            "the Hessian of the inputs is not positive definite; expected more damping or calibration text";
         Error::new(ErrorKind::Option, message)
     })?;
     drop(hessian);
@@ -308,7 +322,11 @@ impl Job<'_> {
                 }
                 // The order in gptq.py: scales of rows are found before weights of dead inputs are dropped, scales of
                 // groups after.
-                row.iter_mut().zip(dead).for_each(|(w, dead)| if *dead { *w = 0.0 });
+                row.iter_mut().zip(dead).for_each(|(w, dead)| {
+                    if *dead {
+                        *w = 0.0
+                    }
+                });
             }
             row.chunks(self.group).map(|weights| self.fit(weights, half)).collect()
         })
@@ -329,7 +347,8 @@ impl Job<'_> {
                 let mut current = all.get(start..end)?.to_vec();
                 for (i, step) in (start..end).enumerate() {
                     let known = known.get(row)?;
-                    let place = if self.options.static_groups { *order.get(step)? } else { step } / self.group;
+                    let place =
+                        if self.options.static_groups { *order.get(step)? } else { step } / self.group;
                     let grid = match known.get(place) {
                         Some(grid) => *grid,
                         None if step % self.group == 0 => {

@@ -35,7 +35,13 @@ impl Gram {
         let bands = self.sum.axis_chunks_iter_mut(ndarray::Axis(0), BLOCK);
         in_parallel(starts.into_iter().zip(bands), |(start, mut band)| {
             let left = x.slice(s![.., start..start + band.nrows()]);
-            general_mat_mul(1.0, &left.t(), &x.slice(s![.., start..]), 1.0, &mut band.slice_mut(s![.., start..]));
+            general_mat_mul(
+                1.0,
+                &left.t(),
+                &x.slice(s![.., start..]),
+                1.0,
+                &mut band.slice_mut(s![.., start..]),
+            );
         });
         Ok(())
     }
@@ -84,7 +90,11 @@ impl Gram {
     ///
     /// # Errors
     /// [`ErrorKind::Option`] for shapes that differ.
-    pub fn relative_error(&self, weight: ArrayView2<'_, f32>, approximate: ArrayView2<'_, f32>) -> Result<f64> {
+    pub fn relative_error(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        approximate: ArrayView2<'_, f32>,
+    ) -> Result<f64> {
         if weight.dim() != approximate.dim() {
             let message = format_args!("expected shape {:?}, found {:?}", weight.dim(), approximate.dim());
             return Err(Error::new(ErrorKind::Option, message));

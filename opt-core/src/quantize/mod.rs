@@ -7,9 +7,9 @@
 mod calibration;
 mod compare;
 mod float4;
-mod gram;
 #[cfg(feature = "quantize")]
 mod gptq;
+mod gram;
 mod holding;
 mod model;
 mod round;

@@ -172,8 +172,11 @@ pub fn quantize_weights(
                 return Err(Error::new(ErrorKind::Option, message));
             }
             let tables: Vec<_> = planned.iter().filter(|(name, ..)| !super::spec::is_linear(name)).collect();
-            let parts: &[&[Reads]] =
-                if options.true_sequential { &LINEARS.each_ref().map(std::slice::from_ref) } else { &[&LINEARS] };
+            let parts: &[&[Reads]] = if options.true_sequential {
+                &LINEARS.each_ref().map(std::slice::from_ref)
+            } else {
+                &[&LINEARS]
+            };
             let layers = checkpoint.config().num_hidden_layers as u64;
             let per_layer = (parts.len() + 1) * calibration.len() + 6;
             watch.total = tables.len() as u64 + layers * per_layer as u64;
@@ -350,12 +353,10 @@ pub fn layer_errors(
     backend: Option<Chosen>,
     cancel: &CancelToken,
 ) -> Result<Vec<LayerError>> {
-    let watch =
-        Watch { progress: None, cancel: cancel.clone(), work: "measuring errors", done: 0, total: 0 };
+    let watch = Watch { progress: None, cancel: cancel.clone(), work: "measuring errors", done: 0, total: 0 };
     let mut visitor = Measurer { checkpoint, weights, watch, errors: Vec::new() };
     let parts: &[&[Reads]] = &[&super::walk::LINEARS];
-    let mut job =
-        WalkJob { checkpoint, sequences, parts, outside: Arc::default(), visitor: &mut visitor };
+    let mut job = WalkJob { checkpoint, sequences, parts, outside: Arc::default(), visitor: &mut visitor };
     started(backend)?.0.walk(&mut job)?;
     Ok(visitor.errors)
 }

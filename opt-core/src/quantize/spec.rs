@@ -256,7 +256,11 @@ impl QuantSpec {
     pub fn quantize(&self, name: &str, weight: HostMatrix<'_>) -> Result<Quantized> {
         let quantize = || {
             self.validate()?;
-            if self.format.is_integer() { round::quantize(self, weight) } else { float4::quantize(self, weight) }
+            if self.format.is_integer() {
+                round::quantize(self, weight)
+            } else {
+                float4::quantize(self, weight)
+            }
         };
         quantize().map_err(|e| e.at(format_args!("tensor {name}")))
     }

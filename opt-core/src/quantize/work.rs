@@ -102,7 +102,12 @@ impl Work {
             let codes: Vec<u8> = weight.codes().iter().copied().collect();
             arrays.push((format!("{name}.codes"), Dtype::U8, shape(weight.codes().shape()), codes.into()));
             let scales: Vec<u8> = weight.scales().iter().flat_map(|s| s.to_le_bytes()).collect();
-            arrays.push((format!("{name}.scales"), Dtype::F32, shape(weight.scales().shape()), scales.into()));
+            arrays.push((
+                format!("{name}.scales"),
+                Dtype::F32,
+                shape(weight.scales().shape()),
+                scales.into(),
+            ));
             let zero = match weight.zeros() {
                 Zeros::Each(zeros) => {
                     let bytes: Vec<u8> = zeros.iter().flat_map(|z| z.to_le_bytes()).collect();
