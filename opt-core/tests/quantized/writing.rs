@@ -90,14 +90,21 @@ fn every_layout_comes_back_from_the_native_one() {
 
 #[test]
 fn awq_can_be_written_as_gptq() {
-    let parts = Parts::read(&fixture("awq"));
+    let mut parts = Parts::read(&fixture("awq"));
+    // With zero points of 0 and 15: for the former "gptq" has no place.
+    let zeros = parts.tensors.get_mut("model.decoder.layers.0.fc1.qzeros").unwrap();
+    zeros.2[..4].copy_from_slice(&[0x00, 0xff, 0x0f, 0xf0]);
     let quantized = parts.open().unwrap();
     let (base, packed) = (parts.plain(&quantized).open().unwrap(), weights(&quantized));
-    // AWQ has zero points of 0, for which "gptq" has no place.
-    assert!(
-        packed.values().any(|w| matches!(w.zeros(), Zeros::Each(zeros) if zeros.iter().any(|z| *z == 0)))
-    );
     assert_eq!(again(&base, &packed, QuantLayout::Gptq), packed);
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    write(&output, &base, &packed, QuantLayout::Gptq).unwrap();
+    let found = fs::read_to_string(output.join("quantize_config.json")).unwrap();
+    assert!(found.contains(r#""checkpoint_format": "gptq_v2""#), "{found}");
+    let words = &files::tensors(&output.join("model.safetensors"))["model.decoder.layers.0.fc1.qzeros"].2;
+    // 0 0 f f f 0 0 f for the outputs 0 2 4 6 1 3 5 7, and now in their order.
+    assert_eq!(words[..4], [0xf0, 0x00, 0x0f, 0xff]);
 }
 
 fn base() -> Checkpoint {
@@ -241,14 +248,23 @@ fn the_output_and_the_base_are_checked() {
 #[test]
 fn files_of_the_model_go_along_and_other_tensors_stay_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
-    let output = folder.path().join("out");
-    let base = base();
+    let (input, output) = (folder.path().join("in"), folder.path().join("out"));
+    fs::create_dir(&input).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(fixture("../models/pre_ln").join(file), input.join(file)).unwrap();
+    }
+    for file in ["generation_config.json", "tokenizer.json"] {
+        fs::write(input.join(file), "{}").unwrap();
+    }
+    let base = Checkpoint::open(&input).unwrap();
     let name = "layers.0.fc1.weight";
     let packed = weight([64, 32], Levels::Integers { bits: 4 }, None, Groups::Runs(32));
     let weights = BTreeMap::from([(name.to_owned(), packed)]);
     let written = write(&output, &base, &weights, QuantLayout::Gptq).unwrap();
     assert!(written.warnings[0].to_string().contains("and 10 more stay plain"), "{:?}", written.warnings);
-    assert!(output.join("generation_config.json").is_file());
+    for file in ["generation_config.json", "tokenizer.json"] {
+        assert_eq!(fs::read_to_string(output.join(file)).unwrap(), "{}");
+    }
     let (theirs, ours) = (
         files::tensors(&fixture("../models/pre_ln").join("model.safetensors")),
         files::tensors(&output.join("model.safetensors")),
