@@ -103,3 +103,46 @@ fn conversion_is_refused() {
     );
     assert_eq!(error.kind(), opt_core::ErrorKind::Unsupported);
 }
+
+#[test]
+fn autogptq_s_own_file_names_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("gptq_8bit_pickle");
+    for file in ["config.json", "quantize_config.json"] {
+        fs::copy(from.join(file), folder.path().join(file)).unwrap();
+    }
+    fs::copy(from.join("pytorch_model.bin"), folder.path().join("gptq_model-8bit--1g.bin")).unwrap();
+    assert_eq!(weights(&Checkpoint::open(folder.path()).unwrap()).len(), 12);
+    // Two are one too many.
+    fs::write(folder.path().join("gptq_model-4bit-32g.bin"), "").unwrap();
+    assert_eq!(Checkpoint::open(folder.path()).unwrap_err().kind(), opt_core::ErrorKind::NotFound);
+}
+
+#[test]
+fn autoawq_s_own_configuration_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut parts = crate::files::Parts::read(&fixture("awq"));
+    parts.config.as_object_mut().unwrap().remove("quantization_config");
+    fs::write(folder.path().join("config.json"), parts.config.to_string()).unwrap();
+    fs::copy(fixture("awq").join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let theirs = r#"{"zero_point": true, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}"#;
+    fs::write(folder.path().join("quant_config.json"), theirs).unwrap();
+    let found = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(weights(&found), weights(&Checkpoint::open(fixture("awq")).unwrap()));
+}
+
+#[test]
+fn plain_weights_run_whatever_the_configuration_says() {
+    let quantized = crate::files::Parts::read(&fixture("bnb_int8"));
+    let mut parts = quantized.plain(&quantized.open().unwrap());
+    parts.config["quantization_config"] = quantized.config["quantization_config"].clone();
+    let checkpoint = parts.open().unwrap();
+    assert_eq!(checkpoint.quantization(), None);
+    let warnings = checkpoint.validate().unwrap();
+    assert_eq!(warnings.len(), 1);
+    assert!(
+        warnings[0].to_string().contains("bitsandbytes, 8 bits, but every weight is plain"),
+        "{}",
+        warnings[0]
+    );
+}
