@@ -146,3 +146,14 @@ fn plain_weights_run_whatever_the_configuration_says() {
         warnings[0]
     );
 }
+
+#[test]
+fn four_bits_may_be_stored_as_any_numbers() {
+    let mut parts = crate::files::Parts::read(&fixture("bnb_fp4"));
+    let expected = weights(&parts.open().unwrap());
+    let weight = parts.tensors.get_mut("model.decoder.layers.0.fc2.weight").unwrap();
+    (weight.0, weight.1) = (safetensors::Dtype::BF16, vec![64 * 96 / 4, 1]);
+    let checkpoint = parts.open().unwrap();
+    assert_eq!(checkpoint.validate().unwrap(), []);
+    assert_eq!(weights(&checkpoint), expected);
+}

@@ -164,6 +164,14 @@ fn the_native_layout_holds_tables_and_odd_groups() {
 }
 
 #[test]
+fn an_lm_head_of_its_own_is_held_by_the_native_layout() {
+    let base = Checkpoint::open(fixture("../models/untied")).unwrap();
+    let head = weight([97, 32], Levels::Integers { bits: 8 }, Some(128), Groups::Runs(32));
+    let packed = BTreeMap::from([("lm_head.weight".to_owned(), head)]);
+    assert_eq!(again(&base, &packed, QuantLayout::Native), packed);
+}
+
+#[test]
 fn what_a_layout_cannot_hold_is_refused_by_name() {
     let integers = |bits| Levels::Integers { bits };
     let four = || weight([64, 32], integers(4), None, Groups::Runs(32));
