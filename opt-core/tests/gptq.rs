@@ -2,22 +2,23 @@
 
 mod common;
 
-use common::{Arrays, fixtures, tiny::Tiny};
+use common::{Arrays, fixtures, novels, tiny::Tiny};
 use ndarray::{Array2, Axis};
 use opt_backend::{
     HostMatrix,
     quant::{Groups, Quantized, Zeros},
 };
 use opt_core::{
-    CancelToken, ErrorKind,
+    CancelToken, ErrorKind, Load, Opt,
     checkpoint::Checkpoint,
     generation::Random,
     quantize::{
-        GptqOptions, Gram, Method, QuantFormat, QuantSpec, QuantizeOptions, TableFormat, gptq, layer_errors,
-        quantize_weights,
+        GptqOptions, Gram, Method, QuantFormat, QuantSpec, QuantizeOptions, TableFormat,
+        calibration_sequences, compare, gptq, layer_errors, quantize_weights,
     },
+    tokenizer::Bos,
 };
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, sync::Arc};
 
 fn gram(inputs: &ndarray::ArrayD<f32>) -> Gram {
     let mut gram = Gram::new(inputs.shape()[2]);
@@ -226,4 +227,47 @@ fn refusals_say_what_was_expected() {
     let expected = "tensor layers.0.self_attn.q_proj.weight: expected a group size that divides the 32 inputs of a row, \
                     found 24";
     assert_eq!((error.kind(), error.to_string()), (ErrorKind::Option, expected.to_owned()));
+}
+
+/// A novel without the line breaks that only wrap it, as the model saw its texts.
+fn novel(name: &str) -> Option<String> {
+    let path = common::test_data(&format!("text/100_english_novels/{name}.txt"))?;
+    let text = String::from_utf8_lossy(&std::fs::read(path).unwrap()).replace('\r', "");
+    let paragraphs: Vec<String> = text.split("\n\n").map(|p| p.replace('\n', " ")).collect();
+    Some(paragraphs.join("\n\n"))
+}
+
+#[test]
+fn a_trained_model_loses_less_than_by_rounding() {
+    let (Some(held_out), Some(text)) = (novel("Burnett_Garden_1911"), novel("Hardy_Jude_1895")) else {
+        return;
+    };
+    let base = Opt::open(novels()).unwrap();
+    let ids = |text: &str, from: usize, count: usize| {
+        let text: String = text.chars().skip(from).take(8 * count).collect();
+        let mut ids = base.require_tokenizer().unwrap().encode(&text, Bos::Model).unwrap();
+        ids.truncate(count);
+        ids
+    };
+    let eval = ids(&held_out, 30_000, 1024);
+    let calibration = calibration_sequences(&ids(&text, 30_000, 4096), 512, 32).unwrap();
+    let checkpoint = Checkpoint::open(novels()).unwrap();
+    let cancel = CancelToken::new();
+    for (format, taken_away) in [(QuantFormat::Int3, 0.4), (QuantFormat::Int2, 0.4)] {
+        let spec = QuantSpec::new(format).per_row().zero_points(true).table(TableFormat::Keep);
+        let [nearest, ours] = [Method::Rtn, Method::Gptq(GptqOptions::default())].map(|method| {
+            let options = QuantizeOptions::default().method(method).calibration(calibration.clone());
+            let weights = quantize_weights(&checkpoint, &spec, options).unwrap();
+            let sequences: Vec<Vec<u32>> = eval.chunks(512).map(<[u32]>::to_vec).collect();
+            let errors = layer_errors(&checkpoint, &weights, &sequences, None, &cancel).unwrap();
+            let error = errors.iter().map(|e| e.relative_error).sum::<f64>() / errors.len() as f64;
+            let other = Opt::load(novels(), Load::default().replace(Arc::new(weights))).unwrap();
+            let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
+            let found = compare(&base, &other, &eval, 512, &cancel, &mut quiet).unwrap();
+            (found.perplexity / found.base_perplexity - 1.0, found.kl, error)
+        });
+        println!("{format}: loss, KL and mean error {nearest:?} by rounding, {ours:?} by GPTQ");
+        assert!(ours.0 <= (1.0 - taken_away) * nearest.0, "{format}: {ours:?}, rounded {nearest:?}");
+        assert!(ours.1 < nearest.1 && ours.2 < nearest.2, "{format}: {ours:?}, rounded {nearest:?}");
+    }
 }

@@ -158,6 +158,15 @@ impl Checkpoint {
         }
         let mut checkpoint =
             Self { config, directory, format, sources, tensors, warnings: vec![], quantization };
+        let packed = checkpoint.packed_names();
+        if packed.is_empty()
+            && let Some(unused) = checkpoint.quantization.take()
+        {
+            // transformers quantizes while it loads then.
+            let message =
+                format!("the configuration says {unused}, but every weight is plain and runs as it is");
+            warnings.push(Warning::Other(message));
+        }
         let config = &checkpoint.config;
         let expected: std::collections::HashSet<String> = config
             .tensor_shapes()

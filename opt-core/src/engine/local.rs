@@ -269,8 +269,9 @@ fn check_fits(info: &Info, checkpoint: &Checkpoint, holding: &Holding) -> Result
     match info.memory {
         Some(free) if free < needed => {
             let mib = |bytes: u64| bytes / (1 << 20);
+            let packed = checkpoint.quantization().map(|layout| format!(" ({layout})")).unwrap_or_default();
             let message = format!(
-                "{who}: expected {} MiB of free memory for the weights as {}, found {} MiB",
+                "{who}: expected {} MiB of free memory for the weights as {}{packed}, found {} MiB",
                 mib(needed) + 1,
                 holding.name(),
                 mib(free)
@@ -467,5 +468,27 @@ impl<B: Backend> Engine for LocalEngine<B> {
             }
             result
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_weights_need_as_much_as_in_the_file() {
+        let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/quantized/");
+        let checkpoint = Checkpoint::open(format!("{fixtures}gptq_4bit")).unwrap();
+        let needed = checkpoint.weight_bytes(DType::F16);
+        let plain: usize = checkpoint.config().parameters() as usize * 2;
+        assert!(needed * 2 < plain as u64, "{needed} of {plain}");
+        let mut info = opt_backend::Reference::new().info();
+        info.memory = Some(needed);
+        check_fits(&info, &checkpoint, DType::F32).unwrap_err();
+        info.dtypes = vec![DType::F16];
+        check_fits(&info, &checkpoint, DType::F16).unwrap();
+        info.memory = Some(needed - 1);
+        let error = check_fits(&info, &checkpoint, DType::F16).unwrap_err().to_string();
+        assert!(error.contains("as f16 (GPTQ, 4 bits, groups of 32), found 0 MiB"), "{error}");
     }
 }

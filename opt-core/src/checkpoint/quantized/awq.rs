@@ -69,11 +69,24 @@ impl Awq {
     }
 }
 
+/// Rows unpacked together, so that both sides stay in the cache.
+const TILE: usize = 64;
+
 /// `[rows, columns / 8]` words into `[columns, rows]`.
 pub(super) fn unpack(packed: ArrayView2<'_, i32>) -> Array2<u8> {
-    Array2::from_shape_fn((packed.ncols() * PER_WORD, packed.nrows()), |(column, row)| {
-        let word = packed.get((row, column / PER_WORD)).map_or(0, |word| *word as u32);
-        let place = PLACES.get(column % PER_WORD).copied().unwrap_or_default();
-        (word >> (4 * place) & 15) as u8
-    })
+    let (rows, words) = packed.dim();
+    let mut codes = Array2::zeros((words * PER_WORD, rows));
+    for first in (0..rows).step_by(TILE) {
+        for word in 0..words {
+            for row in first..rows.min(first + TILE) {
+                let packed = packed.get((row, word)).map_or(0, |word| *word as u32);
+                for (column, place) in PLACES.iter().enumerate() {
+                    if let Some(code) = codes.get_mut((word * PER_WORD + column, row)) {
+                        *code = (packed >> (4 * place) & 15) as u8;
+                    }
+                }
+            }
+        }
+    }
+    codes
 }

@@ -52,7 +52,7 @@ impl Gptq {
         Ok(Self { bits, group_size, v2 })
     }
 
-    fn groups(self, input: usize) -> usize {
+    pub(super) fn groups(self, input: usize) -> usize {
         self.group_size.map_or(1, |size| input.div_ceil(size))
     }
 

@@ -103,8 +103,12 @@ fn gptq_items(
     let group_size = group_size(weights)?;
     let all = |test: &dyn Fn(&Quantized) -> bool| weights.values().all(test);
     let v2 = !all(&|weight| gptq::holds_zeros(weight, bits, false));
-    let middle = Zeros::Same(1 << (bits - 1));
-    let sym = all(&|weight| *weight.zeros() == middle);
+    let middle = 1 << (bits - 1);
+    let sym = all(&|weight| match weight.zeros() {
+        Zeros::Same(zero) => *zero == middle,
+        Zeros::Each(zeros) => zeros.iter().all(|zero| *zero == middle),
+        _ => false,
+    });
     let desc_act = !all(&|weight| matches!(weight.groups(), Groups::Runs(_)));
     let gptq = Gptq { bits, group_size, v2 };
     let mut items = Vec::new();
@@ -127,7 +131,7 @@ fn gptq_items(
             let message = "GPTQ's layout holds zero points of as many bits as the codes only; these are more";
             return Err(option(name, message));
         }
-        if gptq.parts([out, input])[2].shape.as_deref() != Some(&[weight.scales().ncols(), out]) {
+        if gptq.groups(input) != weight.scales().ncols() {
             let found = weight.scales().ncols();
             return Err(option(
                 name,

@@ -245,14 +245,17 @@ impl Checkpoint {
         })
     }
 
-    /// The names of tensors that stand in for the weights that are packed.
+    /// The names of tensors that stand in for the weights that are packed, and of those weights.
     pub(super) fn packed_names(&self) -> Vec<String> {
         let names = |(name, shape): (String, Vec<usize>)| {
             let (quantization, parts) = self.packed(&name)?;
             let &[out, input] = &shape[..] else { return None };
             // What is wrong with them is for `faults` to say.
-            let expected = quantization.parts(&parts, [out, input]).ok()?;
-            Some(expected.iter().map(|part| format!("{}.{}", parts.module, part.suffix)).collect::<Vec<_>>())
+            let expected = quantization.parts(&parts, [out, input]).unwrap_or_default();
+            let mut names: Vec<String> =
+                expected.iter().map(|part| format!("{}.{}", parts.module, part.suffix)).collect();
+            names.push(name);
+            Some(names)
         };
         self.config.tensor_shapes().into_iter().filter_map(names).flatten().collect()
     }
