@@ -2,7 +2,9 @@
 
 use crate::{model, out::Failure, progress::Console};
 use clap::{Args, ValueEnum};
-use opt_core::{CacheDType, DType, Load, Opt, backends, prompt::Overflow, tokenizer::Bos};
+use opt_core::{
+    CacheDType, DType, Load, Opt, backends, prompt::Overflow, quantize::QuantSpec, tokenizer::Bos,
+};
 use std::{num::NonZeroUsize, path::PathBuf};
 
 /// Flags of every subcommand that runs a model.
@@ -30,6 +32,22 @@ pub(crate) struct RunArgs {
 /// Which model, where and how.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
+
+    /// Hold the weights in this number format, whatever the file has.
+    #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
+    pub(crate) dtype: Format,
+
+    /// Quantize while loading: the linears of the layers, and for integers the token table in int8; what is left is
+    /// held as --dtype says.
+    #[arg(long, value_name = "FORMAT", help_heading = "Model")]
+    pub(crate) quantize: Option<Quantized>,
+}
+
+/// Which model, and where.
+#[derive(Debug, Args)]
+pub(crate) struct PlaceArgs {
     /// Use this model: a directory in Hugging Face layout, a weights file beside its config.json, or a hub id such as
     /// facebook/opt-125m (in builds with the feature `hub`). [default: $OPT_MODEL, then models/opt-novels]
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
@@ -42,10 +60,6 @@ pub(crate) struct ModelArgs {
     /// Run on this device of the backend, such as cuda:0 or an adapter's name or index.
     #[arg(long, value_name = "DEVICE", help_heading = "Model")]
     pub(crate) device: Option<String>,
-
-    /// Hold the weights in this number format, whatever the file has.
-    #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
-    pub(crate) dtype: Format,
 
     /// Multiply by quantized weights in this number format: int8 is faster, f32 keeps activations as they are.
     #[arg(long, value_name = "FORMAT", default_value = "int8", help_heading = "Model")]
@@ -148,6 +162,27 @@ impl From<Format> for DType {
     }
 }
 
+/// What weights are rounded to while loading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Quantized {
+    /// Symmetric integers of 8 bits in groups of 32.
+    Int8,
+    /// Symmetric integers of 4 bits in groups of 32.
+    Int4,
+    /// 4-bit NormalFloat in blocks of 64.
+    Nf4,
+}
+
+impl Quantized {
+    fn spec(self) -> QuantSpec {
+        match self {
+            Quantized::Int8 => QuantSpec::int8(),
+            Quantized::Int4 => QuantSpec::int4(),
+            Quantized::Nf4 => QuantSpec::nf4(),
+        }
+    }
+}
+
 /// Number formats of the cache.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum KvFormat {
@@ -187,19 +222,29 @@ impl From<Truncate> for Overflow {
     }
 }
 
-impl ModelArgs {
-    /// The backend's options.
-    fn options(&self) -> backends::BackendOptions {
+impl PlaceArgs {
+    /// The backend, ready to load a model on.
+    pub(crate) fn choose(&self) -> Result<backends::Chosen, Failure> {
         let mut options = backends::BackendOptions::default();
         options.device = self.device.clone();
         options.threads = self.threads.map(NonZeroUsize::get);
         options.compute = self.compute.into();
-        options
+        Ok(backends::choose(self.backend.name(), &options)?)
+    }
+}
+
+impl ModelArgs {
+    /// How weights are held, for people.
+    pub(crate) fn weights(&self) -> String {
+        match self.quantize {
+            Some(format) => format.spec().format.to_string(),
+            None => DType::from(self.dtype).to_string(),
+        }
     }
 
     /// Loads the model that the flags name, with a progress bar; its warnings are printed.
     pub(crate) fn load(&self, console: &Console) -> Result<Opt, Failure> {
-        self.load_from(self.model.as_deref(), console)
+        self.load_from(self.place.model.as_deref(), console)
     }
 
     /// [`ModelArgs::load`] for another model on the same kind of backend.
@@ -209,18 +254,21 @@ impl ModelArgs {
         console: &Console,
     ) -> Result<Opt, Failure> {
         // A wrong backend is told before a download begins.
-        let backend = backends::choose(self.backend.name(), &self.options())?;
+        let backend = self.place.choose()?;
         let path = model::find(name, console)?;
         let bar = console.bar("loading");
         let mut progress = |at: opt_core::Progress<'_>| bar.show(at);
-        let load = Load::with(backend)
+        let mut load = Load::with(backend)
             .dtype(self.dtype.into())
             .cancel(console.cancel.clone())
             .progress(&mut progress);
+        if let Some(format) = self.quantize {
+            load = load.quantize(format.spec());
+        }
         let opt = Opt::load(&path, load)?;
         drop(bar);
         opt.warnings().iter().for_each(|warning| console.warn(warning));
-        if self.threads.is_some() && opt.info().threads == 0 {
+        if self.place.threads.is_some() && opt.info().threads == 0 {
             console.warn(&format!("--threads has no effect on backend {}", opt.info().name));
         }
         Ok(opt)

@@ -7,7 +7,7 @@ use crate::{
 };
 use clap::Args;
 use opt_core::{
-    CacheDType, DType, Opt, Progress,
+    CacheDType, Opt, Progress,
     engine::{Forward, KvCache, Sequence, Want},
 };
 use serde::Serialize;
@@ -147,7 +147,7 @@ impl Bench {
         let report = Report {
             backend: info.name,
             device: info.device,
-            weights: DType::from(self.run.model.dtype).to_string(),
+            weights: self.run.model.weights(),
             load_s,
             first_token_s,
             prefill,

@@ -8,6 +8,7 @@ use crate::{
 };
 use clap::Args;
 use opt_core::{
+    DType,
     backends::{self, BackendOptions},
     checkpoint::{Inspection, MemoryNeed, inspect},
 };
@@ -65,8 +66,13 @@ impl Inspect {
         let path = model::find(self.place.as_deref().or(self.model.as_deref()), &console)?;
         let found = inspect(path)?;
         let infos = backends::list(&BackendOptions::default()).into_iter().filter_map(|(_, info)| info.ok());
+        // What the inspection says knows of quantized weights.
+        let need = |&dtype: &DType| {
+            let known = found.memory.iter().find(|need| need.dtype == dtype).copied();
+            known.unwrap_or_else(|| MemoryNeed::of(&found.config, dtype))
+        };
         let backends = infos.map(|info| PrintedBackend {
-            memory: info.dtypes.iter().map(|&dtype| MemoryNeed::of(&found.config, dtype)).collect(),
+            memory: info.dtypes.iter().map(need).collect(),
             name: info.name,
             device: info.device,
         });
@@ -118,6 +124,7 @@ impl Inspect {
             ("files", format!("{format}, {} tensors", tensors.len())),
         ];
         rows.extend(files.iter().map(|file| ("", format!("{}, {}", file.name, bytes(file.bytes)))));
+        rows.extend(printed.found.quantization.iter().map(|layout| ("quantized", layout.clone())));
         for backend in &printed.backends {
             rows.push(("memory", format!("backend {}, {}", backend.name, backend.device)));
             rows.extend(backend.memory.iter().map(|need| {

@@ -10,6 +10,7 @@ mod model;
 mod out;
 mod progress;
 mod prompts;
+mod quantize;
 mod score;
 mod settings;
 
@@ -31,6 +32,7 @@ Examples:
   opt generate --model opt-125m --num-beams 4 \"Today is a beautiful day\"
   opt score --input lines.jsonl
   opt convert pytorch_model.bin model.safetensors
+  opt quantize opt-125m --format int8 --output opt-125m-int8
 
 Models:
   --model names one; without it $OPT_MODEL, then models/opt-novels here or
@@ -51,6 +53,8 @@ enum Command {
     Score(score::Score),
     /// Write a model in another file format, number format or number of files.
     Convert(convert::Convert),
+    /// Write a model with its weights in few bits, and measure what that costs in accuracy.
+    Quantize(Box<quantize::Quantize>),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -71,6 +75,7 @@ fn main() -> ExitCode {
         Command::Generate(generate) => generate.run(),
         Command::Score(score) => score.run(),
         Command::Convert(convert) => convert.run(),
+        Command::Quantize(quantize) => quantize.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

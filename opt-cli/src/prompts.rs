@@ -62,6 +62,14 @@ pub(crate) fn json_lines(path: &Path) -> Result<Vec<Line>, Failure> {
     Ok(lines)
 }
 
+/// A file of text, or all of stdin for `-`.
+pub(crate) fn text_file(path: &Path) -> Result<String, Failure> {
+    let (name, bytes) = read(path)?;
+    let text = String::from_utf8(bytes)
+        .map_err(|e| Failure::failed(format!("{name}: expected UTF-8 text: {}", e.utf8_error())))?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+}
+
 /// The text on stdin, without the line break that `echo` puts at its end.
 pub(crate) fn stdin_text() -> Result<String, Failure> {
     let mut text = String::from_utf8(stdin()?).map_err(|e| {

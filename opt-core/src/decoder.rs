@@ -7,15 +7,15 @@ use crate::{
     Result,
     checkpoint::Checkpoint,
     config::{LAYER_NORM_EPS, OptConfig, POSITION_OFFSET},
+    quantize::{Held, Holding},
 };
 use ndarray::Array3;
-use opt_backend::{Activation, Attend, Backend, DType, NormParams, Readback, Span, Then};
+use opt_backend::{Activation, Attend, Backend, NormParams, Readback, Span, Then};
+use std::ops::Range;
 
 /// The weights of a model, where `B` keeps them.
 pub(crate) struct Decoder<B: Backend> {
-    heads: usize,
-    pre_norm: bool,
-    activation: Activation,
+    style: Style,
     embed_tokens: B::Table,
     embed_positions: B::Table,
     project_in: Option<B::Linear>,
@@ -26,7 +26,26 @@ pub(crate) struct Decoder<B: Backend> {
     lm_head: Option<B::Table>,
 }
 
-struct Layer<B: Backend> {
+/// What all layers have in common beside their weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Style {
+    heads: usize,
+    pre_norm: bool,
+    activation: Activation,
+}
+
+impl Style {
+    pub(crate) fn new(config: &OptConfig) -> Result<Self> {
+        Ok(Self {
+            heads: config.num_attention_heads,
+            pre_norm: config.do_layer_norm_before,
+            activation: config.activation()?,
+        })
+    }
+}
+
+/// The weights of one decoder layer.
+pub(crate) struct Layer<B: Backend> {
     attn_norm: B::Norm,
     q: B::Linear,
     k: B::Linear,
@@ -39,6 +58,38 @@ struct Layer<B: Backend> {
 
 /// Looks at a tensor on its way.
 type See<'a, B> = &'a mut dyn FnMut(&<B as Backend>::Tensor);
+
+/// Linears of a layer by what they read: the first three read the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Reads {
+    /// `q_proj`, `k_proj` and `v_proj`.
+    Qkv,
+    /// `out_proj`.
+    Out,
+    /// `fc1`.
+    Fc1,
+    /// `fc2`.
+    Fc2,
+}
+
+/// Is shown the input of each linear of a layer, `[rows, in]`; an error ends the pass.
+pub(crate) type SeeInput<'a, B> = &'a mut dyn FnMut(Reads, &<B as Backend>::Tensor) -> Result<()>;
+
+/// Where a layer runs.
+pub(crate) struct At<'a> {
+    pub(crate) style: Style,
+    /// The layer's index.
+    pub(crate) index: usize,
+    pub(crate) spans: &'a [Span],
+    /// The rows of which the result is needed; `None` is all.
+    pub(crate) wanted: Option<&'a [usize]>,
+}
+
+/// What a layer hands out of its inside, beside its result.
+pub(crate) struct Inside<'a, 's, 'b, B: Backend> {
+    pub(crate) attentions: Option<&'a mut Vec<Readback<'b, Vec<Array3<f32>>>>>,
+    pub(crate) inputs: Option<SeeInput<'s, B>>,
+}
 
 /// The rows of a batch.
 pub(crate) struct Rows<'a> {
@@ -66,6 +117,16 @@ impl<B: Backend> Decoder<B> {
         Ok(backend.gather(&self.embed_tokens, ids)?)
     }
 
+    /// The state before the first layer, `[rows, hidden_size]`, of embedded tokens at these positions.
+    pub(crate) fn start(&self, b: &B, embedded: B::Tensor, positions: &[u32]) -> Result<B::Tensor> {
+        let positions: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
+        let h = match &self.project_in {
+            Some(project) => b.linear(&embedded, project, Then::Nothing)?,
+            None => embedded,
+        };
+        Ok(b.add_gathered(h, &self.embed_positions, &positions)?)
+    }
+
     /// Runs the decoder over embedded tokens.
     ///
     /// With caches (one per span) each sequence continues what its cache holds. Of the rows that are not wanted, the
@@ -80,46 +141,16 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<B::Tensor> {
         let Trace { mut hidden, mut attentions, before_layer } = trace;
         let Rows { positions, spans, wanted } = rows;
-        let positions: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
-        let mut h = match &self.project_in {
-            Some(project) => b.linear(&embedded, project, Then::Nothing)?,
-            None => embedded,
-        };
-        h = b.add_gathered(h, &self.embed_positions, &positions)?;
-
+        let mut h = self.start(b, embedded, positions)?;
         for (index, layer) in self.layers.iter().enumerate() {
             before_layer(index)?;
             if let Some(see) = &mut hidden {
                 see(&h);
             }
-            // Attention: h = h + out(attend(q, k, v)), normalised before or after.
-            let x = if self.pre_norm { Some(b.layer_norm(&h, &layer.attn_norm)?) } else { None };
-            let [q, k, v] = b.qkv(x.as_ref().unwrap_or(&h), &layer.q, &layer.k, &layer.v)?;
-            let attend = Attend { heads: self.heads, layer: index, spans };
-            let mut mixed = match &mut attentions {
-                None => b.attend(q, k, v, attend, caches.as_deref_mut())?,
-                Some(attentions) => {
-                    let (mixed, weights) = b.attention_weights(q, k, v, attend, caches.as_deref_mut())?;
-                    attentions.push(weights);
-                    mixed
-                }
-            };
-            // From here on rows no longer mix, so that after the last attention unwanted ones need not be computed.
-            if let (Some(wanted), true) = (wanted, index + 1 == self.layers.len()) {
-                mixed = b.take_rows(&mixed, wanted)?;
-                h = b.take_rows(&h, wanted)?;
-            }
-            h = b.linear(&mixed, &layer.out, Then::Add(h))?;
-            if !self.pre_norm {
-                h = b.layer_norm(&h, &layer.attn_norm)?;
-            }
-            // Feed-forward: h = h + fc2(activation(fc1(h))), normalised before or after.
-            let x = if self.pre_norm { Some(b.layer_norm(&h, &layer.ffn_norm)?) } else { None };
-            let wide = b.linear(x.as_ref().unwrap_or(&h), &layer.fc1, Then::Activate(self.activation))?;
-            h = b.linear(&wide, &layer.fc2, Then::Add(h))?;
-            if !self.pre_norm {
-                h = b.layer_norm(&h, &layer.ffn_norm)?;
-            }
+            let wanted = wanted.filter(|_| index + 1 == self.layers.len());
+            let at = At { style: self.style, index, spans, wanted };
+            let inside = Inside { attentions: attentions.as_deref_mut(), inputs: None };
+            h = layer.forward(b, h, at, caches.as_deref_mut(), inside)?;
         }
 
         if let Some(norm) = &self.final_layer_norm {
@@ -136,30 +167,30 @@ impl<B: Backend> Decoder<B> {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
     }
 
-    /// Hands the weights of a checkpoint to a backend one by one, to be held as `dtype`.
+    /// Hands the weights of a checkpoint to a backend one by one, to be held as `holding` says. Of the layers only
+    /// those in `layers`, which is all of them for a model that is to be run.
     ///
     /// `taken` is told each tensor's name before it is taken; an error from it ends the loading.
     pub(crate) fn load(
         backend: &B,
         checkpoint: &Checkpoint,
-        dtype: DType,
+        holding: &Holding,
+        layers: Range<usize>,
         taken: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<Self> {
         let config: &OptConfig = checkpoint.config();
         let (hidden, embed) = (config.hidden_size, config.word_embed_proj_dim);
-        let mut loader = Loader { backend, checkpoint, dtype, taken };
+        let mut loader = Loader { backend, checkpoint, holding, taken };
         let positions = config.max_position_embeddings + POSITION_OFFSET;
         Ok(Self {
-            heads: config.num_attention_heads,
-            pre_norm: config.do_layer_norm_before,
-            activation: config.activation()?,
+            style: Style::new(config)?,
             embed_tokens: loader.table("embed_tokens", [config.vocab_size, embed])?,
             embed_positions: loader.table("embed_positions", [positions, hidden])?,
             project_in: config
                 .has_projections()
                 .then(|| loader.linear("project_in", [hidden, embed], false))
                 .transpose()?,
-            layers: (0..config.num_hidden_layers).map(|i| loader.layer(i, config)).collect::<Result<_>>()?,
+            layers: layers.map(|i| loader.layer(i, config)).collect::<Result<_>>()?,
             final_layer_norm: config
                 .has_final_layer_norm()
                 .then(|| loader.norm("final_layer_norm", config))
@@ -175,11 +206,76 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+impl<B: Backend> Layer<B> {
+    /// Hands the weights of one layer to a backend.
+    pub(crate) fn load(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        index: usize,
+    ) -> Result<Self> {
+        let mut taken = |_: &str| Ok(());
+        Loader { backend, checkpoint, holding, taken: &mut taken }.layer(index, checkpoint.config())
+    }
+
+    /// Runs the layer over the state `h`, `[rows, hidden_size]`; the result has the wanted rows.
+    pub(crate) fn forward<'b>(
+        &self,
+        b: &'b B,
+        mut h: B::Tensor,
+        at: At<'_>,
+        caches: Option<&mut [&mut B::Cache]>,
+        inside: Inside<'_, '_, 'b, B>,
+    ) -> Result<B::Tensor> {
+        let At { style: Style { heads, pre_norm, activation }, index, spans, wanted } = at;
+        let Inside { attentions, mut inputs } = inside;
+        let mut reads = |reads: Reads, x: &B::Tensor| match &mut inputs {
+            Some(see) => see(reads, x),
+            None => Ok(()),
+        };
+        // Attention: h = h + out(attend(q, k, v)), normalised before or after.
+        let x = if pre_norm { Some(b.layer_norm(&h, &self.attn_norm)?) } else { None };
+        let x = x.as_ref().unwrap_or(&h);
+        reads(Reads::Qkv, x)?;
+        let [q, k, v] = b.qkv(x, &self.q, &self.k, &self.v)?;
+        let attend = Attend { heads, layer: index, spans };
+        let mut mixed = match attentions {
+            None => b.attend(q, k, v, attend, caches)?,
+            Some(attentions) => {
+                let (mixed, weights) = b.attention_weights(q, k, v, attend, caches)?;
+                attentions.push(weights);
+                mixed
+            }
+        };
+        // From here on rows no longer mix, so that after the last attention unwanted ones need not be computed.
+        if let Some(wanted) = wanted {
+            mixed = b.take_rows(&mixed, wanted)?;
+            h = b.take_rows(&h, wanted)?;
+        }
+        reads(Reads::Out, &mixed)?;
+        h = b.linear(&mixed, &self.out, Then::Add(h))?;
+        if !pre_norm {
+            h = b.layer_norm(&h, &self.attn_norm)?;
+        }
+        // Feed-forward: h = h + fc2(activation(fc1(h))), normalised before or after.
+        let x = if pre_norm { Some(b.layer_norm(&h, &self.ffn_norm)?) } else { None };
+        let x = x.as_ref().unwrap_or(&h);
+        reads(Reads::Fc1, x)?;
+        let wide = b.linear(x, &self.fc1, Then::Activate(activation))?;
+        reads(Reads::Fc2, &wide)?;
+        h = b.linear(&wide, &self.fc2, Then::Add(h))?;
+        if !pre_norm {
+            h = b.layer_norm(&h, &self.ffn_norm)?;
+        }
+        Ok(h)
+    }
+}
+
 /// Takes tensors out of a checkpoint; each is released once the backend has its own copy.
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
-    dtype: DType,
+    holding: &'a Holding,
     taken: &'a mut dyn FnMut(&str) -> Result<()>,
 }
 
@@ -203,17 +299,22 @@ impl<B: Backend> Loader<'_, B> {
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<B::Table> {
         let name = format!("{name}.weight");
         (self.taken)(&name)?;
-        let rows = self.checkpoint.tensor(&name, &shape)?;
-        Ok(self.backend.new_table(rows.matrix()?, self.dtype)?)
+        Ok(match self.holding.weight(self.checkpoint, &name, shape)? {
+            Held::Plain(rows) => self.backend.new_table(rows.matrix()?, self.holding.dtype)?,
+            Held::Quantized(rows) => self.backend.new_quantized_table(&rows)?,
+        })
     }
 
     fn linear(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<B::Linear> {
         let weight_name = format!("{name}.weight");
         (self.taken)(&weight_name)?;
-        let weight = self.checkpoint.tensor(&weight_name, &shape)?;
+        let weight = self.holding.weight(self.checkpoint, &weight_name, shape)?;
         let bias = bias.then(|| self.checkpoint.tensor(&format!("{name}.bias"), &shape[..1])).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.vector()).transpose()?;
-        Ok(self.backend.new_linear(weight.matrix()?, bias, self.dtype)?)
+        Ok(match weight {
+            Held::Plain(weight) => self.backend.new_linear(weight.matrix()?, bias, self.holding.dtype)?,
+            Held::Quantized(weight) => self.backend.new_quantized_linear(&weight, bias)?,
+        })
     }
 
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {

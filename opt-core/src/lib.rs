@@ -44,6 +44,7 @@ pub mod generation;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod prompt;
+pub mod quantize;
 pub mod tokenizer;
 
 pub use callbacks::ProgressFn;

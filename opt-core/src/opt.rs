@@ -11,6 +11,7 @@ use crate::{
         strategy,
     },
     prompt::{self, Overflow},
+    quantize::{Holding, QuantSpec, QuantizedWeights, WalkJob},
     stream::Head,
     tokenizer::Tokenizer,
 };
@@ -57,21 +58,28 @@ pub(crate) trait MakeEngine: MaybeSend {
     fn make(
         self: Box<Self>,
         checkpoint: &Checkpoint,
-        dtype: DType,
+        holding: &Holding,
         cancel: Option<&CancelToken>,
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>>;
+
+    /// Runs a checkpoint layer by layer.
+    fn walk(&self, job: &mut WalkJob<'_>) -> Result<()>;
 }
 
 impl<B: Backend> MakeEngine for B {
     fn make(
         self: Box<Self>,
         checkpoint: &Checkpoint,
-        dtype: DType,
+        holding: &Holding,
         cancel: Option<&CancelToken>,
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>> {
-        Ok(Arc::new(LocalEngine::load(*self, checkpoint, dtype, cancel, progress)?))
+        Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?))
+    }
+
+    fn walk(&self, job: &mut WalkJob<'_>) -> Result<()> {
+        job.run(self)
     }
 }
 
@@ -85,7 +93,7 @@ impl<B: Backend> MakeEngine for B {
 #[derive(Default)]
 pub struct Load<'a> {
     engine: Option<Box<dyn MakeEngine>>,
-    dtype: DType,
+    holding: Holding,
     cancel: Option<CancelToken>,
     progress: Option<&'a mut ProgressFn<'a>>,
 }
@@ -104,7 +112,22 @@ impl<'a> Load<'a> {
     /// Sets how weights are held; f32 unless said otherwise, whatever the file holds.
     #[must_use]
     pub fn dtype(mut self, dtype: DType) -> Self {
-        self.dtype = dtype;
+        self.holding.dtype = dtype;
+        self
+    }
+
+    /// Quantizes weights while they are loaded, one tensor at a time: the linears of the decoder layers and, by
+    /// choice, the token table. What is left is held as [`Load::dtype`] says.
+    #[must_use]
+    pub fn quantize(mut self, spec: QuantSpec) -> Self {
+        self.holding.spec = Some(spec);
+        self
+    }
+
+    /// Takes these weights, by canonical name (`layers.0.fc1.weight`), in the place of the checkpoint's.
+    #[must_use]
+    pub fn replace(mut self, weights: Arc<QuantizedWeights>) -> Self {
+        self.holding.given = Some(weights);
         self
     }
 
@@ -137,7 +160,8 @@ impl Opt {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`], [`ErrorKind::Config`], [`ErrorKind::Checkpoint`] or [`ErrorKind::Tokenizer`], naming
-    /// the file; [`ErrorKind::Cancelled`]; [`ErrorKind::Backend`].
+    /// the file; [`ErrorKind::Cancelled`]; [`ErrorKind::Backend`]; [`ErrorKind::Option`] for weights that cannot be
+    /// quantized as asked.
     pub fn load(path: impl AsRef<Path>, load: Load<'_>) -> Result<Self> {
         let path = path.as_ref();
         let checkpoint = Checkpoint::open(path)?;
@@ -169,6 +193,7 @@ impl Opt {
     ) -> Result<Self> {
         let mut warnings: Vec<String> = checkpoint.validate()?.iter().map(ToString::to_string).collect();
         let config = checkpoint.config();
+        load.holding.check(checkpoint)?;
         if let Some(tokenizer) = tokenizer.as_ref().filter(|t| t.vocab_size() > config.vocab_size) {
             warnings.push(format!(
                 "the tokenizer knows {} tokens, the model {}: some texts will not run",
@@ -183,7 +208,7 @@ impl Opt {
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
-        let engine = backend.make(checkpoint, load.dtype, load.cancel.as_ref(), progress)?;
+        let engine = backend.make(checkpoint, &load.holding, load.cancel.as_ref(), progress)?;
         Ok(Self {
             engine,
             tokenizer,

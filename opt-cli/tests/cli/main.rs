@@ -5,6 +5,7 @@ mod bench;
 mod checkpoints;
 mod ends;
 mod generate;
+mod quantize;
 mod refusals;
 mod score;
 

@@ -117,8 +117,8 @@ pub struct Converted {
 /// ```
 ///
 /// # Errors
-/// As [`Checkpoint::open`] and [`Checkpoint::validate`]; [`ErrorKind::Option`] if the output exists or options
-/// contradict each other; [`ErrorKind::Io`] if writing fails. Nothing is left behind then.
+/// As [`Checkpoint::open`] and [`Checkpoint::validate`]; [`ErrorKind::Unsupported`] for quantized weights;
+/// [`ErrorKind::Option`] if the output exists or options contradict each other; [`ErrorKind::Io`] if writing fails. Nothing is left behind then.
 pub fn convert(
     input: impl AsRef<Path>,
     output: impl AsRef<Path>,
@@ -127,6 +127,13 @@ pub fn convert(
     let (input, output) = (input.as_ref(), output.as_ref());
     let target = Target::new(output, &options)?;
     let checkpoint = Checkpoint::open(input)?;
+    if let Some(found) = checkpoint.quantization() {
+        let message = format_args!(
+            "{}: its weights are quantized ({found}) and cannot be converted; convert the model they were made from",
+            input.display()
+        );
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
     let mut warnings = checkpoint.validate().map_err(|e| e.at(input.display()))?;
     let planned = plan(&checkpoint, options.dtype, target.format);
     let tensors = planned.len();
@@ -208,7 +215,7 @@ enum Place {
 }
 
 /// Where to write, checked before any work.
-struct Target<'a> {
+pub(super) struct Target<'a> {
     output: &'a Path,
     parent: &'a Path,
     place: Place,
@@ -216,7 +223,7 @@ struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    fn new(output: &'a Path, options: &ConvertOptions<'_>) -> Result<Self> {
+    pub(super) fn new(output: &'a Path, options: &ConvertOptions<'_>) -> Result<Self> {
         let fail = |message: &str| {
             Err(Error::new(ErrorKind::Option, format_args!("{}: {message}", output.display())))
         };
@@ -260,29 +267,41 @@ impl<'a> Target<'a> {
         job: &mut Job<'_>,
         dtype: Option<DType>,
     ) -> Result<Vec<PathBuf>> {
+        self.directory(|inside| {
+            let names = file_names(self.format, shards.len());
+            for (name, shard) in names.iter().zip(shards) {
+                let path = inside.join(name);
+                let file = File::create_new(&path).map_err(|e| io("cannot create", &path, e))?;
+                self.write_weights(shard, file, job)?;
+            }
+            let mut files = names.clone();
+            if shards.len() > 1 {
+                let name = format!("{}.index.json", self.format.file_name());
+                fs::write(inside.join(&name), index(&names, shards)?).map_err(cannot_write)?;
+                files.push(name);
+            }
+            for (name, contents) in side_files(job.checkpoint, dtype)? {
+                fs::write(inside.join(name), contents).map_err(cannot_write)?;
+                files.push(name.to_owned());
+            }
+            Ok(files)
+        })
+    }
+
+    /// Whether the output becomes a directory.
+    pub(super) fn is_directory(&self) -> bool {
+        matches!(self.place, Place::Directory)
+    }
+
+    /// Lets `fill` write files into a directory and gives it the output's name when it is complete.
+    pub(super) fn directory(&self, fill: impl FnOnce(&Path) -> Result<Vec<String>>) -> Result<Vec<PathBuf>> {
         let temporary = temporary(0o777).tempdir_in(self.parent).map_err(cannot_write)?;
-        let inside = temporary.path();
-        let names = file_names(self.format, shards.len());
-        for (name, shard) in names.iter().zip(shards) {
-            let path = inside.join(name);
-            let file = File::create_new(&path).map_err(|e| io("cannot create", &path, e))?;
-            self.write_weights(shard, file, job)?;
-        }
-        let mut files = names.clone();
-        if shards.len() > 1 {
-            let name = format!("{}.index.json", self.format.file_name());
-            fs::write(inside.join(&name), index(&names, shards)?).map_err(cannot_write)?;
-            files.push(name);
-        }
-        for (name, contents) in side_files(job.checkpoint, dtype)? {
-            fs::write(inside.join(name), contents).map_err(cannot_write)?;
-            files.push(name.to_owned());
-        }
+        let files = fill(temporary.path())?;
         if self.output.is_dir() {
             // Empty, as checked before: not every system renames onto it.
             fs::remove_dir(self.output).map_err(cannot_write)?;
         }
-        fs::rename(inside, self.output).map_err(cannot_write)?;
+        fs::rename(temporary.path(), self.output).map_err(cannot_write)?;
         // What the guard would delete is gone from its name.
         let _ = temporary.keep();
         Ok(files.into_iter().map(|name| self.output.join(name)).collect())
@@ -389,7 +408,7 @@ fn index(names: &[String], shards: &[Vec<Planned<'_>>]) -> Result<Vec<u8>> {
     pretty(&json!({ "metadata": metadata, "weight_map": map }))
 }
 
-fn pretty(value: &Value) -> Result<Vec<u8>> {
+pub(super) fn pretty(value: &Value) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(value)
         .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?;
     text.push(b'\n');
@@ -397,7 +416,10 @@ fn pretty(value: &Value) -> Result<Vec<u8>> {
 }
 
 /// config.json, saying the new number format, and the other files that are there.
-fn side_files(checkpoint: &Checkpoint, dtype: Option<DType>) -> Result<Vec<(&'static str, Vec<u8>)>> {
+pub(super) fn side_files(
+    checkpoint: &Checkpoint,
+    dtype: Option<DType>,
+) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let Some(directory) = checkpoint.directory() else { return Ok(Vec::new()) };
     let mut config = super::files::config(directory)?.into_bytes();
     if let Some(dtype) = dtype {

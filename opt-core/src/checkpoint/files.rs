@@ -102,6 +102,11 @@ pub(super) fn config(directory: &Path) -> Result<String> {
     source::read_text(&directory.join("config.json"), MOST_JSON)
 }
 
+/// A small text file.
+pub(super) fn small(path: &Path) -> Result<String> {
+    source::read_text(path, MOST_JSON)
+}
+
 /// Opens the files of a directory or the one file named, and says which directory the config is in.
 pub(super) fn open(path: &Path) -> Result<(PathBuf, Opened)> {
     let metadata = path.metadata().map_err(|e| match e.kind() {
@@ -142,12 +147,26 @@ fn directory(path: &Path) -> Result<Opened> {
             return sharded(path, &index, format);
         }
     }
+    if let Some(file) = autogptq(path) {
+        return single(Source::map(&file)?, Format::of(&file).unwrap_or(Format::Safetensors));
+    }
     if path.join("tf_model.h5").exists() {
         return Err(tensorflow());
     }
     let message =
         "no model.safetensors, pytorch_model.bin or flax_model.msgpack, nor an index of their shards";
     Err(Error::new(ErrorKind::NotFound, message))
+}
+
+/// The file that AutoGPTQ called `gptq_model-4bit-128g.safetensors` and the like, if there is one and no other.
+fn autogptq(directory: &Path) -> Option<PathBuf> {
+    let is_it = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("gptq_model-")
+            && matches!(Format::of(path), Some(Format::Safetensors | Format::Pickle))
+    };
+    let mut found = directory.read_dir().ok()?.filter_map(|entry| Some(entry.ok()?.path())).filter(is_it);
+    found.next().filter(|_| found.next().is_none())
 }
 
 fn tensorflow() -> Error {

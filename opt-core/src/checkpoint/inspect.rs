@@ -14,6 +14,9 @@ pub struct Inspection {
     pub format: Format,
     /// The model's shape.
     pub config: OptConfig,
+    /// How weights are quantized, for people; none if they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<String>,
     /// Number of parameters, a tied LM head counted once.
     pub parameters: u64,
     /// The files with tensors.
@@ -63,7 +66,7 @@ pub struct MemoryNeed {
     /// The number format.
     #[serde(serialize_with = "as_text")]
     pub dtype: DType,
-    /// The weights: matrices in this format, biases and LayerNorms in f32.
+    /// The weights: quantized ones as they are, other matrices in this format, biases and LayerNorms in f32.
     pub weights: u64,
     /// Keys and values of one position, held in this format.
     pub cache_per_token: u64,
@@ -114,10 +117,12 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
     });
     let files =
         checkpoint.files().map(|(name, bytes)| FileSummary { name: name.to_owned(), bytes: bytes as u64 });
-    let need = |dtype| MemoryNeed::of(&config, dtype);
+    let need =
+        |dtype| MemoryNeed { weights: checkpoint.weight_bytes(dtype), ..MemoryNeed::of(&config, dtype) };
     Ok(Inspection {
         path: path.to_owned(),
         format: checkpoint.format(),
+        quantization: checkpoint.quantization(),
         parameters: config.parameters(),
         files: files.collect(),
         tensors: tensors.collect(),

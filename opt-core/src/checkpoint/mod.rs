@@ -17,6 +17,7 @@ mod inspect;
 mod json;
 mod names;
 mod pickle;
+mod quantized;
 mod safetensors;
 mod source;
 mod tensor;
@@ -27,11 +28,13 @@ pub use convert::{ConvertOptions, Converted, convert};
 pub use entry::FileDType;
 pub use files::Format;
 pub use inspect::{FileSummary, Inspection, MemoryNeed, TensorSummary, inspect};
+pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
 pub use tensor::{Tensor, TensorInfo};
 
 use crate::{Error, ErrorKind, Result, config::OptConfig};
 use entry::{fail, shown};
 use files::Opened;
+use quantized::Quantization;
 use source::Source;
 use std::{
     collections::BTreeMap,
@@ -62,6 +65,8 @@ pub struct Checkpoint {
     /// By canonical name.
     tensors: BTreeMap<String, TensorInfo>,
     warnings: Vec<Warning>,
+    /// How weights are packed, if some are.
+    quantization: Option<Quantization>,
 }
 
 /// Something about a checkpoint that does not keep it from running.
@@ -118,8 +123,10 @@ impl Checkpoint {
         let path = path.as_ref();
         let place = |e: Error| e.at(path.display());
         let (directory, opened) = files::open(path).map_err(place)?;
-        let config = OptConfig::from_json(&files::config(&directory)?).map_err(place)?;
-        Self::assemble(config, Some(directory), opened).map_err(place)
+        let text = files::config(&directory)?;
+        let config = OptConfig::from_json(&text).map_err(place)?;
+        let quantization = Quantization::find(&text, Some(&directory)).map_err(place)?;
+        Self::assemble(config, quantization, Some(directory), opened).map_err(place)
     }
 
     /// A checkpoint whose files are in memory: the text of its config.json, and one or more files of one format.
@@ -128,10 +135,16 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn from_bytes(config_json: &str, files: Vec<Vec<u8>>) -> Result<Self> {
         let config = OptConfig::from_json(config_json)?;
-        Self::assemble(config, None, files::from_memory(files)?)
+        let quantization = Quantization::find(config_json, None)?;
+        Self::assemble(config, quantization, None, files::from_memory(files)?)
     }
 
-    fn assemble(config: OptConfig, directory: Option<PathBuf>, opened: Opened) -> Result<Self> {
+    fn assemble(
+        config: OptConfig,
+        quantization: Option<Quantization>,
+        directory: Option<PathBuf>,
+        opened: Opened,
+    ) -> Result<Self> {
         let Opened { format, sources, entries, mut warnings } = opened;
         let mut tensors = BTreeMap::<String, TensorInfo>::new();
         for (index, entry) in entries {
@@ -143,14 +156,31 @@ impl Checkpoint {
             }
             tensors.insert(name, info);
         }
-        let expected: std::collections::HashSet<String> =
-            config.tensor_shapes().into_iter().map(|(name, _)| name).collect();
+        let mut checkpoint =
+            Self { config, directory, format, sources, tensors, warnings: vec![], quantization };
+        let packed = checkpoint.packed_names();
+        if packed.is_empty()
+            && let Some(unused) = checkpoint.quantization.take()
+        {
+            // transformers quantizes while it loads then.
+            let message =
+                format!("the configuration says {unused}, but every weight is plain and runs as it is");
+            warnings.push(Warning::Other(message));
+        }
+        let config = &checkpoint.config;
+        let expected: std::collections::HashSet<String> = config
+            .tensor_shapes()
+            .into_iter()
+            .map(|(name, _)| name)
+            .chain(checkpoint.packed_names())
+            .collect();
         let tied = |name: &str| config.tie_word_embeddings && name == LM_HEAD;
-        let extra = tensors.values().filter(|info| !expected.contains(&info.name) && !tied(&info.name));
+        let extra = checkpoint.tensors.values().filter(|i| !expected.contains(&i.name) && !tied(&i.name));
         warnings.extend(
             extra.map(|i| Warning::ExtraTensor { name: i.stored_name.clone(), file: i.file.clone() }),
         );
-        Ok(Self { config, directory, format, sources, tensors, warnings })
+        checkpoint.warnings = warnings;
+        Ok(checkpoint)
     }
 
     /// The model's shape.
@@ -226,7 +256,7 @@ impl Checkpoint {
 
     /// One line for each tensor that keeps the model from loading.
     fn faults(&self) -> Vec<String> {
-        let fault = |(name, shape): (String, Vec<usize>)| match self.tensors.get(&name) {
+        let fault = |name: String, shape: Vec<usize>| match self.tensors.get(&name) {
             None => Some(format!("{} {shape:?} is missing", names::full(&name))),
             Some(info) if info.shape != shape => {
                 Some(format!("{}: expected shape {shape:?}, found {:?}", info.place(), info.shape))
@@ -236,7 +266,11 @@ impl Checkpoint {
             }
             Some(_) => None,
         };
-        self.config.tensor_shapes().into_iter().filter_map(fault).collect()
+        let faults = |(name, shape): (String, Vec<usize>)| match self.packed_faults(&name, &shape) {
+            Some(faults) => faults,
+            None => fault(name, shape).into_iter().collect(),
+        };
+        self.config.tensor_shapes().into_iter().flat_map(faults).collect()
     }
 }
 

@@ -12,14 +12,14 @@ const METASEQ: [(&str, &str); 5] = [
     ("layer_norm.bias", "final_layer_norm.bias"),
 ];
 
-/// The canonical name, without prefix, of a tensor of the decoder (`layers.0.fc1.weight`) and of `lm_head.weight`;
+/// The canonical name, without prefix, of a tensor of the decoder (`layers.0.fc1.weight`) and of the LM head;
 /// any other name as it is. `None` for what is no tensor of the model at all.
 pub(super) fn canonical(stored: &str) -> Option<&str> {
     let mut name = stored;
     while let Some(rest) = WRAPPERS.iter().find_map(|prefix| name.strip_prefix(prefix)) {
         name = rest;
     }
-    if name == "lm_head.weight" {
+    if name.starts_with("lm_head.") {
         return Some(name);
     }
     let Some(inner) = name.strip_prefix("model.").unwrap_or(name).strip_prefix("decoder.") else {
@@ -38,7 +38,11 @@ fn is_bare(name: &str) -> bool {
 
 /// The name under which `OPTForCausalLM` stores a canonical tensor.
 pub(super) fn full(canonical: &str) -> String {
-    if canonical == "lm_head.weight" { canonical.to_owned() } else { format!("model.decoder.{canonical}") }
+    if canonical.starts_with("lm_head.") {
+        canonical.to_owned()
+    } else {
+        format!("model.decoder.{canonical}")
+    }
 }
 
 #[cfg(test)]

@@ -144,12 +144,12 @@ impl<'a> Tensor<'a> {
         damaged(format_args!("{place}: expected {expected} axes, found shape {shape:?}"))
     }
 
-    fn view2<T: AnyBitPattern>(&self, rows: usize, columns: usize) -> Result<ArrayView2<'_, T>> {
+    pub(super) fn view2<T: AnyBitPattern>(&self, rows: usize, columns: usize) -> Result<ArrayView2<'_, T>> {
         ArrayView2::from_shape((rows, columns), self.typed()?)
             .map_err(|e| Error::because(ErrorKind::Checkpoint, self.info.place(), e))
     }
 
-    fn typed<T: AnyBitPattern>(&self) -> Result<&[T]> {
+    pub(super) fn typed<T: AnyBitPattern>(&self) -> Result<&[T]> {
         bytemuck::try_cast_slice(self.bytes())
             .map_err(|e| damaged(format_args!("{}: cannot be read in place: {e}", self.info.place())))
     }

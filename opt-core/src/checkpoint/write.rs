@@ -67,14 +67,22 @@ pub(super) fn safetensors_file(
 ) -> Result<()> {
     let mut order: Vec<&Planned<'_>> = tensors.iter().collect();
     order.sort_by_key(|planned| std::cmp::Reverse(planned.dtype.size()));
-    let mut end = 0;
-    let mut infos = Vec::with_capacity(order.len());
-    for planned in &order {
+    let tensors =
+        order.iter().map(|planned| (planned.name.clone(), planned.dtype, planned.info.shape.clone()));
+    out.write_all(&safetensors_header(tensors)?).map_err(cannot_write)?;
+    order.into_iter().try_for_each(|planned| numbers(planned, out, job))
+}
+
+/// The first bytes of a safetensors file whose tensors, of these names, formats and shapes, lie end to end.
+pub(super) fn safetensors_header(
+    tensors: impl IntoIterator<Item = (String, FileDType, Vec<usize>)>,
+) -> Result<Vec<u8>> {
+    let (mut end, mut infos) = (0, Vec::new());
+    for (name, number, shape) in tensors {
         let start = end;
-        end += planned.bytes() as usize;
-        let (dtype, shape) = (dtype(planned.dtype), planned.info.shape.clone());
-        let info = safetensors::tensor::TensorInfo { dtype, shape, data_offsets: (start, end) };
-        infos.push((planned.name.clone(), info));
+        end += shape.iter().product::<usize>() * number.size();
+        let dtype = dtype(number);
+        infos.push((name, safetensors::tensor::TensorInfo { dtype, shape, data_offsets: (start, end) }));
     }
     // transformers refuses a file that does not say which library's tensors it holds.
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -83,9 +91,9 @@ pub(super) fn safetensors_file(
     let mut header = serde_json::to_vec(&metadata)
         .map_err(|e| Error::because(ErrorKind::Checkpoint, "cannot write the safetensors header", e))?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(cannot_write)?;
-    out.write_all(&header).map_err(cannot_write)?;
-    order.into_iter().try_for_each(|planned| numbers(planned, out, job))
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut header);
+    Ok(bytes)
 }
 
 /// Writes what `torch.load` reads.

@@ -4,6 +4,7 @@ use crate::{
     checkpoint::Checkpoint,
     config::OptConfig,
     decoder::{Rows, Trace},
+    quantize::Holding,
 };
 use ndarray::{Array2, Array3, s};
 use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
@@ -27,10 +28,21 @@ impl<B: Backend> LocalEngine<B> {
         checkpoint: &Checkpoint,
         dtype: DType,
         cancel: Option<&CancelToken>,
+        progress: Option<&mut ProgressFn<'_>>,
+    ) -> Result<Self> {
+        Self::load_as(backend, checkpoint, &Holding { dtype, ..Holding::default() }, cancel, progress)
+    }
+
+    /// [`LocalEngine::load`], with some weights quantized.
+    pub(crate) fn load_as(
+        backend: B,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        cancel: Option<&CancelToken>,
         mut progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Self> {
         let config = checkpoint.config().clone();
-        check_fits(&backend.info(), &config, dtype)?;
+        check_fits(&backend.info(), checkpoint, holding)?;
         let mut done = 0;
         let total = config.tensor_shapes().iter().filter(|(_, shape)| shape.len() == 2).count() as u64;
         let mut taken = |name: &str| {
@@ -45,7 +57,7 @@ impl<B: Backend> LocalEngine<B> {
             done += 1;
             Ok(())
         };
-        let decoder = Decoder::load(&backend, checkpoint, dtype, &mut taken)?;
+        let decoder = Decoder::load(&backend, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
         taken("")?;
         Ok(Self { backend: Arc::new(backend), decoder, config })
     }
@@ -245,24 +257,23 @@ impl<B: Backend> LocalEngine<B> {
 }
 
 /// Refuses, before anything is loaded, what a device cannot hold: the format of the weights, or their size.
-fn check_fits(info: &Info, config: &OptConfig, dtype: DType) -> Result<()> {
+fn check_fits(info: &Info, checkpoint: &Checkpoint, holding: &Holding) -> Result<()> {
     let who = format_args!("backend {} on {}", info.name, info.device).to_string();
+    let dtype = holding.dtype;
     if !info.dtypes.contains(&dtype) {
         let can: Vec<String> = info.dtypes.iter().map(ToString::to_string).collect();
         let message = format!("{who}: expected weights held as one of {}, found {dtype}", can.join(", "));
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    let bytes = |shape: &[usize]| {
-        let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
-        count.saturating_mul(if shape.len() == 2 { dtype.size() as u64 } else { 4 })
-    };
-    let needed = config.tensor_shapes().iter().fold(0u64, |sum, (_, shape)| sum.saturating_add(bytes(shape)));
+    let needed = holding.total_bytes(checkpoint);
     match info.memory {
         Some(free) if free < needed => {
             let mib = |bytes: u64| bytes / (1 << 20);
+            let packed = checkpoint.quantization().map(|layout| format!(" ({layout})")).unwrap_or_default();
             let message = format!(
-                "{who}: expected {} MiB of free memory for the weights as {dtype}, found {} MiB",
+                "{who}: expected {} MiB of free memory for the weights as {}{packed}, found {} MiB",
                 mib(needed) + 1,
+                holding.name(),
                 mib(free)
             );
             Err(Error::new(ErrorKind::Backend, message))
@@ -457,5 +468,27 @@ impl<B: Backend> Engine for LocalEngine<B> {
             }
             result
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_weights_need_as_much_as_in_the_file() {
+        let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/quantized/");
+        let checkpoint = Checkpoint::open(format!("{fixtures}gptq_4bit")).unwrap();
+        let needed = checkpoint.weight_bytes(DType::F16);
+        let plain: usize = checkpoint.config().parameters() as usize * 2;
+        assert!(needed * 2 < plain as u64, "{needed} of {plain}");
+        let mut info = opt_backend::Reference::new().info();
+        info.memory = Some(needed);
+        check_fits(&info, &checkpoint, DType::F32).unwrap_err();
+        info.dtypes = vec![DType::F16];
+        check_fits(&info, &checkpoint, DType::F16).unwrap();
+        info.memory = Some(needed - 1);
+        let error = check_fits(&info, &checkpoint, DType::F16).unwrap_err().to_string();
+        assert!(error.contains("as f16 (GPTQ, 4 bits, groups of 32), found 0 MiB"), "{error}");
     }
 }

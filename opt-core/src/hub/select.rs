@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Small files, taken where they are there.
-const SMALL: [&str; 7] = [
+const SMALL: [&str; 9] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -17,6 +17,8 @@ const SMALL: [&str; 7] = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "quantize_config.json",
+    "quant_config.json",
 ];
 
 /// Weights in the order of preference: a single file of a kind, then its shards.

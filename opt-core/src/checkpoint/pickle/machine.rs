@@ -23,13 +23,17 @@ pub(super) enum Global {
     Storage(FileDType),
 }
 
-const GLOBALS: [(&str, &str, Global); 6] = [
+const GLOBALS: [(&str, &str, Global); 9] = [
     ("collections", "OrderedDict", Global::OrderedDict),
     ("torch._utils", "_rebuild_tensor_v2", Global::RebuildTensor),
     ("torch._utils", "_rebuild_parameter", Global::RebuildParameter),
     ("torch", "FloatStorage", Global::Storage(FileDType::F32)),
     ("torch", "HalfStorage", Global::Storage(FileDType::F16)),
     ("torch", "BFloat16Storage", Global::Storage(FileDType::BF16)),
+    // What packed weights are made of.
+    ("torch", "IntStorage", Global::Storage(FileDType::I32)),
+    ("torch", "CharStorage", Global::Storage(FileDType::I8)),
+    ("torch", "ByteStorage", Global::Storage(FileDType::U8)),
 ];
 
 /// A value on the stack; strings borrow from the pickle.
@@ -395,7 +399,7 @@ impl<'a> Machine<'a> {
             ],
         ) = self.tuple(id)
         else {
-            return fail("a persistent id is not a storage of f32, f16 or bf16");
+            return fail("a persistent id is not a storage of numbers that are read");
         };
         let Ok(length) = usize::try_from(length) else {
             return fail(format_args!("a storage of {length} numbers"));

@@ -19,6 +19,13 @@ pub(in super::super) fn program(tensors: &[Written<'_>]) -> Vec<u8> {
         let storage = match tensor.dtype {
             FileDType::F16 => "HalfStorage",
             FileDType::BF16 => "BFloat16Storage",
+            FileDType::F64 => "DoubleStorage",
+            FileDType::I64 => "LongStorage",
+            FileDType::I32 => "IntStorage",
+            FileDType::I16 => "ShortStorage",
+            FileDType::I8 => "CharStorage",
+            FileDType::U8 => "ByteStorage",
+            FileDType::BOOL => "BoolStorage",
             _ => "FloatStorage",
         };
         let numbers: usize = tensor.shape.iter().product();
