@@ -479,16 +479,17 @@ mod tests {
     fn packed_weights_need_as_much_as_in_the_file() {
         let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/quantized/");
         let checkpoint = Checkpoint::open(format!("{fixtures}gptq_4bit")).unwrap();
+        let held = |dtype| Holding { dtype, ..Holding::default() };
         let needed = checkpoint.weight_bytes(DType::F16);
         let plain: usize = checkpoint.config().parameters() as usize * 2;
         assert!(needed * 2 < plain as u64, "{needed} of {plain}");
         let mut info = opt_backend::Reference::new().info();
         info.memory = Some(needed);
-        check_fits(&info, &checkpoint, DType::F32).unwrap_err();
+        check_fits(&info, &checkpoint, &held(DType::F32)).unwrap_err();
         info.dtypes = vec![DType::F16];
-        check_fits(&info, &checkpoint, DType::F16).unwrap();
+        check_fits(&info, &checkpoint, &held(DType::F16)).unwrap();
         info.memory = Some(needed - 1);
-        let error = check_fits(&info, &checkpoint, DType::F16).unwrap_err().to_string();
+        let error = check_fits(&info, &checkpoint, &held(DType::F16)).unwrap_err().to_string();
         assert!(error.contains("as f16 (GPTQ, 4 bits, groups of 32), found 0 MiB"), "{error}");
     }
 }
