@@ -3,9 +3,10 @@
 use crate::{
     gpu::Gpu,
     kernels::{TILE, Variant},
+    pool::Buffer,
     recorder::Recorder,
     tensor::{Tensor, quads, ranges},
-    weights::{Linear, Matrix, MatrixPart},
+    weights::{Held, Linear, Matrix, MatrixPart},
 };
 use opt_backend::{Activation, Error, ErrorKind, Result, Then, check};
 use std::{ops::Range, sync::Arc};
@@ -48,7 +49,24 @@ fn lost(op: &'static str) -> Error {
     Error::shape(op, "expected rows of at least one element")
 }
 
+/// The uniforms of a product, and what is needed besides where weights are quantized; `single` if the kernel reads
+/// single words of codes.
+fn with_packed(uniforms: &[u32], matrix: &Matrix, part: &MatrixPart, single: bool) -> Vec<u32> {
+    let mut uniforms = uniforms.to_vec();
+    if let Held::Packed(layout) = &matrix.held {
+        let vectors = if single { layout.group_words() } else { layout.group_vectors() };
+        let zeros_at = layout.zeros_at(part.rows.len());
+        uniforms.extend([layout.groups, vectors, zeros_at].map(|number| number as u32));
+    }
+    uniforms
+}
+
 impl Gpu {
+    /// The columns of `x` in the order in which a matrix has them, if that is another.
+    fn arranged(self: &Arc<Self>, op: &'static str, x: &Tensor, matrix: &Matrix) -> Result<Option<Tensor>> {
+        matrix.order.as_ref().map(|order| self.arrange(op, x, order)).transpose()
+    }
+
     /// `x Wᵀ + b`, then what `then` says.
     pub(crate) fn linear(
         self: &Arc<Self>,
@@ -89,10 +107,12 @@ impl Gpu {
         let rows = x.rows();
         if let [[q], [k], [v]] = matrices.map(|matrix| &matrix.parts[..])
             && (1..TILED_FROM).contains(&rows)
-            && matrices.iter().all(|m| m.shape == matrices[0].shape && m.dtype == matrices[0].dtype)
+            && matrices[1..].iter().all(|matrix| matrix.alike(matrices[0]))
             && k.bias_at == q.bias_at
             && v.bias_at == q.bias_at
             && let Some((outs, stride)) = Tensor::several::<3>(self, op, [rows, matrices[0].shape[0]])?
+            && let arranged = self.arranged(op, x, matrices[0])?
+            && let x = arranged.as_ref().unwrap_or(x)
             && let (Some(x_rows), Some(out)) = (x.slice(&(0..rows)), outs[0].shared())
             && ranges(&[x]).len() == 1
         {
@@ -110,8 +130,11 @@ impl Gpu {
                 column_groups as u32,
                 stride as u32,
             ];
+            let uniforms = with_packed(&uniforms, matrices[0], q, false);
             let variant = lanes.variant(matrices[0], block, false, true);
-            let buffers = [x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()].map(Some);
+            let mut buffers = vec![x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()];
+            buffers.extend([q, k, v].iter().filter_map(|part| part.parameters.as_ref()).map(Buffer::whole));
+            let buffers: Vec<_> = buffers.into_iter().map(Some).collect();
             let groups = (rows.div_ceil(block as usize) * 3 * column_groups) as u64;
             self.record(op, 0, 1)?.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
             return Ok(outs);
@@ -127,6 +150,8 @@ impl Gpu {
         matrix: &Matrix,
         after: After<'_>,
     ) -> Result<Tensor> {
+        let arranged = self.arranged(op, x, matrix)?;
+        let x = arranged.as_ref().unwrap_or(x);
         let out = Tensor::new(self, op, [x.rows(), matrix.shape[0]])?;
         let mut operands = vec![x, &out];
         operands.extend(after.residual);
@@ -169,14 +194,17 @@ impl Gpu {
             column_groups as u32,
             0,
         ];
+        let uniforms = with_packed(&uniforms, matrix, part, tiled);
         let (Some(x), Some(out)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
         let mut buffers = vec![Some(x), Some(out), Some(part.buffer.whole())];
         if let Some(residual) = residual {
             buffers.push(Some(residual.slice(rows).ok_or_else(|| lost(op))?));
         }
+        buffers.extend(part.parameters.as_ref().map(|parameters| Some(parameters.whole())));
         let with_residual = residual.is_some();
         let (variant, row_groups) = if tiled {
-            (Variant::MatMul { dtype: matrix.dtype, residual: with_residual }, rows.len().div_ceil(TILE))
+            let format = matrix.format().single();
+            (Variant::MatMul { format, residual: with_residual }, rows.len().div_ceil(TILE))
         } else {
             (lanes.variant(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
         };
@@ -200,7 +228,7 @@ impl Lanes {
 
     fn variant(self, matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
         let Self { threads, lanes } = self;
-        Variant::MatVec { dtype: matrix.dtype, rows, threads, lanes, residual, three }
+        Variant::MatVec { format: matrix.format(), rows, threads, lanes, residual, three }
     }
 }
 
@@ -214,7 +242,7 @@ impl Gpu {
         }
         if matrix.shape[0] >= MANY_COLUMNS {
             Lanes { threads: 64, lanes: 16 }
-        } else if rows <= 2 && matrix.quads() > 256 {
+        } else if rows <= 2 && matrix.steps() > 256 {
             Lanes { threads: 256, lanes: 256 }
         } else {
             Lanes { threads: 64, lanes: 64 }

@@ -1,0 +1,490 @@
+//! Quantized weights in device memory: codes in words and, in a second buffer, what they are worth. `packed.wgsl` says
+//! how it lies there.
+
+use crate::{
+    gpu::Gpu,
+    kernels::Format,
+    pool::{Buffer, Slice},
+    template::Defines,
+    weights::{Held, Matrix, MatrixPart},
+};
+use half::f16;
+use opt_backend::{
+    Error, Result,
+    ndarray::{Array1, Array2, ArrayView2, s},
+    quant::{Levels, Quantized, Regular, Zeros},
+};
+use std::{ops::Range, sync::Arc};
+
+/// Codes that kernels take at a time: groups are made multiples of it.
+const STEP: usize = 8;
+/// Bytes that are packed before they are uploaded.
+const PIECE: usize = 8 << 20;
+
+/// What decides the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Packed {
+    /// Bits of a code: 4 or 8.
+    bits: u32,
+    /// Whether codes stand for levels; for integers otherwise.
+    table: bool,
+    /// Whether every scale has a zero point.
+    zeros: bool,
+    /// Whether scales and zero points are held as f16.
+    half: bool,
+    /// Words that a thread reads at once: 1, 2 or 4.
+    vector: u32,
+}
+
+impl Packed {
+    /// Words of four scales.
+    fn entry(self) -> usize {
+        if self.half { 2 } else { 4 }
+    }
+
+    /// Entries before the first scale.
+    fn header(self) -> usize {
+        1 + if self.table { 16 / self.entry() } else { 0 }
+    }
+
+    /// Codes of a word.
+    fn codes(self) -> usize {
+        32 / self.bits as usize
+    }
+
+    /// The same, for kernels that read single words.
+    pub(crate) fn single(self) -> Self {
+        Self { vector: 1, ..self }
+    }
+
+    /// What shaders need to know.
+    pub(crate) fn define(self, defines: &mut Defines) {
+        let on = |holds: bool| u32::from(holds).to_string();
+        let words = |count| ["u32", "vec2<u32>", "vec4<u32>"][usize::min(count as usize / 2, 2)].to_owned();
+        defines.insert("PACKED", on(true));
+        defines.insert("NATIVE", on(false));
+        defines.insert("BITS8", on(self.bits == 8));
+        defines.insert("TABLE", on(self.table));
+        defines.insert("ZEROS", on(self.zeros));
+        defines.insert("HALF", on(self.half));
+        defines.insert("VECTOR", self.vector.to_string());
+        defines.insert("ONE_WORD", on(self.vector == 1));
+        defines.insert("QUAD", words(self.vector));
+        defines.insert("ENTRY", words(self.entry() as u32));
+        defines.insert("WORD_QUADS", (self.codes() / 4).to_string());
+        defines.insert("HEADER", self.header().to_string());
+    }
+
+    /// All there can be.
+    #[cfg(test)]
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        let kinds =
+            [(4, false, false), (4, false, true), (4, true, false), (8, false, false), (8, false, true)];
+        kinds.into_iter().flat_map(|(bits, table, zeros)| {
+            [false, true]
+                .into_iter()
+                .flat_map(move |half| [1, 2, 4].map(move |vector| Self { bits, table, zeros, half, vector }))
+        })
+    }
+}
+
+/// The order of a row's codes where it is not that of its elements.
+pub(crate) struct Order {
+    /// The element at each place, [`Regular::PADDING`] for none.
+    inputs: Vec<u32>,
+    /// The same for kernels.
+    pub(crate) buffer: Buffer,
+}
+
+impl Order {
+    /// Codes of a row.
+    pub(crate) fn places(&self) -> usize {
+        self.inputs.len()
+    }
+}
+
+/// How a quantized matrix lies in memory.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    packed: Packed,
+    /// Groups of a row.
+    pub(crate) groups: usize,
+    /// Codes of a group.
+    group: usize,
+    /// Whether biases follow the scales.
+    bias: bool,
+    /// Words of the list of places, for tables in another order.
+    places: usize,
+    /// What all scales are multiples of, a power of two.
+    unit: f32,
+    /// The zero point where there is one for all.
+    zero: u16,
+    levels: [f32; 16],
+}
+
+/// Rows of a matrix that lie in one pair of buffers, and the bytes of these.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Extent {
+    rows: Range<usize>,
+    codes: u64,
+    parameters: u64,
+}
+
+/// The power of two by which scales become numbers that f16 holds, none of them subnormal (which GPUs may take for
+/// zero); 1 if there is none, and whether there is.
+fn unit(scales: &Array2<f32>) -> (f32, bool) {
+    let largest = scales.iter().fold(0f32, |most, scale| most.max(scale.abs()));
+    if largest == 0.0 {
+        return (1.0, true);
+    }
+    // The largest lands in 2^14..2^15.
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    let shift = 14 - exponent;
+    if !(-126..=126).contains(&shift) {
+        return (1.0, false);
+    }
+    let power = |exponent: i32| f32::from_bits(((exponent + 127) as u32) << 23);
+    let fits = |scale: &f32| {
+        let held = f16::from_f32(scale * power(shift));
+        (*scale == 0.0 || held.is_normal()) && (held.to_f32() * power(-shift)).to_bits() == scale.to_bits()
+    };
+    if scales.iter().all(fits) { (power(-shift), true) } else { (1.0, false) }
+}
+
+impl Layout {
+    fn new(weight: &Regular, bias: bool, table: bool) -> Self {
+        let (bits, levels) = match weight.levels {
+            Levels::Integers { bits: 8 } => (8, None),
+            Levels::Table(levels) => (4, Some(levels)),
+            _ => (4, None),
+        };
+        let (unit, scales_fit) = unit(&weight.scales);
+        let (zero, zeros_fit) = match &weight.zeros {
+            Zeros::Each(zeros) => (None, zeros.iter().all(|zero| *zero <= 2048)),
+            Zeros::Same(zero) => (Some(*zero), true),
+            _ => (Some(0), true),
+        };
+        let half = scales_fit && zeros_fit;
+        let words = weight.group * bits / 32;
+        let vector = [4, 2].into_iter().find(|vector| words.is_multiple_of(*vector)).unwrap_or(1) as u32;
+        Self {
+            packed: Packed {
+                bits: bits as u32,
+                table: levels.is_some(),
+                zeros: zero.is_none(),
+                half,
+                vector,
+            },
+            groups: weight.scales.ncols(),
+            group: weight.group,
+            bias,
+            places: 0,
+            unit: if half { unit } else { 1.0 },
+            zero: zero.unwrap_or(0),
+            levels: levels.unwrap_or_default(),
+        }
+        .with_places(if table && let Some(inputs) = &weight.inputs { inputs.len() } else { 0 })
+    }
+
+    fn with_places(self, places: usize) -> Self {
+        Self { places, ..self }
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        Format::Packed(self.packed)
+    }
+
+    /// Bytes of a row of codes.
+    fn row_bytes(&self) -> usize {
+        4 * self.group / self.packed.codes() * self.groups
+    }
+
+    /// Codes of a row.
+    pub(crate) fn codes(&self) -> usize {
+        self.groups * self.group
+    }
+
+    /// Vectors of codes of a group, as [`Layout::format`] has them.
+    pub(crate) fn group_vectors(&self) -> usize {
+        self.group_words() / self.packed.vector as usize
+    }
+
+    /// Words of codes of a group.
+    pub(crate) fn group_words(&self) -> usize {
+        self.group / self.packed.codes()
+    }
+
+    /// Vectors of codes of a row.
+    pub(crate) fn row_vectors(&self) -> usize {
+        self.groups * self.group_vectors()
+    }
+
+    /// Entry at which the zero points of a part of so many rows begin.
+    pub(crate) fn zeros_at(&self, rows: usize) -> usize {
+        self.packed.header() + rows.div_ceil(4) * self.groups
+    }
+
+    fn bias_at(&self, rows: usize) -> usize {
+        self.zeros_at(rows) + if self.packed.zeros { rows.div_ceil(4) * self.groups } else { 0 }
+    }
+
+    /// Entry at which the list of places begins.
+    pub(crate) fn places_at(&self, rows: usize) -> usize {
+        self.bias_at(rows) + if self.bias { rows.div_ceil(4) * 4 / self.packed.entry() } else { 0 }
+    }
+
+    /// Bytes of the parameters of so many rows.
+    fn parameter_bytes(&self, rows: usize) -> usize {
+        4 * (self.places_at(rows) * self.packed.entry() + self.places.next_multiple_of(self.packed.entry()))
+    }
+
+    /// The parts of a matrix of so many rows, where a binding holds `most` bytes; none if it cannot hold four rows.
+    fn extents(&self, rows: usize, most: u64) -> Option<Vec<Extent>> {
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        let fixed = self.parameter_bytes(0);
+        let four = (4 * self.row_bytes()).max(1);
+        let four_parameters = (self.parameter_bytes(4) - fixed).max(1);
+        // Kernels take four rows at a time.
+        let count = 4 * (most / four).min(most.saturating_sub(fixed) / four_parameters);
+        if count == 0 && rows > 0 {
+            return None;
+        }
+        let extent = |first: usize| {
+            let end = rows.min(first.saturating_add(count));
+            let padded = (end - first).next_multiple_of(4);
+            Extent {
+                rows: first..end,
+                codes: (padded * self.row_bytes()) as u64,
+                parameters: self.parameter_bytes(padded) as u64,
+            }
+        };
+        Some((0..rows).step_by(count.max(1)).map(extent).collect())
+    }
+
+    /// Four numbers as an entry.
+    fn push(&self, words: &mut Vec<u32>, numbers: [f32; 4]) {
+        if self.packed.half {
+            let [a, b, c, d] = numbers.map(|v| u32::from(f16::from_f32(v).to_bits()));
+            words.extend([a | b << 16, c | d << 16]);
+        } else {
+            words.extend(numbers.map(f32::to_bits));
+        }
+    }
+
+    /// The parameters of some rows.
+    fn parameters(&self, weight: &Regular, bias: Option<&Array1<f32>>, rows: &Range<usize>) -> Vec<u32> {
+        let mut words = vec![self.unit.to_bits(), f32::from(self.zero).to_bits()];
+        words.resize(self.packed.entry(), 0);
+        if self.packed.table {
+            words.extend(self.levels.map(f32::to_bits));
+        }
+        let quads = || rows.clone().step_by(4).map(|first| [first, first + 1, first + 2, first + 3]);
+        let rows_of = |quad: [usize; 4]| quad.map(|row| (row < rows.end).then_some(row));
+        for quad in quads().map(rows_of) {
+            for group in 0..self.groups {
+                let scale = |row: Option<usize>| row.and_then(|row| weight.scales.get([row, group]));
+                self.push(&mut words, quad.map(|row| scale(row).map_or(0.0, |scale| scale / self.unit)));
+            }
+        }
+        if let (true, Zeros::Each(zeros)) = (self.packed.zeros, &weight.zeros) {
+            for quad in quads().map(rows_of) {
+                for group in 0..self.groups {
+                    let zero = |row: Option<usize>| row.and_then(|row| zeros.get([row, group]));
+                    self.push(&mut words, quad.map(|row| zero(row).map_or(0.0, |zero| f32::from(*zero))));
+                }
+            }
+        }
+        if let Some(bias) = bias {
+            let value = |row: Option<usize>| row.and_then(|row| bias.get(row)).copied().unwrap_or(0.0);
+            words.extend(quads().map(rows_of).flat_map(|quad| quad.map(value)).map(f32::to_bits));
+        }
+        if let (1.., Some(inputs)) = (self.places, &weight.inputs) {
+            let mut places = vec![0; self.places.next_multiple_of(self.packed.entry())];
+            for (place, &input) in inputs.iter().enumerate() {
+                // Not for padding.
+                if let Some(to) = places.get_mut(input as usize) {
+                    *to = place as u32;
+                }
+            }
+            words.extend(places);
+        }
+        words
+    }
+
+    /// Uploads the codes of some rows, and zeros after them.
+    fn write_codes(
+        &self,
+        gpu: &Gpu,
+        op: &'static str,
+        codes: ArrayView2<'_, u8>,
+        buffer: &Buffer,
+    ) -> Result<()> {
+        let mut bytes: Vec<u8> = Vec::with_capacity(PIECE.min(buffer.size() as usize) + self.row_bytes());
+        let mut written = 0;
+        for row in codes.outer_iter() {
+            if self.packed.bits == 8 {
+                bytes.extend(row);
+            } else {
+                bytes.extend(row.exact_chunks(2).into_iter().map(|pair| pair[0] | pair[1] << 4));
+            }
+            if bytes.len() >= PIECE {
+                gpu.write(op, buffer, written, &bytes)?;
+                written += bytes.len() as u64;
+                bytes.clear();
+            }
+        }
+        bytes.resize(buffer.size().saturating_sub(written) as usize, 0);
+        gpu.write(op, buffer, written, &bytes)
+    }
+}
+
+impl Matrix {
+    /// Takes over a quantized matrix and a bias; `table` says that its rows will be gathered.
+    pub(crate) fn packed(
+        gpu: &Arc<Gpu>,
+        op: &'static str,
+        source: &Quantized,
+        bias: Option<&Array1<f32>>,
+        table: bool,
+    ) -> Result<Self> {
+        let shape = source.shape();
+        let weight = source.regular(STEP);
+        let layout = Layout::new(&weight, bias.is_some(), table);
+        let Some(extents) = layout.extents(shape[0], gpu.max_binding()) else {
+            let (width, most) = (shape[1], gpu.max_binding());
+            let found = format_args!("four rows of {width} do not fit a binding of {most} bytes");
+            return Err(gpu.out_of_memory(op, found));
+        };
+        let mut parts = Vec::with_capacity(extents.len());
+        for Extent { rows, codes, parameters } in extents {
+            let buffer = gpu.buffer(op, codes)?;
+            layout.write_codes(gpu, op, weight.codes.slice(s![rows.clone(), ..]), &buffer)?;
+            let beside = gpu.buffer(op, parameters)?;
+            gpu.write(op, &beside, 0, bytemuck::cast_slice(&layout.parameters(&weight, bias, &rows)))?;
+            let bias_at = if bias.is_some() { layout.bias_at(rows.len()) as u32 } else { u32::MAX };
+            parts.push(MatrixPart { buffer, parameters: Some(beside), rows, bias_at });
+        }
+        let order = match weight.inputs {
+            Some(inputs) => {
+                let buffer = gpu.buffer(op, 4 * inputs.len() as u64)?;
+                gpu.write(op, &buffer, 0, bytemuck::cast_slice(&inputs))?;
+                Some(Order { inputs, buffer })
+            }
+            None => None,
+        };
+        Ok(Self { held: Held::Packed(layout), shape, parts, order })
+    }
+
+    /// Whether a kernel that multiplies by both at once can take this one and another.
+    pub(crate) fn alike(&self, other: &Self) -> bool {
+        self.shape == other.shape
+            && self.format() == other.format()
+            && match (&self.held, &other.held) {
+                (Held::Packed(a), Held::Packed(b)) => a.groups == b.groups && a.group == b.group,
+                _ => true,
+            }
+            && inputs_equal(self.order.as_ref(), other.order.as_ref())
+    }
+}
+
+fn inputs_equal(a: Option<&Order>, b: Option<&Order>) -> bool {
+    a.map(|order| &order.inputs) == b.map(|order| &order.inputs)
+}
+
+/// The rows of a quantized matrix on their way to the host, where they are expanded: GPUs may round differently.
+pub(crate) struct PackedRows {
+    layout: Layout,
+    /// For each part the rows of it that are read.
+    parts: Vec<Range<usize>>,
+    /// The element at each place.
+    inputs: Option<Vec<u32>>,
+    shape: [usize; 2],
+}
+
+impl PackedRows {
+    /// Rows of a matrix, and the bytes to read.
+    pub(crate) fn new<'a>(
+        matrix: &'a Matrix,
+        layout: &Layout,
+        rows: &Range<usize>,
+    ) -> (Self, Vec<Slice<'a>>) {
+        let mut slices = Vec::new();
+        let mut parts = Vec::new();
+        for part in &matrix.parts {
+            let (start, end) = (part.rows.start.max(rows.start), part.rows.end.min(rows.end));
+            let (true, Some(parameters)) = (start < end, &part.parameters) else { continue };
+            let local = start - part.rows.start..end - part.rows.start;
+            let row = layout.row_bytes() as u64;
+            slices.push(part.buffer.slice(local.start as u64 * row, local.len() as u64 * row));
+            let quads = local.start / 4..local.end.div_ceil(4);
+            let bytes = |entries: usize| (4 * layout.packed.entry() * entries) as u64;
+            let mut entries = |at: usize| {
+                let first = at + quads.start * layout.groups;
+                slices.push(parameters.slice(bytes(first), bytes(quads.len() * layout.groups)));
+            };
+            entries(layout.packed.header());
+            if layout.packed.zeros {
+                entries(layout.zeros_at(part.rows.len()));
+            }
+            parts.push(local);
+        }
+        let inputs = matrix.order.as_ref().map(|order| order.inputs.clone());
+        let shape = [rows.len(), matrix.shape[1]];
+        (Self { layout: layout.clone(), parts, inputs, shape }, slices)
+    }
+
+    /// Number `i` of entries.
+    fn number(&self, entries: &[u8], i: usize) -> f32 {
+        let bytes = |size: usize| entries.get(i * size..(i + 1) * size);
+        if self.layout.packed.half {
+            bytes(2).and_then(|b| b.try_into().ok()).map_or(0.0, |b| f16::from_le_bytes(b).to_f32())
+        } else {
+            bytes(4).and_then(|b| b.try_into().ok()).map_or(0.0, f32::from_le_bytes)
+        }
+    }
+
+    /// The rows from the bytes of the slices.
+    pub(crate) fn decode(&self, op: &'static str, mut bytes: &[u8]) -> Result<Array2<f32>> {
+        let layout = &self.layout;
+        let packed = layout.packed;
+        let short = || Error::shape(op, "fewer bytes arrived than were asked for");
+        let mut take = |count: usize| {
+            let (taken, rest) = bytes.split_at_checked(count).ok_or_else(short)?;
+            bytes = rest;
+            Ok::<_, Error>(taken)
+        };
+        let mut out = Array2::zeros(self.shape);
+        let mut rows = out.outer_iter_mut();
+        for part in &self.parts {
+            let codes = take(part.len() * layout.row_bytes())?;
+            let first = part.start / 4;
+            let entries = (part.end.div_ceil(4) - first) * layout.groups * 4 * packed.entry();
+            let scales = take(entries)?;
+            let zeros = if packed.zeros { Some(take(entries)?) } else { None };
+            for (i, codes) in part.clone().zip(codes.chunks_exact(layout.row_bytes().max(1))) {
+                let Some(mut row) = rows.next() else { return Err(short()) };
+                for place in 0..layout.codes() {
+                    let to = match &self.inputs {
+                        Some(inputs) => inputs.get(place).map_or(usize::MAX, |input| *input as usize),
+                        None => place,
+                    };
+                    // Not for padding.
+                    let Some(value) = row.get_mut(to) else { continue };
+                    let code = match packed.bits {
+                        8 => codes.get(place).copied().unwrap_or(0),
+                        _ => codes.get(place / 2).map_or(0, |pair| pair >> (4 * (place % 2)) & 15),
+                    };
+                    let at = 4 * ((i / 4 - first) * layout.groups + place / layout.group) + i % 4;
+                    let level = if packed.table {
+                        layout.levels.get(usize::from(code)).copied().unwrap_or(0.0)
+                    } else {
+                        let zero = zeros.map_or(f32::from(layout.zero), |zeros| self.number(zeros, at));
+                        f32::from(code) - zero
+                    };
+                    *value = self.number(scales, at) * layout.unit * level;
+                }
+            }
+        }
+        Ok(out)
+    }
+}
