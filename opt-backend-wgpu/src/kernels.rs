@@ -478,6 +478,10 @@ mod tests {
             validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
             validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
             for variant in variants() {
+                // What is packed does not use native f16.
+                if extras.f16 && variant.format().is_some_and(|format| format.packed().is_some()) {
+                    continue;
+                }
                 let text = variant.text(extras).expect("the template is well formed");
                 let module = match naga::front::wgsl::parse_str(&text) {
                     Ok(module) => module,

@@ -46,6 +46,7 @@ mod recorder;
 mod rowwise;
 mod template;
 mod tensor;
+mod unpack;
 mod weights;
 
 pub use adapter::{Adapter, adapters_async};

@@ -4,13 +4,13 @@
 use crate::{
     gpu::Gpu,
     kernels::Format,
-    pool::{Buffer, Slice},
+    pool::Buffer,
     template::Defines,
     weights::{Held, Matrix, MatrixPart},
 };
 use half::f16;
 use opt_backend::{
-    Error, Result,
+    Result,
     ndarray::{Array1, Array2, ArrayView2, s},
     quant::{Levels, Quantized, Regular, Zeros},
 };
@@ -25,25 +25,25 @@ const PIECE: usize = 8 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Packed {
     /// Bits of a code: 4 or 8.
-    bits: u32,
+    pub(crate) bits: u32,
     /// Whether codes stand for levels; for integers otherwise.
-    table: bool,
+    pub(crate) table: bool,
     /// Whether every scale has a zero point.
-    zeros: bool,
+    pub(crate) zeros: bool,
     /// Whether scales and zero points are held as f16.
-    half: bool,
+    pub(crate) half: bool,
     /// Words that a thread reads at once: 1, 2 or 4.
     vector: u32,
 }
 
 impl Packed {
     /// Words of four scales.
-    fn entry(self) -> usize {
+    pub(crate) fn entry(self) -> usize {
         if self.half { 2 } else { 4 }
     }
 
     /// Entries before the first scale.
-    fn header(self) -> usize {
+    pub(crate) fn header(self) -> usize {
         1 + if self.table { 16 / self.entry() } else { 0 }
     }
 
@@ -91,7 +91,7 @@ impl Packed {
 /// The order of a row's codes where it is not that of its elements.
 pub(crate) struct Order {
     /// The element at each place, [`Regular::PADDING`] for none.
-    inputs: Vec<u32>,
+    pub(crate) inputs: Vec<u32>,
     /// The same for kernels.
     pub(crate) buffer: Buffer,
 }
@@ -106,20 +106,20 @@ impl Order {
 /// How a quantized matrix lies in memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
-    packed: Packed,
+    pub(crate) packed: Packed,
     /// Groups of a row.
     pub(crate) groups: usize,
     /// Codes of a group.
-    group: usize,
+    pub(crate) group: usize,
     /// Whether biases follow the scales.
     bias: bool,
     /// Words of the list of places, for tables in another order.
     places: usize,
     /// What all scales are multiples of, a power of two.
-    unit: f32,
+    pub(crate) unit: f32,
     /// The zero point where there is one for all.
-    zero: u16,
-    levels: [f32; 16],
+    pub(crate) zero: u16,
+    pub(crate) levels: [f32; 16],
 }
 
 /// Rows of a matrix that lie in one pair of buffers, and the bytes of these.
@@ -195,7 +195,7 @@ impl Layout {
     }
 
     /// Bytes of a row of codes.
-    fn row_bytes(&self) -> usize {
+    pub(crate) fn row_bytes(&self) -> usize {
         4 * self.group / self.packed.codes() * self.groups
     }
 
@@ -391,100 +391,109 @@ fn inputs_equal(a: Option<&Order>, b: Option<&Order>) -> bool {
     a.map(|order| &order.inputs) == b.map(|order| &order.inputs)
 }
 
-/// The rows of a quantized matrix on their way to the host, where they are expanded: GPUs may round differently.
-pub(crate) struct PackedRows {
-    layout: Layout,
-    /// For each part the rows of it that are read.
-    parts: Vec<Range<usize>>,
-    /// The element at each place.
-    inputs: Option<Vec<u32>>,
-    shape: [usize; 2],
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cache,
+        kernels::PAGE,
+        pool::{KEPT, Pool},
+        tensor,
+    };
+    use opt_backend::{CacheDType, quant::Groups};
 
-impl PackedRows {
-    /// Rows of a matrix, and the bytes to read.
-    pub(crate) fn new<'a>(
-        matrix: &'a Matrix,
-        layout: &Layout,
-        rows: &Range<usize>,
-    ) -> (Self, Vec<Slice<'a>>) {
-        let mut slices = Vec::new();
-        let mut parts = Vec::new();
-        for part in &matrix.parts {
-            let (start, end) = (part.rows.start.max(rows.start), part.rows.end.min(rows.end));
-            let (true, Some(parameters)) = (start < end, &part.parameters) else { continue };
-            let local = start - part.rows.start..end - part.rows.start;
-            let row = layout.row_bytes() as u64;
-            slices.push(part.buffer.slice(local.start as u64 * row, local.len() as u64 * row));
-            let quads = local.start / 4..local.end.div_ceil(4);
-            let bytes = |entries: usize| (4 * layout.packed.entry() * entries) as u64;
-            let mut entries = |at: usize| {
-                let first = at + quads.start * layout.groups;
-                slices.push(parameters.slice(bytes(first), bytes(quads.len() * layout.groups)));
-            };
-            entries(layout.packed.header());
-            if layout.packed.zeros {
-                entries(layout.zeros_at(part.rows.len()));
-            }
-            parts.push(local);
-        }
-        let inputs = matrix.order.as_ref().map(|order| order.inputs.clone());
-        let shape = [rows.len(), matrix.shape[1]];
-        (Self { layout: layout.clone(), parts, inputs, shape }, slices)
-    }
-
-    /// Number `i` of entries.
-    fn number(&self, entries: &[u8], i: usize) -> f32 {
-        let bytes = |size: usize| entries.get(i * size..(i + 1) * size);
-        if self.layout.packed.half {
-            bytes(2).and_then(|b| b.try_into().ok()).map_or(0.0, |b| f16::from_le_bytes(b).to_f32())
-        } else {
-            bytes(4).and_then(|b| b.try_into().ok()).map_or(0.0, f32::from_le_bytes)
-        }
-    }
-
-    /// The rows from the bytes of the slices.
-    pub(crate) fn decode(&self, op: &'static str, mut bytes: &[u8]) -> Result<Array2<f32>> {
-        let layout = &self.layout;
-        let packed = layout.packed;
-        let short = || Error::shape(op, "fewer bytes arrived than were asked for");
-        let mut take = |count: usize| {
-            let (taken, rest) = bytes.split_at_checked(count).ok_or_else(short)?;
-            bytes = rest;
-            Ok::<_, Error>(taken)
+    /// The layout of a weight whose groups are `group` inputs, all of them in order.
+    fn layout([out, input]: [usize; 2], bits: u32, group: usize, zeros: bool, bias: bool) -> Layout {
+        let groups = input / group;
+        // A few rows decide as well as all.
+        let rows = out.min(4);
+        let zeros = match zeros {
+            true => Zeros::Each(Array2::from_shape_fn((rows, groups), |(o, g)| ((o + g) % 16) as u16)),
+            false => Zeros::Same(1 << (bits - 1)),
         };
-        let mut out = Array2::zeros(self.shape);
-        let mut rows = out.outer_iter_mut();
-        for part in &self.parts {
-            let codes = take(part.len() * layout.row_bytes())?;
-            let first = part.start / 4;
-            let entries = (part.end.div_ceil(4) - first) * layout.groups * 4 * packed.entry();
-            let scales = take(entries)?;
-            let zeros = if packed.zeros { Some(take(entries)?) } else { None };
-            for (i, codes) in part.clone().zip(codes.chunks_exact(layout.row_bytes().max(1))) {
-                let Some(mut row) = rows.next() else { return Err(short()) };
-                for place in 0..layout.codes() {
-                    let to = match &self.inputs {
-                        Some(inputs) => inputs.get(place).map_or(usize::MAX, |input| *input as usize),
-                        None => place,
-                    };
-                    // Not for padding.
-                    let Some(value) = row.get_mut(to) else { continue };
-                    let code = match packed.bits {
-                        8 => codes.get(place).copied().unwrap_or(0),
-                        _ => codes.get(place / 2).map_or(0, |pair| pair >> (4 * (place % 2)) & 15),
-                    };
-                    let at = 4 * ((i / 4 - first) * layout.groups + place / layout.group) + i % 4;
-                    let level = if packed.table {
-                        layout.levels.get(usize::from(code)).copied().unwrap_or(0.0)
-                    } else {
-                        let zero = zeros.map_or(f32::from(layout.zero), |zeros| self.number(zeros, at));
-                        f32::from(code) - zero
-                    };
-                    *value = self.number(scales, at) * layout.unit * level;
+        let scales = Array2::from_shape_fn((rows, groups), |(o, g)| f32::from((1 + o + g) as u16) / 4096.0);
+        let codes = Array2::zeros((rows, input));
+        let levels = Levels::Integers { bits };
+        let weight = Quantized::new(codes, scales, zeros, levels, Groups::Runs(group)).expect("it fits");
+        Layout::new(&weight.regular(STEP), bias, false)
+    }
+
+    fn bytes(layout: &Layout, rows: usize) -> u64 {
+        let extents = layout.extents(rows, 128 << 20).expect("rows fit a binding");
+        extents.iter().map(|extent| extent.codes + extent.parameters).sum()
+    }
+
+    /// OPT-1.3b in int4 with its embeddings in int8 and a cache of all 2048 positions, in what is allocated for it.
+    #[test]
+    fn a_model_of_1_3b_fits_two_gigabytes() {
+        let (hidden, ffn, layers, heads, context) = (2048, 8192, 24, 32, 2048);
+        for (group, zeros) in [(128, true), (128, false), (32, true)] {
+            let linear = |out: usize, input| bytes(&layout([out, input], 4, group, zeros, true), out);
+            let layer = 4 * linear(hidden, hidden) + linear(ffn, hidden) + linear(hidden, ffn);
+            let table = |entries: usize| bytes(&layout([entries, hidden], 8, 32, false, false), entries);
+            let norms = (2 * layers + 1) * 2 * 16 * tensor::quads(hidden);
+            let weights = layers as u64 * layer + table(50272) + table(2050) + norms as u64;
+            for dtype in [CacheDType::F32, CacheDType::F16] {
+                let shape = cache::Shape { layers, heads, head_dim: hidden / heads, dtype };
+                // Slabs double.
+                let pages = (context / PAGE).next_power_of_two().max(cache::PAGES_FIRST) as u64;
+                let cache = layers as u64 * Pool::class(pages * shape.page_bytes());
+                // What the pool keeps of activations and of slabs that were outgrown.
+                let all = weights + cache + KEPT;
+                println!(
+                    "groups of {group}, zero points: {zeros}: {} MB of weights, {} MB of {dtype:?} cache, {} MB in all",
+                    weights / 1_000_000,
+                    cache / 1_000_000,
+                    all / 1_000_000
+                );
+                assert!(all < 2_000_000_000, "{all}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_fit_a_binding_and_cover_all_rows() {
+        for (rows, most) in [(1, 1 << 20), (50272, 2 << 20), (1000, 16 << 10), (0, 4096)] {
+            for (bits, group, zeros, bias) in [(4, 32, true, true), (8, 64, false, false)] {
+                let extents =
+                    layout([rows, 128], bits, group, zeros, bias).extents(rows, most).expect("fits");
+                let mut next = 0;
+                for extent in extents {
+                    assert!(extent.rows.start == next && next.is_multiple_of(4) && !extent.rows.is_empty());
+                    assert!(extent.codes <= most && extent.parameters <= most, "{extent:?}");
+                    next = extent.rows.end;
+                }
+                assert_eq!(next, rows);
+            }
+        }
+        assert!(layout([4, 4096], 8, 32, false, false).extents(4, 4096).is_none());
+    }
+
+    /// Scales are held in half the bytes where that loses nothing, wherever f16 ends.
+    #[test]
+    fn scales_become_f16_if_exact() {
+        let scales = |values: &[f32]| Array2::from_shape_fn((1, values.len()), |(_, i)| values[i]);
+        for (values, expected) in [
+            (&[0.0, 0.5, -0.25][..], true),
+            (&[0.0], true),
+            // Subnormal as f16, and beyond its range.
+            (&[5.960_464_5e-8, 3.051_757_8e-5], true),
+            (&[131_072.0, 1.0], true),
+            (&[0.1], false),
+            // Too far apart.
+            (&[1.0, 1.0 / 2_147_483_648.0], false),
+            (&[f32::MAX], false),
+            (&[1.0e-42], false),
+        ] {
+            let scales = scales(values);
+            let (unit, fits) = unit(&scales);
+            assert_eq!(fits, expected, "{values:?}");
+            if fits {
+                for scale in &scales {
+                    let held = f16::from_f32(scale / unit);
+                    assert_eq!((held.to_f32() * unit).to_bits(), scale.to_bits(), "{values:?}");
                 }
             }
         }
-        Ok(out)
     }
 }

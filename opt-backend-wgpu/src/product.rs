@@ -104,15 +104,17 @@ impl Gpu {
             check::width(op, x.width(), linear.weight.shape[1])?;
         }
         let matrices = linears.map(|linear| &linear.weight);
+        let alike = matrices.iter().all(|matrix| matrix.alike(matrices[0]));
+        // Once for the three, if it can be.
+        let arranged = if alike { self.arranged(op, x, matrices[0])? } else { None };
+        let in_order = alike.then(|| arranged.as_ref().unwrap_or(x));
         let rows = x.rows();
         if let [[q], [k], [v]] = matrices.map(|matrix| &matrix.parts[..])
             && (1..TILED_FROM).contains(&rows)
-            && matrices[1..].iter().all(|matrix| matrix.alike(matrices[0]))
+            && let Some(x) = in_order
             && k.bias_at == q.bias_at
             && v.bias_at == q.bias_at
             && let Some((outs, stride)) = Tensor::several::<3>(self, op, [rows, matrices[0].shape[0]])?
-            && let arranged = self.arranged(op, x, matrices[0])?
-            && let x = arranged.as_ref().unwrap_or(x)
             && let (Some(x_rows), Some(out)) = (x.slice(&(0..rows)), outs[0].shared())
             && ranges(&[x]).len() == 1
         {
@@ -139,7 +141,10 @@ impl Gpu {
             self.record(op, 0, 1)?.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
             return Ok(outs);
         }
-        let each = |matrix: &Matrix| self.product(op, x, matrix, After::default());
+        let each = |matrix: &Matrix| match in_order {
+            Some(x) => self.product_in_order(op, x, matrix, After::default()),
+            None => self.product(op, x, matrix, After::default()),
+        };
         Ok([each(matrices[0])?, each(matrices[1])?, each(matrices[2])?])
     }
 
@@ -151,7 +156,17 @@ impl Gpu {
         after: After<'_>,
     ) -> Result<Tensor> {
         let arranged = self.arranged(op, x, matrix)?;
-        let x = arranged.as_ref().unwrap_or(x);
+        self.product_in_order(op, arranged.as_ref().unwrap_or(x), matrix, after)
+    }
+
+    /// The product with `x` in the order of the matrix's columns.
+    fn product_in_order(
+        self: &Arc<Self>,
+        op: &'static str,
+        x: &Tensor,
+        matrix: &Matrix,
+        after: After<'_>,
+    ) -> Result<Tensor> {
         let out = Tensor::new(self, op, [x.rows(), matrix.shape[0]])?;
         let mut operands = vec![x, &out];
         operands.extend(after.residual);

@@ -4,9 +4,10 @@
 use crate::{
     gpu::Gpu,
     kernels::Format,
-    packed::{Layout, Order, PackedRows},
+    packed::{Layout, Order},
     pool::{Buffer, Slice},
     tensor::quads,
+    unpack::PackedRows,
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use opt_backend::{
