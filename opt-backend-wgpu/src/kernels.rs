@@ -36,6 +36,11 @@ impl Format {
         }
     }
 
+    /// Whether each code is looked up in a table.
+    pub(crate) fn looks_up(self) -> bool {
+        self.packed().is_some_and(|packed| packed.table)
+    }
+
     fn packed(self) -> Option<Packed> {
         match self {
             Format::Plain(_) => None,

@@ -204,9 +204,9 @@ impl Layout {
         self.groups * self.group
     }
 
-    /// Vectors of codes of a group, as [`Layout::format`] has them.
-    pub(crate) fn group_vectors(&self) -> usize {
-        self.group_words() / self.packed.vector as usize
+    /// Vectors of codes of a group, for a kernel that reads such.
+    pub(crate) fn group_vectors(&self, packed: Packed) -> usize {
+        self.group_words() / packed.vector as usize
     }
 
     /// Words of codes of a group.
@@ -216,7 +216,7 @@ impl Layout {
 
     /// Vectors of codes of a row.
     pub(crate) fn row_vectors(&self) -> usize {
-        self.groups * self.group_vectors()
+        self.groups * self.group_vectors(self.packed)
     }
 
     /// Entry at which the zero points of a part of so many rows begin.

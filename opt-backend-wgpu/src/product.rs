@@ -2,7 +2,7 @@
 
 use crate::{
     gpu::Gpu,
-    kernels::{TILE, Variant},
+    kernels::{Format, TILE, Variant},
     pool::Buffer,
     recorder::Recorder,
     tensor::{Tensor, quads, ranges},
@@ -49,12 +49,11 @@ fn lost(op: &'static str) -> Error {
     Error::shape(op, "expected rows of at least one element")
 }
 
-/// The uniforms of a product, and what is needed besides where weights are quantized; `single` if the kernel reads
-/// single words of codes.
-fn with_packed(uniforms: &[u32], matrix: &Matrix, part: &MatrixPart, single: bool) -> Vec<u32> {
+/// The uniforms of a product, and what a kernel for `format` needs besides where weights are quantized.
+fn with_packed(uniforms: &[u32], matrix: &Matrix, part: &MatrixPart, format: Format) -> Vec<u32> {
     let mut uniforms = uniforms.to_vec();
-    if let Held::Packed(layout) = &matrix.held {
-        let vectors = if single { layout.group_words() } else { layout.group_vectors() };
+    if let (Held::Packed(layout), Format::Packed(packed)) = (&matrix.held, format) {
+        let vectors = layout.group_vectors(packed);
         let zeros_at = layout.zeros_at(part.rows.len());
         uniforms.extend([layout.groups, vectors, zeros_at].map(|number| number as u32));
     }
@@ -132,8 +131,8 @@ impl Gpu {
                 column_groups as u32,
                 stride as u32,
             ];
-            let uniforms = with_packed(&uniforms, matrices[0], q, false);
-            let variant = lanes.variant(matrices[0], block, false, true);
+            let uniforms = with_packed(&uniforms, matrices[0], q, lanes.format);
+            let variant = lanes.variant(block, false, true);
             let mut buffers = vec![x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()];
             buffers.extend([q, k, v].iter().filter_map(|part| part.parameters.as_ref()).map(Buffer::whole));
             let buffers: Vec<_> = buffers.into_iter().map(Some).collect();
@@ -209,7 +208,8 @@ impl Gpu {
             column_groups as u32,
             0,
         ];
-        let uniforms = with_packed(&uniforms, matrix, part, tiled);
+        let format = if tiled { matrix.format().single() } else { lanes.format };
+        let uniforms = with_packed(&uniforms, matrix, part, format);
         let (Some(x), Some(out)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
         let mut buffers = vec![Some(x), Some(out), Some(part.buffer.whole())];
         if let Some(residual) = residual {
@@ -218,10 +218,9 @@ impl Gpu {
         buffers.extend(part.parameters.as_ref().map(|parameters| Some(parameters.whole())));
         let with_residual = residual.is_some();
         let (variant, row_groups) = if tiled {
-            let format = matrix.format().single();
             (Variant::MatMul { format, residual: with_residual }, rows.len().div_ceil(TILE))
         } else {
-            (lanes.variant(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
+            (lanes.variant(block, with_residual, false), rows.len().div_ceil(block as usize))
         };
         recorder.dispatch(self, op, variant, &uniforms, &buffers, (row_groups * column_groups) as u64)
     }
@@ -233,6 +232,8 @@ struct Lanes {
     threads: u32,
     /// Threads that share the depth of four columns.
     lanes: u32,
+    /// What they read at once.
+    format: Format,
 }
 
 impl Lanes {
@@ -241,9 +242,9 @@ impl Lanes {
         (self.threads / self.lanes) as usize
     }
 
-    fn variant(self, matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
-        let Self { threads, lanes } = self;
-        Variant::MatVec { format: matrix.format(), rows, threads, lanes, residual, three }
+    fn variant(self, rows: u32, residual: bool, three: bool) -> Variant {
+        let Self { threads, lanes, format } = self;
+        Variant::MatVec { format, rows, threads, lanes, residual, three }
     }
 }
 
@@ -252,15 +253,18 @@ impl Gpu {
     /// deep products of few rows take more threads, as long as their sums fit workgroup memory. A software adapter
     /// has few cores and pays for every barrier: there each thread keeps its columns to itself.
     fn lanes(&self, matrix: &Matrix, rows: u32) -> Lanes {
-        if self.software {
-            return Lanes { threads: 64, lanes: 1 };
-        }
-        if matrix.shape[0] >= MANY_COLUMNS {
-            Lanes { threads: 64, lanes: 16 }
+        let format = matrix.format();
+        let (threads, lanes) = if self.software {
+            (64, 1)
+        } else if matrix.shape[0] >= MANY_COLUMNS {
+            (64, 16)
         } else if rows <= 2 && matrix.steps() > 256 {
-            Lanes { threads: 256, lanes: 256 }
+            (256, 256)
         } else {
-            Lanes { threads: 64, lanes: 64 }
-        }
+            (64, 64)
+        };
+        // Of much that a loop does at once, its compiler keeps little in registers.
+        let format = if self.software && (rows > 2 || format.looks_up()) { format.single() } else { format };
+        Lanes { threads, lanes, format }
     }
 }

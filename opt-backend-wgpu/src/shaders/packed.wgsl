@@ -60,19 +60,23 @@ fn set_levels(which: u32) {
 #end
 }
 
-fn one_of(low: vec4<f32>, high: vec4<f32>, word: u32, mask: vec4<u32>) -> vec4<f32> {
-    return select(low, high, (vec4<u32>(word) & mask) != vec4<u32>(0u));
+// Whether a bit of the word is set shows as a sign, which costs such vectors less than a comparison.
+fn one_of(low: vec4<f32>, high: vec4<f32>, word: u32, shift: vec4<u32>) -> vec4<f32> {
+    return select(low, high, bitcast<vec4<i32>>(vec4<u32>(word) << shift) < vec4<i32>(0));
 }
 
 // The values of the four codes in the lower half of a word, times one over PLACE.
 fn values(word: u32) -> vec4<f32> {
-    let bit = vec4<u32>(1u, 0x10u, 0x100u, 0x1000u);
+    let bit0 = vec4<u32>(31u, 27u, 23u, 19u);
+    let bit1 = vec4<u32>(30u, 26u, 22u, 18u);
+    let bit2 = vec4<u32>(29u, 25u, 21u, 17u);
+    let bit3 = vec4<u32>(28u, 24u, 20u, 16u);
 #repeat i 4
-    let even$i = one_of(vec4<f32>(levels[$i].x), vec4<f32>(levels[$i].y), word, bit);
-    let odd$i = one_of(vec4<f32>(levels[$i].z), vec4<f32>(levels[$i].w), word, bit);
-    let pair$i = one_of(even$i, odd$i, word, 2u * bit);
+    let even$i = one_of(vec4<f32>(levels[$i].x), vec4<f32>(levels[$i].y), word, bit0);
+    let odd$i = one_of(vec4<f32>(levels[$i].z), vec4<f32>(levels[$i].w), word, bit0);
+    let pair$i = one_of(even$i, odd$i, word, bit1);
 #end
-    return one_of(one_of(pair0, pair1, word, 4u * bit), one_of(pair2, pair3, word, 4u * bit), word, 8u * bit);
+    return one_of(one_of(pair0, pair1, word, bit2), one_of(pair2, pair3, word, bit2), word, bit3);
 }
 #else
 var<workgroup> levels: array<f32, 16>;
