@@ -10,11 +10,11 @@ use crate::{
 };
 use half::f16;
 use opt_backend::{
-    Result,
+    Error, ErrorKind, Result,
     ndarray::{Array1, Array2, ArrayView2, s},
     quant::{Levels, Quantized, Regular, Zeros},
 };
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 /// Codes that kernels take at a time: groups are made multiples of it.
 const STEP: usize = 8;
@@ -60,7 +60,14 @@ impl Packed {
     /// What shaders need to know.
     pub(crate) fn define(self, defines: &mut Defines) {
         let on = |holds: bool| u32::from(holds).to_string();
-        let words = |count| ["u32", "vec2<u32>", "vec4<u32>"][usize::min(count as usize / 2, 2)].to_owned();
+        let words = |count| {
+            let name = match count {
+                1 => "u32",
+                2 => "vec2<u32>",
+                _ => "vec4<u32>",
+            };
+            name.to_owned()
+        };
         defines.insert("PACKED", on(true));
         defines.insert("NATIVE", on(false));
         defines.insert("BITS8", on(self.bits == 8));
@@ -152,22 +159,24 @@ fn unit(scales: &Array2<f32>) -> (f32, bool) {
 }
 
 impl Layout {
-    fn new(weight: &Regular, bias: bool, table: bool) -> Self {
+    /// The layout of a weight; `None` for what there is no kernel for.
+    fn new(weight: &Regular, bias: bool, table: bool) -> Option<Self> {
         let (bits, levels) = match weight.levels {
             Levels::Integers { bits: 8 } => (8, None),
+            Levels::Integers { bits: 0..=4 } => (4, None),
             Levels::Table(levels) => (4, Some(levels)),
-            _ => (4, None),
+            _ => return None,
         };
         let (unit, scales_fit) = unit(&weight.scales);
         let (zero, zeros_fit) = match &weight.zeros {
             Zeros::Each(zeros) => (None, zeros.iter().all(|zero| *zero <= 2048)),
             Zeros::Same(zero) => (Some(*zero), true),
-            _ => (Some(0), true),
+            _ => return None,
         };
         let half = scales_fit && zeros_fit;
         let words = weight.group * bits / 32;
         let vector = [4, 2].into_iter().find(|vector| words.is_multiple_of(*vector)).unwrap_or(1) as u32;
-        Self {
+        Some(Self {
             packed: Packed {
                 bits: bits as u32,
                 table: levels.is_some(),
@@ -178,16 +187,11 @@ impl Layout {
             groups: weight.scales.ncols(),
             group: weight.group,
             bias,
-            places: 0,
+            places: weight.inputs.as_ref().filter(|_| table).map_or(0, Vec::len),
             unit: if half { unit } else { 1.0 },
             zero: zero.unwrap_or(0),
             levels: levels.unwrap_or_default(),
-        }
-        .with_places(if table && let Some(inputs) = &weight.inputs { inputs.len() } else { 0 })
-    }
-
-    fn with_places(self, places: usize) -> Self {
-        Self { places, ..self }
+        })
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -322,10 +326,12 @@ impl Layout {
         let mut bytes: Vec<u8> = Vec::with_capacity(PIECE.min(buffer.size() as usize) + self.row_bytes());
         let mut written = 0;
         for row in codes.outer_iter() {
+            let row = row.to_slice().map_or_else(|| Cow::Owned(row.to_vec()), Cow::Borrowed);
             if self.packed.bits == 8 {
-                bytes.extend(row);
+                bytes.extend_from_slice(&row);
             } else {
-                bytes.extend(row.exact_chunks(2).into_iter().map(|pair| pair[0] | pair[1] << 4));
+                // Rows are whole words.
+                bytes.extend(row.chunks_exact(2).map(|pair| pair[0] | pair[1] << 4));
             }
             if bytes.len() >= PIECE {
                 gpu.write(op, buffer, written, &bytes)?;
@@ -349,7 +355,10 @@ impl Matrix {
     ) -> Result<Self> {
         let shape = source.shape();
         let weight = source.regular(STEP);
-        let layout = Layout::new(&weight, bias.is_some(), table);
+        let Some(layout) = Layout::new(&weight, bias.is_some(), table) else {
+            let found = format_args!("no kernel for {:?}", source.levels());
+            return Err(Error::new(ErrorKind::Unsupported, op, found));
+        };
         let Some(extents) = layout.extents(shape[0], gpu.max_binding()) else {
             let (width, most) = (shape[1], gpu.max_binding());
             let found = format_args!("four rows of {width} do not fit a binding of {most} bytes");
@@ -415,7 +424,7 @@ mod tests {
         let codes = Array2::zeros((rows, input));
         let levels = Levels::Integers { bits };
         let weight = Quantized::new(codes, scales, zeros, levels, Groups::Runs(group)).expect("it fits");
-        Layout::new(&weight.regular(STEP), bias, false)
+        Layout::new(&weight.regular(STEP), bias, false).expect("there is a kernel")
     }
 
     fn bytes(layout: &Layout, rows: usize) -> u64 {
