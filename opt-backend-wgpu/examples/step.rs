@@ -1,7 +1,7 @@
 //! Decode steps of a random model: how long the host records, and how long a step takes.
 //!
 //! ```text
-//! cargo run --release -p opt-backend-wgpu --example step -- [--shape 125m|1.3b|novels] [--dtype f32|f16|bf16]
+//! cargo run --release -p opt-backend-wgpu --example step -- [--shape 125m|1.3b|novels] [--dtype f32|f16|bf16|int8|int4]
 //!     [--batch N] [--steps N] [--past N] [--device NAME] [--submit-every N]
 //!     [--plain] [--gpu-kernels]
 //! ```
@@ -14,20 +14,27 @@
 #[path = "../tests/common/model.rs"]
 mod model;
 
-use model::{Model, Shape};
+use model::{Model, Shape, Weights};
 use opt_backend::{Backend, DType};
 use opt_backend_wgpu::Wgpu;
 use std::time::Instant;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let (mut shape, mut dtype, mut batch, mut steps, mut past) = ("125m".to_owned(), DType::F16, 1, 100, 32);
+    let (mut shape, mut dtype, mut batch, mut steps, mut past) =
+        ("125m".to_owned(), DType::F16.into(), 1, 100, 32);
     let mut builder = Wgpu::builder();
     while let Some(flag) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{flag}: expected a value"));
         match flag.as_str() {
             "--shape" => shape = value()?,
-            "--dtype" => dtype = value()?.parse()?,
+            "--dtype" => {
+                dtype = match value()?.as_str() {
+                    "int8" => Weights::Integers(8),
+                    "int4" => Weights::Integers(4),
+                    name => Weights::Plain(name.parse()?),
+                };
+            }
             "--batch" => batch = value()?.parse()?,
             "--steps" => steps = value()?.parse()?,
             "--past" => past = value()?.parse()?,

@@ -12,6 +12,7 @@ use opt_backend::{
     Attend, Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm,
     HostVector, Info, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK, check,
     ndarray::{Array2, ArrayView2},
+    quant::Quantized,
     ready,
 };
 use std::ops::Range;
@@ -87,12 +88,24 @@ impl Backend for Wgpu {
         Ok(Linear { weight: Matrix::new(&self.gpu, op, weight, bias.as_ref(), dtype)?, bias })
     }
 
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Linear> {
+        let op = "new_quantized_linear";
+        if let Some(bias) = &bias {
+            check::length(op, "bias", bias.len(), weight.shape()[0])?;
+        }
+        let bias = bias.map(|bias| bias.to_f32());
+        Ok(Linear { weight: Matrix::packed(&self.gpu, op, weight, bias.as_ref(), false)?, bias })
+    }
+
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<Table> {
+        Ok(Table(Matrix::packed(&self.gpu, "new_quantized_table", rows, None, true)?))
+    }
+
     fn read_linear<'a>(&'a self, linear: &Linear) -> Readback<'a, HostLinear> {
         let op = "read_linear";
-        let (dtype, shape, bias) = (linear.weight.dtype, linear.weight.shape, linear.bias.clone());
-        made_of(self.gpu.read(op, &linear.weight.slices(&(0..shape[0]))), move |bytes| {
-            Ok(HostLinear { weight: Matrix::decode(op, dtype, shape, bytes)?, bias })
-        })
+        let bias = linear.bias.clone();
+        let (slices, decode) = linear.weight.rows(op, &(0..linear.weight.shape[0]));
+        made_of(self.gpu.read(op, &slices), move |bytes| Ok(HostLinear { weight: decode(bytes)?, bias }))
     }
 
     fn new_norm(&self, params: NormParams<'_>) -> Result<Norm> {
@@ -122,10 +135,8 @@ impl Backend for Wgpu {
         if let Err(error) = check::range(op, &rows, table.0.shape[0]) {
             return ready(Err(error));
         }
-        let (dtype, shape) = (table.0.dtype, [rows.len(), table.0.shape[1]]);
-        made_of(self.gpu.read(op, &table.0.slices(&rows)), move |bytes| {
-            Matrix::decode(op, dtype, shape, bytes)
-        })
+        let (slices, decode) = table.0.rows(op, &rows);
+        made_of(self.gpu.read(op, &slices), decode)
     }
 
     fn new_cache(&self, spec: CacheSpec) -> Result<Cache> {

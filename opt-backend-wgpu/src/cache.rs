@@ -30,7 +30,7 @@ use std::{
 };
 
 /// Pages of a slab to begin with.
-const PAGES_FIRST: usize = 8;
+pub(crate) const PAGES_FIRST: usize = 8;
 
 /// What decides how keys and values lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,7 +61,7 @@ impl Shape {
     }
 
     /// Bytes of a page: keys, then values.
-    fn page_bytes(self) -> u64 {
+    pub(crate) fn page_bytes(self) -> u64 {
         (2 * PAGE * self.heads * self.head_bytes()) as u64
     }
 }

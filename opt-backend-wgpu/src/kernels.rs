@@ -1,6 +1,9 @@
 //! The shaders and their variants, compiled when first needed and kept.
 
-use crate::template::{self, Defines};
+use crate::{
+    packed::Packed,
+    template::{self, Defines},
+};
 use opt_backend::{CacheDType, DType};
 use std::{collections::HashMap, sync::Arc};
 
@@ -15,12 +18,66 @@ pub(crate) const ATTEND_THREADS: [u32; 2] = [64, 256];
 /// The widest head that `attend.wgsl` can do: four columns a thread, and its vectors fit workgroup memory.
 pub(crate) const HEAD_DIM_MOST: usize = 512;
 
+/// How weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Format {
+    /// As numbers.
+    Plain(DType),
+    /// As codes and scales.
+    Packed(Packed),
+}
+
+impl Format {
+    /// The same, for kernels that read single words of codes.
+    pub(crate) fn single(self) -> Self {
+        match self {
+            Format::Packed(packed) => Format::Packed(packed.single()),
+            plain => plain,
+        }
+    }
+
+    /// Whether each code is looked up in a table.
+    pub(crate) fn looks_up(self) -> bool {
+        self.packed().is_some_and(|packed| packed.table)
+    }
+
+    fn packed(self) -> Option<Packed> {
+        match self {
+            Format::Plain(_) => None,
+            Format::Packed(packed) => Some(packed),
+        }
+    }
+
+    /// What shaders that read such weights need to know.
+    fn define(self, extras: Extras, defines: &mut Defines) {
+        match self {
+            Format::Packed(packed) => packed.define(defines),
+            Format::Plain(dtype) => {
+                let name = match dtype {
+                    DType::F16 => "F16",
+                    DType::BF16 => "BF16",
+                    _ => "F32",
+                };
+                let native = extras.f16 && dtype == DType::F16;
+                let quad = match dtype {
+                    DType::F16 if native => "vec4<f16>",
+                    DType::F16 | DType::BF16 => "vec2<u32>",
+                    _ => "vec4<f32>",
+                };
+                defines.insert(name, "1".into());
+                defines.insert("NATIVE", usize::from(native).to_string());
+                defines.insert("QUAD", quad.into());
+            }
+        }
+    }
+}
+
 /// A shader with all that is fixed when it is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Variant {
     /// x Wᵀ for up to `rows` rows a workgroup, `lanes` of its threads to four columns; of three W at once where `three`.
     MatVec {
-        dtype: DType,
+        format: Format,
         rows: u32,
         threads: u32,
         lanes: u32,
@@ -29,14 +86,18 @@ pub(crate) enum Variant {
     },
     /// x Wᵀ in tiles.
     MatMul {
-        dtype: DType,
+        format: Format,
         residual: bool,
     },
     /// Table entries by id, added to another tensor where `add`.
     Gather {
-        dtype: DType,
+        format: Format,
         add: bool,
+        /// Whether elements lie in another order in the table than in the rows taken from it.
+        places: bool,
     },
+    /// Columns in the order of a quantized weight.
+    Arrange,
     Add,
     LayerNorm {
         threads: u32,
@@ -91,6 +152,7 @@ sources!(
     "activation",
     "add",
     "append",
+    "arrange",
     "attend",
     "cache",
     "encode",
@@ -99,6 +161,8 @@ sources!(
     "layer_norm",
     "matmul",
     "matvec",
+    "packed",
+    "packed_sums",
     "product",
     "reduce",
     "sort",
@@ -112,6 +176,7 @@ impl Variant {
             Variant::MatVec { .. } => "matvec",
             Variant::MatMul { .. } => "matmul",
             Variant::Gather { .. } => "gather",
+            Variant::Arrange => "arrange",
             Variant::Add => "add",
             Variant::LayerNorm { .. } => "layer_norm",
             Variant::Append { .. } => "append",
@@ -121,15 +186,35 @@ impl Variant {
         }
     }
 
+    /// How the weights are held that it reads.
+    fn format(self) -> Option<Format> {
+        match self {
+            Variant::MatVec { format, .. }
+            | Variant::MatMul { format, .. }
+            | Variant::Gather { format, .. } => Some(format),
+            _ => None,
+        }
+    }
+
     /// The storage buffers, in the order of their bindings. The uniforms come before them.
     pub(crate) fn bindings(self) -> &'static [Access] {
         use Access::{Read as R, Write as W};
+        // The parameters of quantized weights come last.
+        let packed = self.format().is_some_and(|format| format.packed().is_some());
         match self {
+            Variant::MatVec { three: true, .. } if packed => &[R, W, R, R, R, R, R, R],
             Variant::MatVec { three: true, .. } => &[R, W, R, R, R],
-            Variant::MatVec { residual: true, .. } | Variant::MatMul { residual: true, .. } => &[R, W, R, R],
+            Variant::MatVec { residual, .. } | Variant::MatMul { residual, .. } if residual && packed => {
+                &[R, W, R, R, R]
+            }
+            Variant::MatVec { residual, .. } | Variant::MatMul { residual, .. } if residual || packed => {
+                &[R, W, R, R]
+            }
             Variant::MatVec { .. } | Variant::MatMul { .. } => &[R, W, R],
-            Variant::Gather { add: true, .. } => &[R, W, R, R],
+            Variant::Gather { add: true, .. } if packed => &[R, W, R, R, R],
+            Variant::Gather { add, .. } if add || packed => &[R, W, R, R],
             Variant::Gather { .. } => &[R, W, R],
+            Variant::Arrange => &[R, W, R],
             Variant::Add => &[W, R, R],
             Variant::LayerNorm { .. } => &[R, W, R],
             Variant::Append { .. } => &[R, W, R, R],
@@ -164,9 +249,16 @@ impl Variant {
                 // Subgroups have at least four invocations.
                 define("SUBGROUPS_MOST", threads / 4);
                 define("PARTIALS", if subgroups { rows * threads / 4 } else { rows * threads });
+                define("VECTORS", 1);
+                define("PARTS", on(rows <= 2));
+                define("TREE", on(lanes == 1));
             }
             Variant::MatMul { residual, .. } => define("RESIDUAL", on(residual)),
-            Variant::Gather { add, .. } => define("ADD", on(add)),
+            Variant::Gather { add, places, .. } => {
+                define("ADD", on(add));
+                define("PLACES", on(places));
+                define("TREE", 1);
+            }
             Variant::LayerNorm { threads } => {
                 define("THREADS", threads as usize);
                 define("SUBGROUPS_MOST", threads as usize / 4);
@@ -191,24 +283,14 @@ impl Variant {
             }
             Variant::Stats { targets } => define("TARGETS", on(targets)),
             Variant::Sort { merge } => define("MERGE", on(merge)),
-            Variant::Add => {}
+            Variant::Add | Variant::Arrange => {}
         }
+        // The parameters are bound last.
+        define(
+            "PARAMETERS",
+            self.bindings().len() - if matches!(self, Variant::MatVec { three: true, .. }) { 2 } else { 0 },
+        );
         match self {
-            Variant::MatVec { dtype, .. } | Variant::MatMul { dtype, .. } | Variant::Gather { dtype, .. } => {
-                let name = match dtype {
-                    DType::F16 => "F16",
-                    DType::BF16 => "BF16",
-                    _ => "F32",
-                };
-                define(name, 1);
-                define("NATIVE", on(extras.f16 && dtype == DType::F16));
-                let quad = match dtype {
-                    DType::F16 if extras.f16 => "vec4<f16>",
-                    DType::F16 | DType::BF16 => "vec2<u32>",
-                    _ => "vec4<f32>",
-                };
-                defines.insert("QUAD", quad.into());
-            }
             Variant::Append { dtype, .. } | Variant::Attend { dtype, .. } => {
                 let (name, unit) = match dtype {
                     CacheDType::F16 => ("F16", "vec2<u32>"),
@@ -219,6 +301,9 @@ impl Variant {
                 defines.insert("UNIT", unit.into());
             }
             _ => {}
+        }
+        if let Some(format) = self.format() {
+            format.define(extras, &mut defines);
         }
         let text = source(self.name()).unwrap_or_default();
         template::expand(text, &defines, &source).map_err(|error| format!("{}.wgsl: {error}", self.name()))
@@ -332,26 +417,35 @@ mod tests {
 
     /// Every kind of variant that the backend asks for.
     fn variants() -> Vec<Variant> {
-        let mut all = vec![Variant::Add, Variant::Stats { targets: false }, Variant::Stats { targets: true }];
+        let mut all = vec![
+            Variant::Add,
+            Variant::Arrange,
+            Variant::Stats { targets: false },
+            Variant::Stats { targets: true },
+        ];
         all.extend([false, true].map(|merge| Variant::Sort { merge }));
         all.extend([64, 256].map(|threads| Variant::LayerNorm { threads }));
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            all.extend([false, true].map(|add| Variant::Gather { dtype, add }));
+        let plain = [DType::F32, DType::F16, DType::BF16].map(Format::Plain);
+        for format in plain.into_iter().chain(Packed::all().map(Format::Packed)) {
+            let single = format.single();
+            for add in [false, true] {
+                all.extend([false, true].map(|places| Variant::Gather { format: single, add, places }));
+            }
             for residual in [false, true] {
-                all.push(Variant::MatMul { dtype, residual });
+                all.push(Variant::MatMul { format: single, residual });
                 for rows in [1, 2, 4, 8] {
                     let shapes =
                         [(64, 64), (64, 16), (64, 1)].into_iter().chain((rows <= 2).then_some((256, 256)));
                     for (threads, lanes) in shapes {
-                        all.push(Variant::MatVec { dtype, rows, threads, lanes, residual, three: false });
-                        all.push(Variant::MatVec {
-                            dtype,
+                        let variant = |residual, three| Variant::MatVec {
+                            format,
                             rows,
                             threads,
                             lanes,
-                            residual: false,
-                            three: true,
-                        });
+                            residual,
+                            three,
+                        };
+                        all.extend([variant(residual, false), variant(false, true)]);
                     }
                 }
             }
@@ -389,6 +483,10 @@ mod tests {
             validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
             validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
             for variant in variants() {
+                // What is packed does not use native f16.
+                if extras.f16 && variant.format().is_some_and(|format| format.packed().is_some()) {
+                    continue;
+                }
                 let text = variant.text(extras).expect("the template is well formed");
                 let module = match naga::front::wgsl::parse_str(&text) {
                     Ok(module) => module,
@@ -429,6 +527,7 @@ mod tests {
             }
         }
         assert!(workgroup <= 16 << 10, "{variant:?}: {workgroup} bytes of workgroup memory");
+        assert!(storage.len() <= 8, "{variant:?}: {} storage buffers", storage.len());
         storage.sort_unstable();
         let expected = variant.bindings().iter().zip(1..).map(|(access, i)| (i, *access == Access::Write));
         assert_eq!(storage, expected.collect::<Vec<_>>(), "{variant:?}: bindings");

@@ -19,6 +19,7 @@
 //! # How it works
 //!
 //! - Activations are f32. Weights are held as f32, f16 or bf16 and widened where they are used; sums are in f32.
+//! - Quantized weights stay packed and are expanded inside the kernels that use them.
 //! - An op records a dispatch into an encoder that is open already, and returns. What is recorded goes to the device
 //!   when something is read: once a token when decoding. Bind groups, pipelines and buffers are kept for the next step.
 //! - Everything works at the limits that any WebGPU device has, without subgroups and without f16, and uses more
@@ -37,6 +38,7 @@ mod fault;
 mod gpu;
 mod head;
 mod kernels;
+mod packed;
 mod pool;
 mod product;
 mod readback;
@@ -44,6 +46,7 @@ mod recorder;
 mod rowwise;
 mod template;
 mod tensor;
+mod unpack;
 mod weights;
 
 pub use adapter::{Adapter, adapters_async};

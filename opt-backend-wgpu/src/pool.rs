@@ -12,7 +12,7 @@ use crate::{
 use std::{collections::HashMap, sync::Arc};
 
 /// Free bytes that are kept at most, unless the device's memory is capped.
-const KEPT: u64 = 256 << 20;
+pub(crate) const KEPT: u64 = 256 << 20;
 
 /// A buffer of the device.
 pub(crate) struct Raw {

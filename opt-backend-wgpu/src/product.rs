@@ -2,10 +2,11 @@
 
 use crate::{
     gpu::Gpu,
-    kernels::{TILE, Variant},
+    kernels::{Format, TILE, Variant},
+    pool::Buffer,
     recorder::Recorder,
     tensor::{Tensor, quads, ranges},
-    weights::{Linear, Matrix, MatrixPart},
+    weights::{Held, Linear, Matrix, MatrixPart},
 };
 use opt_backend::{Activation, Error, ErrorKind, Result, Then, check};
 use std::{ops::Range, sync::Arc};
@@ -48,7 +49,23 @@ fn lost(op: &'static str) -> Error {
     Error::shape(op, "expected rows of at least one element")
 }
 
+/// The uniforms of a product, and what a kernel for `format` needs besides where weights are quantized.
+fn with_packed(uniforms: &[u32], matrix: &Matrix, part: &MatrixPart, format: Format) -> Vec<u32> {
+    let mut uniforms = uniforms.to_vec();
+    if let (Held::Packed(layout), Format::Packed(packed)) = (&matrix.held, format) {
+        let vectors = layout.group_vectors(packed);
+        let zeros_at = layout.zeros_at(part.rows.len());
+        uniforms.extend([layout.groups, vectors, zeros_at].map(|number| number as u32));
+    }
+    uniforms
+}
+
 impl Gpu {
+    /// The columns of `x` in the order in which a matrix has them, if that is another.
+    fn arranged(self: &Arc<Self>, op: &'static str, x: &Tensor, matrix: &Matrix) -> Result<Option<Tensor>> {
+        matrix.order.as_ref().map(|order| self.arrange(op, x, order)).transpose()
+    }
+
     /// `x Wᵀ + b`, then what `then` says.
     pub(crate) fn linear(
         self: &Arc<Self>,
@@ -86,10 +103,14 @@ impl Gpu {
             check::width(op, x.width(), linear.weight.shape[1])?;
         }
         let matrices = linears.map(|linear| &linear.weight);
+        let alike = matrices.iter().all(|matrix| matrix.alike(matrices[0]));
+        // Once for the three, if it can be.
+        let arranged = if alike { self.arranged(op, x, matrices[0])? } else { None };
+        let in_order = alike.then(|| arranged.as_ref().unwrap_or(x));
         let rows = x.rows();
         if let [[q], [k], [v]] = matrices.map(|matrix| &matrix.parts[..])
             && (1..TILED_FROM).contains(&rows)
-            && matrices.iter().all(|m| m.shape == matrices[0].shape && m.dtype == matrices[0].dtype)
+            && let Some(x) = in_order
             && k.bias_at == q.bias_at
             && v.bias_at == q.bias_at
             && let Some((outs, stride)) = Tensor::several::<3>(self, op, [rows, matrices[0].shape[0]])?
@@ -110,17 +131,35 @@ impl Gpu {
                 column_groups as u32,
                 stride as u32,
             ];
-            let variant = lanes.variant(matrices[0], block, false, true);
-            let buffers = [x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()].map(Some);
+            let uniforms = with_packed(&uniforms, matrices[0], q, lanes.format);
+            let variant = lanes.variant(block, false, true);
+            let mut buffers = vec![x_rows, out, q.buffer.whole(), k.buffer.whole(), v.buffer.whole()];
+            buffers.extend([q, k, v].iter().filter_map(|part| part.parameters.as_ref()).map(Buffer::whole));
+            let buffers: Vec<_> = buffers.into_iter().map(Some).collect();
             let groups = (rows.div_ceil(block as usize) * 3 * column_groups) as u64;
             self.record(op, 0, 1)?.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
             return Ok(outs);
         }
-        let each = |matrix: &Matrix| self.product(op, x, matrix, After::default());
+        let each = |matrix: &Matrix| match in_order {
+            Some(x) => self.product_in_order(op, x, matrix, After::default()),
+            None => self.product(op, x, matrix, After::default()),
+        };
         Ok([each(matrices[0])?, each(matrices[1])?, each(matrices[2])?])
     }
 
     fn product(
+        self: &Arc<Self>,
+        op: &'static str,
+        x: &Tensor,
+        matrix: &Matrix,
+        after: After<'_>,
+    ) -> Result<Tensor> {
+        let arranged = self.arranged(op, x, matrix)?;
+        self.product_in_order(op, arranged.as_ref().unwrap_or(x), matrix, after)
+    }
+
+    /// The product with `x` in the order of the matrix's columns.
+    fn product_in_order(
         self: &Arc<Self>,
         op: &'static str,
         x: &Tensor,
@@ -169,16 +208,19 @@ impl Gpu {
             column_groups as u32,
             0,
         ];
+        let format = if tiled { matrix.format().single() } else { lanes.format };
+        let uniforms = with_packed(&uniforms, matrix, part, format);
         let (Some(x), Some(out)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
         let mut buffers = vec![Some(x), Some(out), Some(part.buffer.whole())];
         if let Some(residual) = residual {
             buffers.push(Some(residual.slice(rows).ok_or_else(|| lost(op))?));
         }
+        buffers.extend(part.parameters.as_ref().map(|parameters| Some(parameters.whole())));
         let with_residual = residual.is_some();
         let (variant, row_groups) = if tiled {
-            (Variant::MatMul { dtype: matrix.dtype, residual: with_residual }, rows.len().div_ceil(TILE))
+            (Variant::MatMul { format, residual: with_residual }, rows.len().div_ceil(TILE))
         } else {
-            (lanes.variant(matrix, block, with_residual, false), rows.len().div_ceil(block as usize))
+            (lanes.variant(block, with_residual, false), rows.len().div_ceil(block as usize))
         };
         recorder.dispatch(self, op, variant, &uniforms, &buffers, (row_groups * column_groups) as u64)
     }
@@ -190,6 +232,8 @@ struct Lanes {
     threads: u32,
     /// Threads that share the depth of four columns.
     lanes: u32,
+    /// What they read at once.
+    format: Format,
 }
 
 impl Lanes {
@@ -198,9 +242,9 @@ impl Lanes {
         (self.threads / self.lanes) as usize
     }
 
-    fn variant(self, matrix: &Matrix, rows: u32, residual: bool, three: bool) -> Variant {
-        let Self { threads, lanes } = self;
-        Variant::MatVec { dtype: matrix.dtype, rows, threads, lanes, residual, three }
+    fn variant(self, rows: u32, residual: bool, three: bool) -> Variant {
+        let Self { threads, lanes, format } = self;
+        Variant::MatVec { format, rows, threads, lanes, residual, three }
     }
 }
 
@@ -209,15 +253,18 @@ impl Gpu {
     /// deep products of few rows take more threads, as long as their sums fit workgroup memory. A software adapter
     /// has few cores and pays for every barrier: there each thread keeps its columns to itself.
     fn lanes(&self, matrix: &Matrix, rows: u32) -> Lanes {
-        if self.software {
-            return Lanes { threads: 64, lanes: 1 };
-        }
-        if matrix.shape[0] >= MANY_COLUMNS {
-            Lanes { threads: 64, lanes: 16 }
-        } else if rows <= 2 && matrix.quads() > 256 {
-            Lanes { threads: 256, lanes: 256 }
+        let format = matrix.format();
+        let (threads, lanes) = if self.software {
+            (64, 1)
+        } else if matrix.shape[0] >= MANY_COLUMNS {
+            (64, 16)
+        } else if rows <= 2 && matrix.steps() > 256 {
+            (256, 256)
         } else {
-            Lanes { threads: 64, lanes: 64 }
-        }
+            (64, 64)
+        };
+        // Of much that a loop does at once, its compiler keeps little in registers.
+        let format = if self.software && (rows > 2 || format.looks_up()) { format.single() } else { format };
+        Lanes { threads, lanes, format }
     }
 }

@@ -21,7 +21,7 @@ const ARGUMENTS: usize = 1 << 18;
 /// Bind groups that are kept; all go when there are more.
 const GROUPS_KEPT: usize = 4096;
 /// Most storage buffers that a kernel binds.
-const BINDINGS_MOST: usize = 6;
+const BINDINGS_MOST: usize = 8;
 
 /// Bits of a buffer's id in the first word of a [`GroupKey`]; the layout has the rest.
 const ID_BITS: u32 = 48;

@@ -2,10 +2,11 @@
 
 use crate::{
     gpu::Gpu,
-    kernels::Variant,
+    kernels::{Format, Variant},
+    packed::Order,
     pool::Slice,
     tensor::{Tensor, ranges},
-    weights::{Matrix, Norm},
+    weights::{Held, Matrix, Norm},
 };
 use opt_backend::{DType, Error, Result, check};
 use std::{ops::Range, sync::Arc};
@@ -21,6 +22,8 @@ fn lost(op: &'static str) -> Error {
 struct Source<'a> {
     rows: Range<usize>,
     slice: Slice<'a>,
+    /// Of quantized entries: their parameters and what uniforms say of them.
+    packed: Option<(Slice<'a>, [u32; 5])>,
 }
 
 impl Gpu {
@@ -37,12 +40,22 @@ impl Gpu {
         if let Some(x) = x {
             check::same_shape(op, x.shape(), [ids.len(), width])?;
         }
-        let sources: Vec<Source<'_>> = table
-            .parts
-            .iter()
-            .map(|part| Source { rows: part.rows.clone(), slice: part.buffer.whole() })
-            .collect();
-        self.pick(op, table.dtype, width, &sources, ids, x)
+        let sources = table.parts.iter().map(|part| {
+            let packed = match (&table.held, &part.parameters) {
+                (Held::Packed(layout), Some(parameters)) => {
+                    let rows = part.rows.len();
+                    let ends = [layout.zeros_at(rows), layout.places_at(rows)].map(|at| at as u32);
+                    let (groups, words) = (layout.groups as u32, layout.group_words() as u32);
+                    Some((parameters.whole(), [width as u32, groups, words, ends[0], ends[1]]))
+                }
+                _ => None,
+            };
+            Source { rows: part.rows.clone(), slice: part.buffer.whole(), packed }
+        });
+        let sources: Vec<Source<'_>> = sources.collect();
+        let format = table.format().single();
+        let variant = Variant::Gather { format, add: x.is_some(), places: table.order.is_some() };
+        self.pick(op, variant, width, &sources, ids, x)
     }
 
     /// The rows `rows` of a tensor, in that order.
@@ -56,15 +69,16 @@ impl Gpu {
         let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
         let sources: Vec<Source<'_>> = ranges(&[x])
             .into_iter()
-            .filter_map(|rows| x.slice(&rows).map(|slice| Source { rows, slice }))
+            .filter_map(|rows| x.slice(&rows).map(|slice| Source { rows, slice, packed: None }))
             .collect();
-        self.pick(op, DType::F32, x.width(), &sources, &ids, None)
+        let variant = Variant::Gather { format: Format::Plain(DType::F32), add: false, places: false };
+        self.pick(op, variant, x.width(), &sources, &ids, None)
     }
 
     fn pick(
         self: &Arc<Self>,
         op: &'static str,
-        dtype: DType,
+        variant: Variant,
         width: usize,
         sources: &[Source<'_>],
         ids: &[u32],
@@ -76,21 +90,40 @@ impl Gpu {
         let ranges = ranges(&operands);
         let mut recorder = self.record(op, ids.len(), ranges.len() * sources.len())?;
         let ids_at = recorder.data(ids);
-        let variant = Variant::Gather { dtype, add: x.is_some() };
         for rows in &ranges {
             for source in sources {
                 let first = source.rows.start as u32;
                 let count = source.rows.len() as u32;
                 let at = ids_at + rows.start as u32;
-                let uniforms = [rows.len() as u32, out.quads() as u32, at, first, count];
+                let mut uniforms = [rows.len() as u32, out.quads() as u32, at, first, count].to_vec();
                 let slice = out.slice(rows).ok_or_else(|| lost(op))?;
                 let mut buffers = vec![None, Some(slice), Some(source.slice)];
                 if let Some(x) = x {
                     buffers.push(Some(x.slice(rows).ok_or_else(|| lost(op))?));
                 }
+                if let Some((parameters, numbers)) = source.packed {
+                    buffers.push(Some(parameters));
+                    uniforms.extend(numbers);
+                }
                 let groups = (rows.len() * out.quads()).div_ceil(THREADS) as u64;
                 recorder.dispatch(self, op, variant, &uniforms, &buffers, groups)?;
             }
+        }
+        drop(recorder);
+        Ok(out)
+    }
+
+    /// The columns of a tensor in the order of a quantized weight.
+    pub(crate) fn arrange(self: &Arc<Self>, op: &'static str, x: &Tensor, order: &Order) -> Result<Tensor> {
+        let out = Tensor::new(self, op, [x.rows(), order.places()])?;
+        let ranges = ranges(&[x, &out]);
+        let mut recorder = self.record(op, 0, ranges.len())?;
+        for rows in &ranges {
+            let uniforms = [rows.len() as u32, 4 * x.quads() as u32, out.quads() as u32];
+            let (Some(from), Some(to)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
+            let buffers = [order.buffer.whole(), to, from].map(Some);
+            let groups = (rows.len() * out.quads()).div_ceil(THREADS) as u64;
+            recorder.dispatch(self, op, Variant::Arrange, &uniforms, &buffers, groups)?;
         }
         drop(recorder);
         Ok(out)

@@ -1,8 +1,8 @@
 //! A small preprocessor for WGSL: variants of a shader are text, so that each compiles to what it needs and no more.
 //!
 //! Lines: `#if NAME`, `#else`, `#endif` (a name is true if it is defined and not 0); `#include NAME`;
-//! `#repeat i N` ... `#end`, once for each i below N, with `$i` replaced. Anywhere else `$NAME` is replaced by what is
-//! defined. Names are upper case, counters one lower-case letter.
+//! `#repeat i N` ... `#end`, once for each i below N, with `$i` replaced; it may hold any other lines, itself among
+//! them. Anywhere else `$NAME` is replaced by what is defined. Names are upper case, counters one lower-case letter.
 
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -16,13 +16,17 @@ pub(crate) fn expand(
     include: &dyn Fn(&str) -> Option<&'static str>,
 ) -> Result<String, String> {
     let mut out = String::with_capacity(source.len());
-    expand_lines(&mut source.lines(), defines, include, &mut out)?;
+    expand_lines(&mut source.lines(), defines, &mut Vec::new(), include, &mut out)?;
     Ok(out)
 }
 
-fn expand_lines(
-    lines: &mut std::str::Lines<'_>,
+/// Counters of the repetitions that a line lies in, and where they are.
+type Counters<'a> = Vec<(&'a str, usize)>;
+
+fn expand_lines<'a>(
+    lines: &mut dyn Iterator<Item = &'a str>,
     defines: &Defines,
+    counters: &mut Counters<'a>,
     include: &dyn Fn(&str) -> Option<&'static str>,
     out: &mut String,
 ) -> Result<(), String> {
@@ -44,37 +48,52 @@ fn expand_lines(
             }
             Some("#include") if counts => {
                 let text = include(name).ok_or_else(|| format!("nothing named {name} to include"))?;
-                expand_lines(&mut text.lines(), defines, include, out)?;
+                expand_lines(&mut text.lines(), defines, &mut Vec::new(), include, out)?;
             }
             Some("#repeat") => {
-                let body: Vec<&str> = lines.by_ref().take_while(|line| line.trim() != "#end").collect();
+                let body = body(lines);
                 if counts {
                     let times = words.next().unwrap_or_default();
                     let mut count = String::new();
-                    substitute(times, defines, None, &mut count)?;
+                    substitute(times, defines, counters, &mut count)?;
                     let count: usize =
                         count.trim().parse().map_err(|_| format!("cannot repeat {times} times"))?;
                     for i in 0..count {
-                        for line in &body {
-                            substitute(line, defines, Some((name, i)), out)?;
-                        }
+                        counters.push((name, i));
+                        expand_lines(&mut body.iter().copied(), defines, counters, include, out)?;
+                        counters.pop();
                     }
                 }
             }
             Some("#include") => {}
             Some(unknown) => return Err(format!("unknown directive {unknown}")),
-            None if counts => substitute(line, defines, None, out)?,
+            None if counts => substitute(line, defines, counters, out)?,
             None => {}
         }
     }
     if open.is_empty() { Ok(()) } else { Err("#if without #endif".into()) }
 }
 
+/// The lines up to the `#end` that belongs to a `#repeat`.
+fn body<'a>(lines: &mut dyn Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut open = 1_usize;
+    lines
+        .take_while(|line| {
+            match line.split_whitespace().next() {
+                Some("#repeat") => open += 1,
+                Some("#end") => open -= 1,
+                _ => {}
+            }
+            open > 0
+        })
+        .collect()
+}
+
 /// Appends a line with its `$`s replaced.
 fn substitute(
     line: &str,
     defines: &Defines,
-    counter: Option<(&str, usize)>,
+    counters: &Counters<'_>,
     out: &mut String,
 ) -> Result<(), String> {
     let mut parts = line.split('$');
@@ -82,11 +101,11 @@ fn substitute(
     for part in parts {
         let letter = part.chars().next().unwrap_or(' ');
         if letter.is_ascii_lowercase() {
-            match counter {
-                Some((name, i)) if name.starts_with(letter) => {
+            match counters.iter().rfind(|(name, _)| name.starts_with(letter)) {
+                Some((_, i)) => {
                     let _ = write!(out, "{i}{}", &part[1..]);
                 }
-                _ => return Err(format!("no counter {letter} in {line:?}")),
+                None => return Err(format!("no counter {letter} in {line:?}")),
             }
         } else {
             let end = part.find(|c: char| !c.is_ascii_uppercase() && c != '_').unwrap_or(part.len());
@@ -115,6 +134,8 @@ mod tests {
             "#if ON\na $Nu\n#else\nb\n#endif\n#if OFF\nc\n#endif\n#include other\n#repeat i $N\nx$i\n#end",
         );
         assert_eq!(text.as_deref(), Ok("a 2u\nincluded 2\nx0\nx1\n"));
+        let text = run("#repeat i $N\n#if ON\n#repeat j 2\nx$i$j\n#end\n#endif\n#end\ny");
+        assert_eq!(text.as_deref(), Ok("x00\nx01\nx10\nx11\ny\n"));
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! Weights: matrices in quads, split by rows where one binding cannot hold them, each part with its biases.
+//! Weights: matrices in quads, split by rows where one binding cannot hold them, each part with its biases. What is
+//! quantized is in [`crate::packed`].
 
 use crate::{
     gpu::Gpu,
+    kernels::Format,
+    packed::{Layout, Order},
     pool::{Buffer, Slice},
     tensor::quads,
+    unpack::PackedRows,
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use opt_backend::{
@@ -21,16 +25,28 @@ const PIECE: usize = 8 << 20;
 /// Rows of a matrix in one buffer.
 pub(crate) struct MatrixPart {
     pub(crate) buffer: Buffer,
+    /// Scales and whatever else goes with codes.
+    pub(crate) parameters: Option<Buffer>,
     pub(crate) rows: Range<usize>,
-    /// Quad at which the biases begin, or `u32::MAX`.
+    /// Quad (of the parameters: entry) at which the biases begin, or `u32::MAX`.
     pub(crate) bias_at: u32,
+}
+
+/// What a matrix is made of.
+pub(crate) enum Held {
+    /// Numbers.
+    Plain(DType),
+    /// Codes.
+    Packed(Layout),
 }
 
 /// A matrix `[rows, width]` as kernels read it.
 pub(crate) struct Matrix {
-    pub(crate) dtype: DType,
+    pub(crate) held: Held,
     pub(crate) shape: [usize; 2],
     pub(crate) parts: Vec<MatrixPart>,
+    /// The order of columns, if it is another.
+    pub(crate) order: Option<Order>,
 }
 
 /// Weight `[out, in]` and bias `[out]` of a linear.
@@ -72,14 +88,20 @@ impl std::fmt::Debug for Norm {
 }
 
 impl Matrix {
-    /// Bytes of a row.
-    fn row_bytes(&self) -> usize {
-        4 * quads(self.shape[1]) * self.dtype.size()
+    /// What kernels need to know.
+    pub(crate) fn format(&self) -> Format {
+        match &self.held {
+            Held::Plain(dtype) => Format::Plain(*dtype),
+            Held::Packed(layout) => layout.format(),
+        }
     }
 
-    /// Quads of a row.
-    pub(crate) fn quads(&self) -> usize {
-        quads(self.shape[1])
+    /// What a thread reads at once, that many times to a row.
+    pub(crate) fn steps(&self) -> usize {
+        match &self.held {
+            Held::Plain(_) => quads(self.shape[1]),
+            Held::Packed(layout) => layout.row_vectors(),
+        }
     }
 
     /// Takes over a matrix, to be held as `dtype`, and a bias.
@@ -94,9 +116,9 @@ impl Matrix {
             return Err(Error::new(ErrorKind::Unsupported, op, format_args!("no weights held as {dtype}")));
         }
         let shape = source.shape();
-        let mut matrix = Self { dtype, shape, parts: Vec::new() };
+        let mut matrix = Self { held: Held::Plain(dtype), shape, parts: Vec::new(), order: None };
         let [rows, width] = shape;
-        let row = matrix.row_bytes();
+        let row = row_bytes(width, dtype);
         let bias_bytes = if bias.is_some() { dtype.size() } else { 0 };
         // Kernels take four rows at a time.
         let most = (gpu.max_binding() as usize / (row + bias_bytes).max(1)) / 4 * 4;
@@ -118,18 +140,38 @@ impl Matrix {
                 let mut values: Vec<f32> = bias.iter().copied().skip(first).take(end - first).collect();
                 values.resize(padded, 0.0);
                 extend(&mut rest, &values, dtype);
-                bias_at = (padded * matrix.quads()) as u32;
+                bias_at = (padded * quads(width)) as u32;
             }
             gpu.write(op, &buffer, ((end - first) * row) as u64, &rest)?;
-            matrix.parts.push(MatrixPart { buffer, rows: first..end, bias_at });
+            matrix.parts.push(MatrixPart { buffer, parameters: None, rows: first..end, bias_at });
             first = end;
         }
         Ok(matrix)
     }
 
-    /// The bytes of the rows `rows`.
-    pub(crate) fn slices(&self, rows: &Range<usize>) -> Vec<Slice<'_>> {
-        let row = self.row_bytes() as u64;
+    /// Starts to read rows; the bytes of the slices, once they are here, become the rows in f32.
+    pub(crate) fn rows(
+        &self,
+        op: &'static str,
+        rows: &Range<usize>,
+    ) -> (Vec<Slice<'_>>, impl FnOnce(&[u8]) -> Result<Array2<f32>> + Send + use<>) {
+        let shape = [rows.len(), self.shape[1]];
+        let (dtype, packed, slices) = match &self.held {
+            Held::Plain(dtype) => (*dtype, None, self.slices(rows, row_bytes(shape[1], *dtype) as u64)),
+            Held::Packed(layout) => {
+                let (packed, slices) = PackedRows::new(self, layout, rows);
+                (DType::F32, Some(packed), slices)
+            }
+        };
+        let decode = move |bytes: &[u8]| match packed {
+            Some(packed) => packed.decode(op, bytes),
+            None => decode(op, dtype, shape, bytes),
+        };
+        (slices, decode)
+    }
+
+    /// The bytes of the rows `rows`, of `row` bytes each.
+    fn slices(&self, rows: &Range<usize>, row: u64) -> Vec<Slice<'_>> {
         let slice = |part: &'_ MatrixPart| {
             let (start, end) = (part.rows.start.max(rows.start), part.rows.end.min(rows.end));
             (start < end).then(|| (start - part.rows.start, end - start))
@@ -141,35 +183,34 @@ impl Matrix {
             })
             .collect()
     }
+}
 
-    /// Host memory from the bytes of [`Matrix::slices`].
-    pub(crate) fn decode(
-        op: &'static str,
-        dtype: DType,
-        shape: [usize; 2],
-        bytes: &[u8],
-    ) -> Result<Array2<f32>> {
-        let [rows, width] = shape;
-        let mut data = Vec::with_capacity(rows * width);
-        let row = 4 * quads(width) * dtype.size();
-        for bytes in bytes.chunks_exact(row.max(1)) {
-            match dtype {
-                DType::F16 => {
-                    let each = bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32());
-                    data.extend(each.take(width));
-                }
-                DType::BF16 => {
-                    let each = bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32());
-                    data.extend(each.take(width));
-                }
-                _ => {
-                    let each = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                    data.extend(each.take(width));
-                }
+/// Bytes of a row of numbers.
+fn row_bytes(width: usize, dtype: DType) -> usize {
+    4 * quads(width) * dtype.size()
+}
+
+/// Host memory from the bytes of rows of numbers.
+fn decode(op: &'static str, dtype: DType, shape: [usize; 2], bytes: &[u8]) -> Result<Array2<f32>> {
+    let [rows, width] = shape;
+    let mut data = Vec::with_capacity(rows * width);
+    for bytes in bytes.chunks_exact(row_bytes(width, dtype).max(1)) {
+        match dtype {
+            DType::F16 => {
+                let each = bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32());
+                data.extend(each.take(width));
+            }
+            DType::BF16 => {
+                let each = bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32());
+                data.extend(each.take(width));
+            }
+            _ => {
+                let each = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                data.extend(each.take(width));
             }
         }
-        Array2::from_shape_vec(shape, data).map_err(|error| Error::shape(op, error))
     }
+    Array2::from_shape_vec(shape, data).map_err(|error| Error::shape(op, error))
 }
 
 /// Appends numbers, rounded to `dtype`.

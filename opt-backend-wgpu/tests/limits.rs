@@ -41,6 +41,7 @@ fn split_by_small_bindings() {
         "kept",
         "errors",
         "model",
+        "quantized",
     ];
     let overridden: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
     let report = suite.tolerance(Tolerance::GPU_F32).no_defaults(&overridden).quick().only(&ops).run();

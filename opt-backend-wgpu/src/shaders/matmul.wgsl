@@ -17,6 +17,10 @@ fn main(
     let first_column = id % args.column_groups * 64u;
     if (first_row >= args.rows) { return; }
 
+#if TABLE
+    set_levels(0u, thread);
+#endif
+
     let tx = thread % 16u;
     let ty = thread / 16u;
     // What this thread copies: one quad of x and one of W.
@@ -37,7 +41,11 @@ fn main(
         var xv = vec4<f32>(0.0);
         if (inside && x_row < args.rows) { xv = x[x_row * args.quads + k + depth]; }
         var wv = vec4<f32>(0.0);
+#if PACKED
+        if (inside && w_row < w_rows) { wv = expanded(w_row, k + depth); }
+#else
         if (inside && w_row < w_rows) { wv = weight(0u, w_row * args.quads + k + depth); }
+#endif
         x_tile[x_slot] = xv;
         w_tile[w_slot] = wv;
         workgroupBarrier();

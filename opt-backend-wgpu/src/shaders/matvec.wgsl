@@ -1,5 +1,6 @@
 // Few rows: a thread takes part in four columns of $ROWS rows. $LANES threads share the depth of the same columns, so
-// that neighbours read neighbouring quads of a row of W, and every quad of W is read once for all rows.
+// that neighbours read neighbouring quads of a row of W, and every quad of W is read once for all rows. Of quantized W
+// they read vectors of words.
 #include product
 
 #if SUBGROUPS
@@ -35,11 +36,14 @@ fn main(
     let quad = id % args.column_groups * $TEAMSu + thread / $LANESu;
     let last_quad = (args.columns + 3u) / 4u - 1u;
 
-    let w_at = min(quad, last_quad) * 4u * args.quads;
 #repeat r $ROWS
     let x$r = min(first + $ru, args.rows - 1u) * args.quads;
     var sum$r = vec4<f32>(0.0);
 #end
+#if PACKED
+#include packed_sums
+#else
+    let w_at = min(quad, last_quad) * 4u * args.quads;
     for (var k = lane; k < args.quads; k += $LANESu) {
         let wa = weight(which, w_at + k);
         let wb = weight(which, w_at + args.quads + k);
@@ -52,6 +56,7 @@ fn main(
         }
 #end
     }
+#endif
 
 #if SUBGROUPS
     // All threads share one quad of columns.

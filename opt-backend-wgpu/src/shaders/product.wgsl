@@ -14,13 +14,20 @@ struct Args {
     out_stride: u32,
     // Quad of a row of out at which this dispatch begins.
     out_at: u32,
-    // Index of the first bias in W, or NONE.
+    // Quad of W (entry of the parameters) at which the biases begin, or NONE.
     bias_at: u32,
     activation: u32,
     // Workgroups that share the columns (of one W).
     column_groups: u32,
     // Quads from one output to the next where there are several.
     output_stride: u32,
+#if PACKED
+    // Groups of a row of W, and vectors of codes of a group.
+    groups: u32,
+    group_vectors: u32,
+    // Entry of the parameters at which the zero points begin.
+    zeros_at: u32,
+#endif
 }
 
 const NONE: u32 = 0xffffffffu;
@@ -37,8 +44,24 @@ const NONE: u32 = 0xffffffffu;
 @group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>;
 #endif
 
-#include weights
+#if PACKED
+@group(0) @binding($PARAMETERS) var<storage, read> p: array<$ENTRY>;
+#if THREE
+@group(0) @binding(7) var<storage, read> p1: array<$ENTRY>;
+@group(0) @binding(8) var<storage, read> p2: array<$ENTRY>;
+#endif
+#endif
+
 #include activation
+
+#if PACKED
+#include packed
+
+fn weight_bias(which: u32, quad: u32) -> vec4<f32> { return floats(which, args.bias_at, quad); }
+#else
+#include weights
+
+fn unit(which: u32) -> f32 { return 1.0; }
 
 fn weight(which: u32, i: u32) -> vec4<f32> {
 #if THREE
@@ -48,15 +71,18 @@ fn weight(which: u32, i: u32) -> vec4<f32> {
     return widen(w[i]);
 }
 
+fn weight_bias(which: u32, quad: u32) -> vec4<f32> { return weight(which, args.bias_at + quad); }
+#endif
+
 // The biases of four columns.
 fn bias(which: u32, quad: u32) -> vec4<f32> {
     if (args.bias_at == NONE) { return vec4<f32>(0.0); }
-    return weight(which, args.bias_at + quad);
+    return weight_bias(which, quad);
 }
 
 // Writes four columns of a row. Padding columns are zero, as everywhere.
 fn finish(which: u32, row: u32, quad: u32, sum: vec4<f32>) {
-    var v = activate(sum + bias(which, quad), args.activation);
+    var v = activate(sum * unit(which) + bias(which, quad), args.activation);
     let column = 4u * quad;
     v = select(vec4<f32>(0.0), v, vec4<bool>(
         column < args.columns, column + 1u < args.columns, column + 2u < args.columns, column + 3u < args.columns));

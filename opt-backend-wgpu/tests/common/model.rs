@@ -3,7 +3,8 @@
 use opt_backend::{
     Activation, Attend, Backend, CacheDType, CacheSpec, DType, HostMatrix, HostVector, NormParams, Result,
     Span, Then, TopK,
-    ndarray::{Array1, Array2},
+    ndarray::{Array1, Array2, s},
+    quant::{Groups, Levels, Quantized, Zeros},
 };
 
 /// The shape of a model.
@@ -57,18 +58,64 @@ impl Numbers {
     }
 }
 
+/// How a model holds its weights.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights {
+    Plain(DType),
+    /// Integers of so many bits, in groups of 32.
+    Integers(u32),
+}
+
+impl From<DType> for Weights {
+    fn from(dtype: DType) -> Self {
+        Self::Plain(dtype)
+    }
+}
+
+/// The nearest weight of so many bits.
+pub fn quantize(weight: &Array2<f32>, bits: u32) -> Result<Quantized> {
+    let (most, group) = ((1_i32 << (bits - 1)) - 1, 32.min(weight.ncols()));
+    let groups = weight.ncols().div_ceil(group);
+    let scales = Array2::from_shape_fn((weight.nrows(), groups), |(o, g)| {
+        let end = weight.ncols().min((g + 1) * group);
+        let largest = weight.slice(s![o, g * group..end]).fold(0f32, |most, v| most.max(v.abs()));
+        DType::F16.round(largest / most as f32)
+    });
+    let codes = Array2::from_shape_fn(weight.dim(), |(o, i)| {
+        let scale = scales[[o, i / group]].max(1e-30);
+        ((weight[[o, i]] / scale).round() as i32).clamp(-most - 1, most) + most + 1
+    });
+    let codes = codes.mapv(|code| code as u8);
+    Quantized::new(
+        codes,
+        scales,
+        Zeros::Same(1 << (bits - 1)),
+        Levels::Integers { bits },
+        Groups::Runs(group),
+    )
+}
+
 impl<B: Backend> Model<B> {
-    pub fn new(b: &B, shape: Shape, dtype: DType) -> Result<Self> {
+    pub fn new(b: &B, shape: Shape, weights: impl Into<Weights>) -> Result<Self> {
+        let weights = weights.into();
         let mut numbers = Numbers(7);
         let width = shape.heads * shape.head_dim;
         let linear = |numbers: &mut Numbers, out: usize, input: usize| {
             let weight = numbers.weight(out, input);
             let bias = Array1::from_shape_simple_fn(out, || 0.1 * numbers.next());
-            b.new_linear(HostMatrix::F32(weight.view()), Some(HostVector::F32(bias.view())), dtype)
+            let bias = Some(HostVector::F32(bias.view()));
+            match weights {
+                Weights::Plain(dtype) => b.new_linear(HostMatrix::F32(weight.view()), bias, dtype),
+                Weights::Integers(bits) => b.new_quantized_linear(&quantize(&weight, bits)?, bias),
+            }
         };
         let norm = || b.new_norm(NormParams { width, eps: 1e-5, weight: None, bias: None });
         let table = |numbers: &mut Numbers, entries: usize| {
-            b.new_table(HostMatrix::F32(numbers.matrix(entries, width).view()), dtype)
+            let rows = numbers.matrix(entries, width);
+            match weights {
+                Weights::Plain(dtype) => b.new_table(HostMatrix::F32(rows.view()), dtype),
+                Weights::Integers(bits) => b.new_quantized_table(&quantize(&rows, bits.max(8))?),
+            }
         };
         let mut layers = Vec::new();
         for _ in 0..shape.layers {
