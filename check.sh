@@ -136,6 +136,8 @@ beside() { # NAME
 }
 step "64-bit ARM: the embedded backend, emulated"
 beside arm
+step "AddressSanitizer: the crates with kernels on host memory"
+beside asan
 step "browsers: wasm32, and opt-novels on WebGPU in Chromium"
 beside wasm
 
