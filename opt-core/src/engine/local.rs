@@ -484,11 +484,12 @@ mod tests {
         assert!(needed * 2 < plain as u64, "{needed} of {plain}");
         let mut info = opt_backend::Reference::new().info();
         info.memory = Some(needed);
-        check_fits(&info, &checkpoint, DType::F32).unwrap_err();
+        let held = |dtype| Holding { dtype, ..Holding::default() };
+        check_fits(&info, &checkpoint, &held(DType::F32)).unwrap_err();
         info.dtypes = vec![DType::F16];
-        check_fits(&info, &checkpoint, DType::F16).unwrap();
+        check_fits(&info, &checkpoint, &held(DType::F16)).unwrap();
         info.memory = Some(needed - 1);
-        let error = check_fits(&info, &checkpoint, DType::F16).unwrap_err().to_string();
+        let error = check_fits(&info, &checkpoint, &held(DType::F16)).unwrap_err().to_string();
         assert!(error.contains("as f16 (GPTQ, 4 bits, groups of 32), found 0 MiB"), "{error}");
     }
 }
