@@ -110,6 +110,7 @@ fn bad_input_is_told_before_work_begins() {
     run(opt().args(["quantize", "-q", "--format", "int8", "--output"]).arg(&once).arg(novels())).done();
     run(opt().args(["quantize", "--format", "int4", "--output"]).arg(dir.path().join("twice")).arg(&once))
         .refused(2, &["not quantized yet"]);
-    run(opt().args(["score", "--quantize", "int8", "--input", "-", "--model"]).arg(&once))
-        .refused(2, &["not quantized yet"]);
+    let mut command = opt();
+    command.args(["score", "--quantize", "int8", "--input", "-", "--model"]).arg(&once);
+    run_with_stdin(&mut command, b"{\"ids\": [2, 7]}\n").refused(2, &["not quantized yet"]);
 }

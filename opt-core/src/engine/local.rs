@@ -479,12 +479,12 @@ mod tests {
     fn packed_weights_need_as_much_as_in_the_file() {
         let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/quantized/");
         let checkpoint = Checkpoint::open(format!("{fixtures}gptq_4bit")).unwrap();
-        let held = |dtype| Holding { dtype, ..Holding::default() };
         let needed = checkpoint.weight_bytes(DType::F16);
         let plain: usize = checkpoint.config().parameters() as usize * 2;
         assert!(needed * 2 < plain as u64, "{needed} of {plain}");
         let mut info = opt_backend::Reference::new().info();
         info.memory = Some(needed);
+        let held = |dtype| Holding { dtype, ..Holding::default() };
         check_fits(&info, &checkpoint, &held(DType::F32)).unwrap_err();
         info.dtypes = vec![DType::F16];
         check_fits(&info, &checkpoint, &held(DType::F16)).unwrap();

@@ -18,6 +18,7 @@ pub(crate) struct Holding {
 }
 
 /// A weight as it is to be held.
+#[allow(clippy::large_enum_variant)] // one at a time
 pub(crate) enum Held<'a> {
     /// In [`Holding::dtype`].
     Plain(Tensor<'a>),

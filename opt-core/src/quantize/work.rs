@@ -10,7 +10,6 @@ use safetensors::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fs,
     io::Write,
@@ -95,23 +94,18 @@ impl Work {
     /// Keeps a finished layer.
     pub(super) fn write(&self, layer: usize, source: u32, weights: &QuantizedWeights) -> Result<()> {
         let mut described = BTreeMap::new();
-        let mut arrays: Vec<(String, Dtype, Vec<usize>, Cow<'_, [u8]>)> = Vec::new();
+        let mut arrays: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         for (name, weight) in weights {
             let Levels::Integers { bits } = weight.levels() else { continue };
             let shape = |array: &[usize]| array.to_vec();
             let codes: Vec<u8> = weight.codes().iter().copied().collect();
-            arrays.push((format!("{name}.codes"), Dtype::U8, shape(weight.codes().shape()), codes.into()));
+            arrays.push((format!("{name}.codes"), Dtype::U8, shape(weight.codes().shape()), codes));
             let scales: Vec<u8> = weight.scales().iter().flat_map(|s| s.to_le_bytes()).collect();
-            arrays.push((
-                format!("{name}.scales"),
-                Dtype::F32,
-                shape(weight.scales().shape()),
-                scales.into(),
-            ));
+            arrays.push((format!("{name}.scales"), Dtype::F32, shape(weight.scales().shape()), scales));
             let zero = match weight.zeros() {
                 Zeros::Each(zeros) => {
                     let bytes: Vec<u8> = zeros.iter().flat_map(|z| z.to_le_bytes()).collect();
-                    arrays.push((format!("{name}.zeros"), Dtype::U16, shape(zeros.shape()), bytes.into()));
+                    arrays.push((format!("{name}.zeros"), Dtype::U16, shape(zeros.shape()), bytes));
                     None
                 }
                 Zeros::Same(zero) => Some(*zero),
@@ -120,7 +114,7 @@ impl Work {
             let run = match weight.groups() {
                 Groups::Index(index) => {
                     let bytes: Vec<u8> = index.iter().flat_map(|g| g.to_le_bytes()).collect();
-                    arrays.push((format!("{name}.groups"), Dtype::U32, vec![index.len()], bytes.into()));
+                    arrays.push((format!("{name}.groups"), Dtype::U32, vec![index.len()], bytes));
                     None
                 }
                 Groups::Runs(size) => Some(*size),
