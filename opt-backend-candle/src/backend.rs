@@ -48,8 +48,8 @@ impl Candle {
     /// A quantized weight for the way that ops are computed.
     fn quantized(&self, op: &'static str, weight: &Quantized) -> Result<Kept> {
         match &self.way {
-            Way::Cpu(kernels) => kernels.host().pack(weight, op).map(Kept::Host),
-            Way::Plain(_) => Tiles::new(op, &self.device, weight).map(Kept::Tiles),
+            Way::Cpu(kernels) => kernels.host().pack(weight, op).map(|weight| Kept::Host(Box::new(weight))),
+            Way::Plain(_) => Tiles::new(op, &self.device, weight).map(|tiles| Kept::Tiles(Box::new(tiles))),
         }
     }
 

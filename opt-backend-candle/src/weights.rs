@@ -24,9 +24,9 @@ pub(crate) struct Weight {
 pub(crate) enum Kept {
     Dense(Weight),
     /// Quantized, for the CPU's kernels.
-    Host(host::Weight),
+    Host(Box<host::Weight>),
     /// Quantized, for candle's own ops.
-    Tiles(Tiles),
+    Tiles(Box<Tiles>),
 }
 
 /// Weight and bias of a linear.

@@ -26,9 +26,9 @@ use tch::{Device, Kind};
 /// A quantized weight `[out, in]`, and its bias if it is a linear's.
 pub(crate) enum Coded {
     /// For the CPU's kernels.
-    Host { weight: Weight, bias: Option<Vec<f32>> },
+    Host { weight: Box<Weight>, bias: Option<Vec<f32>> },
     /// For LibTorch's ops.
-    Tiles { tiles: Tiles, bias: Option<Held> },
+    Tiles { tiles: Box<Tiles>, bias: Option<Held> },
 }
 
 /// A quantized weight on a device. What its parts mean: [`opt_kernels::rows`].
@@ -58,7 +58,7 @@ impl Coded {
         }
         if tch.host_kernels() {
             let bias = bias.map(|bias| bias.to_f32().to_vec());
-            return Ok(Coded::Host { weight: tch.host.pack(weight, op)?, bias });
+            return Ok(Coded::Host { weight: Box::new(tch.host.pack(weight, op)?), bias });
         }
         let bias = match bias {
             Some(bias) => {
@@ -67,7 +67,7 @@ impl Coded {
             }
             None => None,
         };
-        Ok(Coded::Tiles { tiles: Tiles::new(op, weight, tch.device())?, bias })
+        Ok(Coded::Tiles { tiles: Box::new(Tiles::new(op, weight, tch.device())?), bias })
     }
 
     /// `[out, in]`
@@ -183,9 +183,9 @@ pub(crate) fn unknown(op: &'static str, then: &Then<Tensor>) -> Error {
 }
 
 /// Queries, keys and values of one input, whose width has been checked: one pass over it where the kernels are ours.
-pub(crate) fn qkv(op: &'static str, tch: &Tch, x: &Tensor, all: [&Coded; 3]) -> Result<[Tensor; 3]> {
-    let host = |coded| match coded {
-        &Coded::Host { ref weight, ref bias } => {
+pub(crate) fn qkv<'a>(op: &'static str, tch: &Tch, x: &Tensor, all: [&'a Coded; 3]) -> Result<[Tensor; 3]> {
+    let host = |coded: &'a Coded| match coded {
+        Coded::Host { weight, bias } => {
             Some(Product { weight, bias: bias.as_deref(), after: After::Nothing })
         }
         Coded::Tiles { .. } => None,

@@ -97,7 +97,8 @@ impl Kernels {
         if let Some(dense) = dense.collect::<Option<Vec<_>>>() {
             return self.dense(op, x, [rows, depth], &dense);
         }
-        let coded = products.iter().map(|p| if let Kept::Host(w) = p.weight { Some(p.of(w)) } else { None });
+        let coded =
+            products.iter().map(|p| if let Kept::Host(w) = p.weight { Some(p.of(&**w)) } else { None });
         if let Some(coded) = coded.collect::<Option<Vec<_>>>() {
             return self.quantized(op, x, [rows, depth], &coded);
         }
