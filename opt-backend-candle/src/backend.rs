@@ -6,13 +6,18 @@ use crate::{
     error::convert,
     host,
     plain::Plain,
+    quant::Tiles,
+    weights::{Kept, Weight},
 };
 use opt_backend::{
     Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear, HostMatrix,
     HostNorm, HostVector, Info, NormParams, Readback, Result, TargetScore, Then, TopK, check, host_memory,
     ndarray::{Array2, ArrayView2},
-    oracle, ready,
+    oracle,
+    quant::Quantized,
+    ready,
 };
+use opt_kernels::Compute;
 use std::{fmt, ops::Range};
 
 /// Logits that [`Backend::log_probs`] holds at a time.
@@ -40,6 +45,14 @@ impl Candle {
         Ok(Tensor { data, shape })
     }
 
+    /// A quantized weight for the way that ops are computed.
+    fn quantized(&self, op: &'static str, weight: &Quantized) -> Result<Kept> {
+        match &self.way {
+            Way::Cpu(kernels) => kernels.host().pack(weight, op).map(|weight| Kept::Host(Box::new(weight))),
+            Way::Plain(_) => Tiles::new(op, &self.device, weight).map(|tiles| Kept::Tiles(Box::new(tiles))),
+        }
+    }
+
     fn append(
         &self,
         op: &'static str,
@@ -62,7 +75,7 @@ impl Candle {
     /// The logits of some rows of `x`.
     fn logits_of(&self, x: &Tensor, head: &Table) -> Result<Tensor> {
         let op = "logits";
-        let [entries, width] = head.0.shape;
+        let [entries, width] = head.0.shape();
         check::width(op, x.shape[1], width)?;
         let shape = [x.shape[0], entries];
         match &self.way {
@@ -187,7 +200,9 @@ impl Backend for Candle {
     fn info(&self) -> Info {
         let mut info = Info::new("candle", self.name.clone());
         info.dtypes = vec![DType::F32, DType::F16, DType::BF16];
+        let mut compute = Compute::F32;
         if let Way::Cpu(kernels) = &self.way {
+            compute = kernels.host().compute();
             info.threads = kernels.threads();
             info.simd = Some(kernels.simd().to_owned());
         }
@@ -208,6 +223,7 @@ impl Backend for Candle {
         ];
         let there: Vec<&str> = built.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
         info.details.push(("candle".to_owned(), there.join("+")));
+        info.details.push(("quantized weights".to_owned(), format!("multiplied in {compute}")));
         info
     }
 
@@ -258,11 +274,19 @@ impl Backend for Candle {
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<Table> {
-        crate::weights::Weight::new("new_table", &self.device, rows, dtype).map(Table)
+        Weight::new("new_table", &self.device, rows, dtype).map(|rows| Table(Kept::Dense(rows)))
+    }
+
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Linear> {
+        Linear::quantized(&self.device, self.quantized("new_linear", weight)?, bias)
+    }
+
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<Table> {
+        self.quantized("new_table", rows).map(Table)
     }
 
     fn table_shape(&self, table: &Table) -> [usize; 2] {
-        table.0.shape
+        table.0.shape()
     }
 
     fn read_table<'a>(&'a self, table: &Table, rows: Range<usize>) -> Readback<'a, Array2<f32>> {
@@ -303,8 +327,8 @@ impl Backend for Candle {
 
     fn gather(&self, table: &Table, ids: &[u32]) -> Result<Tensor> {
         let op = "gather";
-        check::ids(op, ids, table.0.shape[0])?;
-        let shape = [ids.len(), table.0.shape[1]];
+        check::ids(op, ids, table.0.shape()[0])?;
+        let shape = [ids.len(), table.0.shape()[1]];
         match &self.way {
             Way::Cpu(kernels) => Ok(Tensor { data: kernels.gather(&table.0, ids)?, shape }),
             Way::Plain(plain) => Self::tensor(op, shape, plain.gather(&table.0, ids)),
@@ -313,8 +337,8 @@ impl Backend for Candle {
 
     fn add_gathered(&self, x: Tensor, table: &Table, ids: &[u32]) -> Result<Tensor> {
         let op = "add_gathered";
-        check::ids(op, ids, table.0.shape[0])?;
-        check::same_shape(op, [ids.len(), table.0.shape[1]], x.shape)?;
+        check::ids(op, ids, table.0.shape()[0])?;
+        check::same_shape(op, [ids.len(), table.0.shape()[1]], x.shape)?;
         let rows = self.gather(table, ids)?;
         self.add(x, &rows)
     }
@@ -332,7 +356,7 @@ impl Backend for Candle {
 
     fn linear(&self, x: &Tensor, linear: &Linear, then: Then<Tensor>) -> Result<Tensor> {
         let op = "linear";
-        let [outputs, depth] = linear.weight.shape;
+        let [outputs, depth] = linear.weight.shape();
         check::width(op, x.shape[1], depth)?;
         let shape = [x.shape[0], outputs];
         let after = match &then {
@@ -368,9 +392,9 @@ impl Backend for Candle {
         let op = "qkv";
         let all = [q, k, v];
         for linear in all {
-            check::width(op, x.shape[1], linear.weight.shape[1])?;
+            check::width(op, x.shape[1], linear.weight.shape()[1])?;
         }
-        let shape = |linear: &Linear| [x.shape[0], linear.weight.shape[0]];
+        let shape = |linear: &Linear| [x.shape[0], linear.weight.shape()[0]];
         match &self.way {
             Way::Cpu(kernels) => {
                 let all = all.map(|linear| Product {
@@ -459,7 +483,7 @@ impl Backend for Candle {
     fn log_probs<'a>(&'a self, x: &Tensor, head: &Table, targets: &[u32]) -> Readback<'a, Vec<TargetScore>> {
         let op = "log_probs";
         let compute = || {
-            let [entries, width] = head.0.shape;
+            let [entries, width] = head.0.shape();
             check::width(op, x.shape[1], width)?;
             check::ids(op, targets, entries)?;
             check::targets(op, targets, x.shape[0])?;

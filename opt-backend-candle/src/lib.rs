@@ -1,13 +1,16 @@
 //! The candle backend of opt-rs: CPU, CUDA and Metal through [candle-core](https://docs.rs/candle-core).
 //!
 //! Tensors, weights and KV caches are candle tensors on the device that is chosen by name ([`Candle::builder`]) or
-//! handed in ([`Candle::on`]). Activations are f32 on every device; weights are held as f32, f16 or bf16.
+//! handed in ([`Candle::on`]). Activations are f32 on every device; weights are held as f32, f16 or bf16, quantized ones
+//! as their codes.
 //!
 //! - **CPU.** What costs time is done here, on the memory of candle's tensors: products (see `cpu/product.rs` for what
 //!   candle's lack; with MKL or Accelerate f32 products of many rows are candle's), attention over the cache,
-//!   LayerNorm, and what follows the logits.
+//!   LayerNorm, and what follows the logits. Products with quantized weights come from the crate `opt-kernels`, which
+//!   the embedded backend is built on too ([`Builder::compute`]).
 //! - **CUDA, Metal.** candle's own ops. A product with 16-bit weights takes its input in their format, since candle
-//!   multiplies only equals; everything between products stays f32.
+//!   multiplies only equals; everything between products stays f32. Quantized weights are expanded to f32 for each
+//!   product, 8 MiB at a time: what they save there is memory, not time.
 //!
 //! # Features
 //! `cuda`, `metal`, `mkl` and `accelerate` are candle's, passed on. A program that uses opt-core turns them on by
@@ -42,7 +45,7 @@
 //! | module | what |
 //! |---|---|
 //! | `device` | names of devices |
-//! | `weights`, `cache` | what the device holds |
+//! | `weights`, `quant`, `cache` | what the device holds |
 //! | `plain` | every op as candle's own |
 //! | `cpu` | every op on the CPU, fused |
 //! | `backend` | the [`opt_backend::Backend`] implementation: checks, then one of the two above |
@@ -54,12 +57,14 @@ mod device;
 mod error;
 mod host;
 mod plain;
+mod quant;
 mod weights;
 
 pub use backend::Tensor;
 pub use cache::Cache;
 /// The crate whose devices [`Candle::on`] takes.
 pub use candle_core;
+pub use opt_kernels::Compute;
 pub use weights::{Linear, Norm, Table};
 
 use candle_core::Device;
@@ -107,6 +112,7 @@ pub struct Builder {
     device: Option<String>,
     threads: Option<usize>,
     plain: bool,
+    compute: Compute,
 }
 
 impl Candle {
@@ -152,6 +158,14 @@ impl Builder {
         self
     }
 
+    /// How products with quantized weights are computed on the CPU; [`Compute::Int8`] unless said otherwise. Other
+    /// devices compute them in f32.
+    #[must_use]
+    pub fn compute(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
     /// For tests: candle's own ops on the CPU too, which is how other devices compute.
     #[doc(hidden)]
     #[must_use]
@@ -177,7 +191,7 @@ impl Builder {
             return Err(Error::new(ErrorKind::Unsupported, "candle", message));
         }
         let way = match device {
-            Device::Cpu if !self.plain => Way::Cpu(Kernels::new(threads)?),
+            Device::Cpu if !self.plain => Way::Cpu(Kernels::new(threads, self.compute)?),
             _ => Way::Plain(Plain::new(&device)),
         };
         Ok(Candle { name: device::name(&device), device, way, counters: Counters::default() })

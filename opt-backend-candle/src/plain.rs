@@ -6,7 +6,7 @@
 use crate::{
     cache::Cache,
     error::convert,
-    weights::{Linear, Norm, Weight},
+    weights::{Kept, Linear, Norm, foreign},
 };
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use opt_backend::{Activation, Attend, Error, ErrorKind, Result, Span};
@@ -49,11 +49,17 @@ impl Plain {
         Tensor::from_vec(ids, len, &self.device)
     }
 
-    pub(crate) fn gather(&self, table: &Weight, ids: &[u32]) -> CandleResult<Tensor> {
-        if ids.is_empty() || table.shape[1] == 0 {
-            return self.zeros([ids.len(), table.shape[1]]);
+    pub(crate) fn gather(&self, table: &Kept, ids: &[u32]) -> CandleResult<Tensor> {
+        let shape = [ids.len(), table.shape()[1]];
+        if shape.contains(&0) {
+            return self.zeros(shape);
         }
-        table.data.index_select(&self.indices(ids.iter().copied())?, 0)?.to_dtype(DType::F32)
+        let ids = self.indices(ids.iter().copied())?;
+        match table {
+            Kept::Dense(table) => table.data.index_select(&ids, 0)?.to_dtype(DType::F32),
+            Kept::Tiles(tiles) => tiles.gather(&ids),
+            Kept::Host(_) => Err(candle_core::Error::wrap(foreign("gather"))),
+        }
     }
 
     pub(crate) fn take_rows(&self, x: &Tensor, width: usize, rows: &[usize]) -> CandleResult<Tensor> {
@@ -73,14 +79,20 @@ impl Plain {
         candle_nn::ops::layer_norm(&centred, &norm.scale, &norm.shift, norm.host.eps)
     }
 
-    /// `x Wᵀ` in the weight's format.
-    pub(crate) fn product(&self, x: &Tensor, weight: &Weight) -> CandleResult<Tensor> {
-        let [outputs, depth] = weight.shape;
+    /// `x Wᵀ` in the weight's format, which is f32 where it is quantized.
+    pub(crate) fn product(&self, x: &Tensor, weight: &Kept) -> CandleResult<Tensor> {
+        let [outputs, depth] = weight.shape();
         let rows = x.dim(0)?;
         if rows * outputs * depth == 0 {
             return self.zeros([rows, outputs]);
         }
-        x.to_dtype(weight.data.dtype())?.matmul(&weight.data.t()?)?.to_dtype(DType::F32)
+        match weight {
+            Kept::Dense(weight) => {
+                x.to_dtype(weight.data.dtype())?.matmul(&weight.data.t()?)?.to_dtype(DType::F32)
+            }
+            Kept::Tiles(tiles) => tiles.product(x),
+            Kept::Host(_) => Err(candle_core::Error::wrap(foreign("linear"))),
+        }
     }
 
     pub(crate) fn linear(&self, x: &Tensor, linear: &Linear) -> CandleResult<Tensor> {

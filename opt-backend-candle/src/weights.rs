@@ -3,13 +3,15 @@
 use crate::{
     error::convert,
     host::{count, dtype, reserve},
+    quant::Tiles,
 };
 use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 use opt_backend::{
-    DType, HostLinear, HostMatrix, HostNorm, HostVector, NormParams, Result, check,
+    DType, Error, ErrorKind, HostLinear, HostMatrix, HostNorm, HostVector, NormParams, Result, check,
     ndarray::{Array1, Array2},
 };
+use opt_kernels::host;
 use std::{fmt, ops::Range};
 
 /// A matrix `[out, in]` on the device, in the format it is held in.
@@ -18,15 +20,24 @@ pub(crate) struct Weight {
     pub(crate) shape: [usize; 2],
 }
 
+/// A matrix `[out, in]`, however it is held.
+pub(crate) enum Kept {
+    Dense(Weight),
+    /// Quantized, for the CPU's kernels.
+    Host(Box<host::Weight>),
+    /// Quantized, for candle's own ops.
+    Tiles(Box<Tiles>),
+}
+
 /// Weight and bias of a linear.
 pub struct Linear {
-    pub(crate) weight: Weight,
+    pub(crate) weight: Kept,
     /// `[out]`: rounded as the weight is, but held as f32, in which it is added.
     pub(crate) bias: Option<Tensor>,
 }
 
 /// An embedding table that also serves as LM head.
-pub struct Table(pub(crate) Weight);
+pub struct Table(pub(crate) Kept);
 
 /// Parameters of a LayerNorm.
 pub struct Norm {
@@ -40,10 +51,9 @@ pub struct Norm {
 impl fmt::Debug for Linear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { weight, bias } = self;
-        let dtype = weight.data.dtype();
         f.debug_struct("Linear")
-            .field("shape", &weight.shape)
-            .field("dtype", &dtype)
+            .field("shape", &weight.shape())
+            .field("held", &weight.held())
             .field("bias", &bias.is_some())
             .finish()
     }
@@ -51,7 +61,7 @@ impl fmt::Debug for Linear {
 
 impl fmt::Debug for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Table").field("shape", &self.0.shape).field("dtype", &self.0.data.dtype()).finish()
+        f.debug_struct("Table").field("shape", &self.0.shape()).field("held", &self.0.held()).finish()
     }
 }
 
@@ -59,6 +69,42 @@ impl fmt::Debug for Norm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Norm").field("width", &self.host.width).field("eps", &self.host.eps).finish()
     }
+}
+
+impl Kept {
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        match self {
+            Kept::Dense(weight) => weight.shape,
+            Kept::Host(weight) => weight.shape(),
+            Kept::Tiles(tiles) => tiles.shape,
+        }
+    }
+
+    fn held(&self) -> &'static str {
+        match self {
+            Kept::Dense(weight) => weight.data.dtype().as_str(),
+            Kept::Host(_) | Kept::Tiles(_) => "quantized",
+        }
+    }
+
+    /// The rows `rows` as f32.
+    pub(crate) fn read(&self, op: &'static str, rows: Range<usize>) -> Result<Array2<f32>> {
+        let [outputs, inputs] = self.shape();
+        check::range(op, &rows, outputs)?;
+        let shape = [rows.len(), inputs];
+        let data = match self {
+            _ if count(op, shape)? == 0 => Vec::new(),
+            Kept::Dense(weight) => weight.read(rows).map_err(|error| convert(op, error))?,
+            Kept::Host(weight) => weight.read(op, rows)?,
+            Kept::Tiles(tiles) => tiles.read(rows).map_err(|error| convert(op, error))?,
+        };
+        Array2::from_shape_vec(shape, data).map_err(|error| Error::shape(op, error))
+    }
+}
+
+/// What comes of a weight that another value has made, which computes in another way.
+pub(crate) fn foreign(op: &'static str) -> Error {
+    Error::new(ErrorKind::Unsupported, op, "this weight was made for another device or way of computing")
 }
 
 impl Weight {
@@ -83,16 +129,10 @@ impl Weight {
         Ok(Self { data, shape })
     }
 
-    /// The rows `rows` as f32.
-    pub(crate) fn read(&self, op: &'static str, rows: Range<usize>) -> Result<Array2<f32>> {
-        check::range(op, &rows, self.shape[0])?;
-        let shape = (rows.len(), self.shape[1]);
-        let read = || {
-            let part = self.data.narrow(0, rows.start, rows.len())?;
-            part.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()
-        };
-        let data = if shape.0 * shape.1 == 0 { Vec::new() } else { read().map_err(|e| convert(op, e))? };
-        Array2::from_shape_vec(shape, data).map_err(|error| opt_backend::Error::shape(op, error))
+    /// The rows `rows` as f32, end to end; of elements there must be some.
+    fn read(&self, rows: Range<usize>) -> candle_core::Result<Vec<f32>> {
+        let part = self.data.narrow(0, rows.start, rows.len())?;
+        part.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()
     }
 }
 
@@ -144,12 +184,22 @@ impl Linear {
         let bias = bias
             .map(|bias| vector(op, device, bias.to_f32().iter().map(|&b| dtype.round(b)).collect()))
             .transpose()?;
-        Ok(Self { weight: Weight::new(op, device, weight, dtype)?, bias })
+        Ok(Self { weight: Kept::Dense(Weight::new(op, device, weight, dtype)?), bias })
+    }
+
+    /// Of a quantized weight, which is held already.
+    pub(crate) fn quantized(device: &Device, weight: Kept, bias: Option<HostVector<'_>>) -> Result<Self> {
+        let op = "new_linear";
+        if let Some(bias) = &bias {
+            check::length(op, "bias", bias.len(), weight.shape()[0])?;
+        }
+        let bias = bias.map(|bias| vector(op, device, bias.to_f32().to_vec())).transpose()?;
+        Ok(Self { weight, bias })
     }
 
     pub(crate) fn read(&self) -> Result<HostLinear> {
         let op = "read_linear";
-        let weight = self.weight.read(op, 0..self.weight.shape[0])?;
+        let weight = self.weight.read(op, 0..self.weight.shape()[0])?;
         let bias = self.bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose();
         Ok(HostLinear { weight, bias: bias.map_err(|error| convert(op, error))?.map(Array1::from_vec) })
     }

@@ -8,10 +8,12 @@ use opt_backend::{
     DType, Op,
     conformance::{Suite, Tolerance},
 };
-use opt_backend_candle::{Builder, Candle};
+use opt_backend_candle::{Builder, Candle, Compute};
 
 /// What has to be an override: everything but looking at attention weights.
-const OVERRIDDEN: [Op; 11] = [
+const OVERRIDDEN: [Op; 13] = [
+    Op::NewQuantizedLinear,
+    Op::NewQuantizedTable,
     Op::Gather,
     Op::AddGathered,
     Op::LayerNorm,
@@ -48,7 +50,21 @@ fn cpu() {
         return;
     }
     for threads in [1, 3] {
-        println!("{threads} threads: {}", suite(Candle::builder().threads(threads)).run());
+        let suite = suite(Candle::builder().threads(threads));
+        println!("{threads} threads: {}", suite.quantized_tolerance(Tolerance::INT8_ACTIVATIONS).run());
+    }
+}
+
+/// Quantized weights, activations in f32: as exact as dense weights.
+#[test]
+fn quantized_weights_alone() {
+    if !on_cpu() {
+        println!("skipped: OPT_TEST_DEVICE is {}, where all activations are f32", device());
+        return;
+    }
+    for threads in [1, 3] {
+        let builder = Candle::builder().threads(threads).compute(Compute::F32);
+        println!("{threads} threads: {}", suite(builder).only(&["quantized"]).run());
     }
 }
 

@@ -5,24 +5,28 @@ use crate::{
     activation::activate,
     attention, device,
     error::torch,
+    quant::{self, Coded, unknown},
     tensor::{read_matrix, upload},
-    vocab, weights,
+    vocab,
+    weights::{self, Dense, Kept},
 };
 use opt_backend::{
-    Activation, Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear,
-    HostMatrix, HostNorm, HostVector, Info, NormParams, Readback, Result, TargetScore, Then, TopK, check,
-    host_memory,
+    Activation, Attend, Backend, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm,
+    HostVector, Info, NormParams, Readback, Result, TargetScore, Then, TopK, check, host_memory,
     ndarray::{Array2, ArrayView1, ArrayView2, Ix2},
+    quant::Quantized,
     ready,
 };
+use opt_kernels::Compute;
 use std::ops::Range;
 use tch::{Device, Kind, NoGradGuard, utils};
 
 impl Tch {
     /// To be held while LibTorch is called: no gradients, and this value's number of threads.
     pub(crate) fn at_work(&self) -> NoGradGuard {
-        // Both settings are the calling thread's own. These calls, and dropping a tensor, are the only ones of tch here
-        // without a fallible form: they read and set numbers, and LibTorch refuses only numbers below 1.
+        // Both settings are the calling thread's own. These calls, dropping a tensor, and asking one where and how it
+        // lies are the only ones of tch here without a fallible form: they read and set numbers, and LibTorch refuses
+        // only numbers of threads below 1.
         if self.device == Device::Cpu && tch::get_num_threads() != self.threads {
             tch::set_num_threads(self.threads);
         }
@@ -30,21 +34,19 @@ impl Tch {
     }
 
     /// Indices on the device.
-    fn indices(&self, op: &'static str, indices: impl Iterator<Item = i64>) -> Result<tch::Tensor> {
+    pub(crate) fn indices(
+        &self,
+        op: &'static str,
+        indices: impl Iterator<Item = i64>,
+    ) -> Result<tch::Tensor> {
         let indices: Vec<i64> = indices.collect();
         self.counters().upload(size_of_val(&indices[..]));
         upload(op, ArrayView1::from(&indices), self.device())
     }
-
-    /// The entries `ids` as f32 rows.
-    fn entries(&self, op: &'static str, table: &Table, ids: &[u32]) -> Result<tch::Tensor> {
-        check::ids(op, ids, table.shape[0])?;
-        table.gather(op, &self.indices(op, ids.iter().map(|id| i64::from(*id)))?)
-    }
 }
 
 /// `x + y`, in f32 and in the memory of `x` if it can be had.
-fn sum(op: &'static str, x: Tensor, y: &tch::Tensor) -> Result<Tensor> {
+pub(crate) fn sum(op: &'static str, x: Tensor, y: &tch::Tensor) -> Result<Tensor> {
     let shape = x.shape();
     let mut x = x.into_f32(op)?;
     let _ = x.f_add_(y).map_err(torch(op))?;
@@ -62,6 +64,8 @@ impl Backend for Tch {
         let mut info = Info::new("tch", device::name(self.device()));
         info.dtypes = vec![DType::F32, DType::F16, DType::BF16];
         info.details.push(("LibTorch".to_owned(), device::version_text()));
+        let compute = if self.host_kernels() { self.host.compute() } else { Compute::F32 };
+        info.details.push(("quantized weights".to_owned(), format!("multiplied in {compute}")));
         if let Device::Cuda(index) = self.device() {
             info.memory = device::cuda_memory(index);
         }
@@ -105,7 +109,17 @@ impl Backend for Tch {
         dtype: DType,
     ) -> Result<Linear> {
         let _at_work = self.at_work();
-        Linear::new(self, weight, bias, dtype)
+        Dense::new(self, weight, bias, dtype).map(|dense| Linear(Kept::Dense(dense)))
+    }
+
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Linear> {
+        let _at_work = self.at_work();
+        Coded::new("new_linear", self, weight, bias).map(|coded| Linear(Kept::Coded(coded)))
+    }
+
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<Table> {
+        let _at_work = self.at_work();
+        Coded::new("new_table", self, rows, None).map(Table::quantized)
     }
 
     fn read_linear<'a>(&'a self, linear: &Linear) -> Readback<'a, HostLinear> {
@@ -135,12 +149,7 @@ impl Backend for Tch {
     fn read_table<'a>(&'a self, table: &Table, rows: Range<usize>) -> Readback<'a, Array2<f32>> {
         const OP: &str = "read_table";
         let _at_work = self.at_work();
-        let read = || {
-            check::range(OP, &rows, table.shape[0])?;
-            let entries = table.entries(OP, rows.start, rows.len())?;
-            read_matrix(OP, &entries, [rows.len(), table.shape[1]])
-        };
-        ready(read())
+        ready(table.read(OP, rows))
     }
 
     fn new_cache(&self, spec: CacheSpec) -> Result<Cache> {
@@ -183,7 +192,7 @@ impl Backend for Tch {
 
     fn gather(&self, table: &Table, ids: &[u32]) -> Result<Tensor> {
         let _at_work = self.at_work();
-        let rows = self.entries("gather", table, ids)?;
+        let rows = table.gather("gather", self, ids)?;
         Ok(Tensor::new(rows, Kind::Float, [ids.len(), table.shape[1]]))
     }
 
@@ -191,7 +200,7 @@ impl Backend for Tch {
         const OP: &str = "add_gathered";
         let _at_work = self.at_work();
         check::same_shape(OP, [ids.len(), table.shape[1]], x.shape())?;
-        sum(OP, x, &self.entries(OP, table, ids)?)
+        sum(OP, x, &table.gather(OP, self, ids)?)
     }
 
     fn layer_norm(&self, x: &Tensor, norm: &Norm) -> Result<Tensor> {
@@ -211,8 +220,12 @@ impl Backend for Tch {
         if let Then::Add(residual) = &then {
             check::same_shape(OP, residual.shape(), shape)?;
         }
+        let dense = match &linear.0 {
+            Kept::Dense(dense) => dense,
+            Kept::Coded(coded) => return coded.apply(OP, self, x, then),
+        };
         let relu = matches!(then, Then::Activate(Activation::Relu));
-        let (y, kind) = linear.apply(OP, self, x, relu)?;
+        let (y, kind) = dense.apply(OP, self, x, relu)?;
         match then {
             Then::Nothing | Then::Activate(Activation::Relu) => Ok(Tensor::new(y, kind, shape)),
             Then::Activate(activation) => {
@@ -220,16 +233,25 @@ impl Backend for Tch {
                 Ok(Tensor::new(y, kind, shape))
             }
             Then::Add(residual) => sum(OP, residual, &y),
-            other => {
-                let message = format_args!("this backend does not know {other:?}");
-                Err(Error::new(ErrorKind::Unsupported, OP, message))
-            }
+            other => Err(unknown(OP, &other)),
         }
     }
 
     fn qkv(&self, x: &Tensor, q: &Linear, k: &Linear, v: &Linear) -> Result<[Tensor; 3]> {
+        const OP: &str = "qkv";
         let _at_work = self.at_work();
-        weights::qkv(self, x, [q, k, v])
+        let all = [q, k, v];
+        for linear in all {
+            check::width(OP, x.shape()[1], linear.shape()[1])?;
+        }
+        match all.map(|linear| &linear.0) {
+            [Kept::Dense(q), Kept::Dense(k), Kept::Dense(v)] => weights::qkv(self, x, [q, k, v]),
+            [Kept::Coded(q), Kept::Coded(k), Kept::Coded(v)] => quant::qkv(OP, self, x, [q, k, v]),
+            _ => {
+                let [q, k, v] = all.map(|linear| self.linear(x, linear, Then::Nothing));
+                Ok([q?, k?, v?])
+            }
+        }
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {

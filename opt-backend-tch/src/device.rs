@@ -1,8 +1,9 @@
 //! Devices by name, and what LibTorch finds on this machine.
 
 use crate::{
-    Linear, Tch, Tensor,
+    Tch, Tensor,
     tensor::{read, upload},
+    weights::Dense,
 };
 use opt_backend::{
     DType, Error, ErrorKind, HostMatrix, Result,
@@ -151,7 +152,7 @@ pub(crate) fn check_products_are_f32(tch: &Tch) -> Result<()> {
     // 1 + 2⁻²⁰ is an f32, and 1 in a format of 10 or 7 bits.
     let exact = 1.0 + 2f32.powi(-20);
     let identity = Array2::eye(N);
-    let linear = Linear::new(tch, HostMatrix::F32(identity.view()), None, DType::F32)?;
+    let linear = Dense::new(tch, HostMatrix::F32(identity.view()), None, DType::F32)?;
     let x = upload::<f32, Ix2>(OP, Array2::from_elem((N, N), exact).view(), tch.device())?;
     let (product, _) = linear.apply(OP, tch, &Tensor::new(x, Kind::Float, [N, N]), false)?;
     if read(OP, &product, N * N)?.iter().all(|found| *found == exact) {

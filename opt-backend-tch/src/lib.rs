@@ -34,6 +34,10 @@
 //! LM head is then held twice. f16 weights stream as fast as bf16 at one row, but where the processor has no f16
 //! arithmetic prompts are slower than in f32.
 //!
+//! Quantized weights stay packed. On the CPU their products are computed by the kernels of `opt-kernels`, which the
+//! embedded backend is built on too ([`Builder::compute`]), with threads of their own; on other devices they are
+//! expanded to f32 for each product, 8 MiB at a time: what they save there is memory, not time. Results are f32.
+//!
 //! # Caches
 //!
 //! Caches are written in place and double when they are full. Forks share storage; after a fork one side appends in
@@ -71,15 +75,18 @@ mod cache;
 mod device;
 mod error;
 mod onednn;
+mod quant;
 mod tensor;
 mod vocab;
 mod weights;
 
 pub use cache::Cache;
+pub use opt_kernels::Compute;
 pub use tensor::Tensor;
 pub use weights::{Linear, Norm, Table};
 
 use opt_backend::{Counters, Error, ErrorKind, Result};
+use opt_kernels::host::Host;
 use std::sync::OnceLock;
 use tch::Device;
 
@@ -99,6 +106,10 @@ pub struct Tch {
     device: Device,
     /// Threads of one call on the CPU.
     threads: i32,
+    /// What quantized weights are multiplied with on the CPU. Its threads start with the first of them.
+    host: Host,
+    /// Whether quantized weights are expanded by LibTorch's ops on the CPU, too.
+    plain: bool,
     counters: Counters,
 }
 
@@ -107,6 +118,8 @@ pub struct Tch {
 pub struct Builder {
     device: Option<String>,
     threads: Option<usize>,
+    compute: Compute,
+    plain: bool,
 }
 
 impl Tch {
@@ -142,6 +155,11 @@ impl Tch {
     pub(crate) fn device(&self) -> Device {
         self.device
     }
+
+    /// Whether quantized weights are multiplied by kernels of the CPU.
+    pub(crate) fn host_kernels(&self) -> bool {
+        self.device == Device::Cpu && !self.plain
+    }
 }
 
 impl Builder {
@@ -156,6 +174,22 @@ impl Builder {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// How products with quantized weights are computed on the CPU; [`Compute::Int8`] unless said otherwise. Other
+    /// devices compute them in f32.
+    #[must_use]
+    pub fn compute(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
+    /// For tests: quantized weights on the CPU as other devices have them.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn plain(mut self, plain: bool) -> Self {
+        self.plain = plain;
         self
     }
 
@@ -178,7 +212,8 @@ impl Builder {
                 }
             },
         };
-        let tch = Tch { device, threads, counters: Counters::default() };
+        let host = Host::new(usize::try_from(threads).unwrap_or(1).max(1), self.compute);
+        let tch = Tch { device, threads, host, plain: self.plain, counters: Counters::default() };
         {
             let _at_work = tch.at_work();
             device::check_products_are_f32(&tch)?;

@@ -7,11 +7,15 @@ use crate::{
     Tch,
     error::torch,
     onednn,
+    quant::Coded,
     tensor::{Held, Matrix, Tensor, kind_of, read_matrix, read_vector, upload_matrix, upload_vector},
 };
-use opt_backend::{DType, HostLinear, HostMatrix, HostNorm, HostVector, NormParams, Result, check};
+use opt_backend::{
+    DType, HostLinear, HostMatrix, HostNorm, HostVector, NormParams, Result, check, ndarray::Array2,
+};
 use std::{
     fmt,
+    ops::Range,
     sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard},
 };
 use tch::{Device, Kind};
@@ -23,7 +27,15 @@ const MOST_F16_ROWS: usize = 4;
 const WIDENED: usize = 1 << 20;
 
 /// Weight `[out, in]` and bias of a linear.
-pub struct Linear {
+pub struct Linear(pub(crate) Kept);
+
+pub(crate) enum Kept {
+    Dense(Dense),
+    Coded(Coded),
+}
+
+/// A linear in f32, f16 or bf16.
+pub(crate) struct Dense {
     shape: [usize; 2],
     biased: bool,
     /// Replaced once, when [`qkv`] joins three linears.
@@ -53,11 +65,15 @@ pub struct Norm {
 /// An embedding table `[entries, width]` that is also an LM head.
 ///
 /// Where oneDNN packs weights, a table that serves as head is held twice from its first logits on: rows cannot be
-/// gathered from a packed one.
+/// gathered from a packed one. A quantized table is held once.
 pub struct Table {
     pub(crate) shape: [usize; 2],
-    rows: Weight,
-    packed: OnceLock<Weight>,
+    entries: Entries,
+}
+
+enum Entries {
+    Dense { rows: Weight, packed: OnceLock<Weight> },
+    Coded(Coded),
 }
 
 /// A matrix `[out, in]`.
@@ -76,7 +92,8 @@ enum Form {
 
 impl fmt::Debug for Linear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Linear").field("shape", &self.shape).field("bias", &self.biased).finish()
+        let quantized = matches!(self.0, Kept::Coded(_));
+        f.debug_struct("Linear").field("shape", &self.shape()).field("quantized", &quantized).finish()
     }
 }
 
@@ -195,6 +212,26 @@ impl Weight {
 }
 
 impl Linear {
+    /// `[out, in]`.
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        match &self.0 {
+            Kept::Dense(dense) => dense.shape,
+            Kept::Coded(coded) => coded.shape(),
+        }
+    }
+
+    pub(crate) fn read(&self) -> Result<HostLinear> {
+        const OP: &str = "read_linear";
+        match &self.0 {
+            Kept::Dense(dense) => dense.read(OP),
+            Kept::Coded(coded) => {
+                Ok(HostLinear { weight: coded.read(OP, 0..coded.shape()[0])?, bias: coded.read_bias(OP)? })
+            }
+        }
+    }
+}
+
+impl Dense {
     pub(crate) fn new(
         tch: &Tch,
         weight: HostMatrix<'_>,
@@ -220,21 +257,15 @@ impl Linear {
         Ok(Self { shape, biased, part: RwLock::new(part) })
     }
 
-    /// `[out, in]`.
-    pub(crate) fn shape(&self) -> [usize; 2] {
-        self.shape
-    }
-
-    pub(crate) fn read(&self) -> Result<HostLinear> {
-        const OP: &str = "read_linear";
+    fn read(&self, op: &'static str) -> Result<HostLinear> {
         let part = self.part();
         let [start, len] = [part.start as i64, self.shape[0] as i64];
-        let rows = part.whole.weight.rows(OP)?.f_narrow(0, start, len).map_err(torch(OP))?;
-        let weight = read_matrix(OP, &rows, self.shape)?;
+        let rows = part.whole.weight.rows(op)?.f_narrow(0, start, len).map_err(torch(op))?;
+        let weight = read_matrix(op, &rows, self.shape)?;
         let bias = match part.whole.bias.as_ref().filter(|_| self.biased) {
             Some(bias) => {
-                let bias = bias.f_narrow(0, start, len).map_err(torch(OP))?;
-                Some(read_vector(OP, &bias, self.shape[0])?)
+                let bias = bias.f_narrow(0, start, len).map_err(torch(op))?;
+                Some(read_vector(op, &bias, self.shape[0])?)
             }
             None => None,
         };
@@ -269,18 +300,15 @@ impl Linear {
 ///
 /// The first call lays their weights side by side, which takes the memory of the three once more while it lasts;
 /// from then on each of them is a part of the whole.
-pub(crate) fn qkv(tch: &Tch, x: &Tensor, linears: [&Linear; 3]) -> Result<[Tensor; 3]> {
+pub(crate) fn qkv(tch: &Tch, x: &Tensor, linears: [&Dense; 3]) -> Result<[Tensor; 3]> {
     const OP: &str = "qkv";
-    let [rows, width] = x.shape();
-    for linear in linears {
-        check::width(OP, width, linear.shape[1])?;
-    }
+    let rows = x.shape()[0];
     let [q, k, v] = linears;
     if let Some(whole) = joined(tch, linears)? {
         let (y, kind) = whole.weight.product(OP, tch, x, whole.bias.as_ref(), false)?;
         return Ok(Tensor::columns(y, kind, [rows, q.shape[0]]));
     }
-    let each = |linear: &Linear| {
+    let each = |linear: &Dense| {
         let (y, kind) = linear.apply(OP, tch, x, false)?;
         Ok(Tensor::new(y, kind, [rows, linear.shape[0]]))
     };
@@ -288,7 +316,7 @@ pub(crate) fn qkv(tch: &Tch, x: &Tensor, linears: [&Linear; 3]) -> Result<[Tenso
 }
 
 /// The three as one; `None` if they differ, belong to other linears already, or are in use by another thread now.
-fn joined(tch: &Tch, linears: [&Linear; 3]) -> Result<Option<Arc<Whole>>> {
+fn joined(tch: &Tch, linears: [&Dense; 3]) -> Result<Option<Arc<Whole>>> {
     const OP: &str = "qkv";
     let [q, k, v] = linears;
     let [out, input] = q.shape;
@@ -380,27 +408,47 @@ impl Norm {
 impl Table {
     pub(crate) fn new(tch: &Tch, rows: HostMatrix<'_>, dtype: DType) -> Result<Self> {
         let rows = Weight::new("new_table", tch, rows, dtype)?;
-        Ok(Self { shape: rows.shape, rows, packed: OnceLock::new() })
+        Ok(Self { shape: rows.shape, entries: Entries::Dense { rows, packed: OnceLock::new() } })
     }
 
-    /// `[ids, width]`, in f32.
-    pub(crate) fn gather(&self, op: &'static str, ids: &tch::Tensor) -> Result<tch::Tensor> {
-        let rows = self.rows.rows(op)?.f_index_select(0, ids);
+    pub(crate) fn quantized(coded: Coded) -> Self {
+        Self { shape: coded.shape(), entries: Entries::Coded(coded) }
+    }
+
+    /// The entries `ids`, `[ids, width]`, in f32.
+    pub(crate) fn gather(&self, op: &'static str, tch: &Tch, ids: &[u32]) -> Result<tch::Tensor> {
+        check::ids(op, ids, self.shape[0])?;
+        let rows = match &self.entries {
+            Entries::Dense { rows, .. } => rows,
+            Entries::Coded(coded) => return coded.gather(op, tch, ids),
+        };
+        let ids = tch.indices(op, ids.iter().map(|id| i64::from(*id)))?;
+        let rows = rows.rows(op)?.f_index_select(0, &ids);
         rows.and_then(|rows| rows.f_to_dtype(Kind::Float, false, false)).map_err(torch(op))
     }
 
-    /// The entries `start..start + len`, in the format of the table.
-    pub(crate) fn entries(&self, op: &'static str, start: usize, len: usize) -> Result<tch::Tensor> {
-        self.rows.rows(op)?.f_narrow(0, start as i64, len as i64).map_err(torch(op))
+    /// The entries `range`, in host memory.
+    pub(crate) fn read(&self, op: &'static str, range: Range<usize>) -> Result<Array2<f32>> {
+        check::range(op, &range, self.shape[0])?;
+        let rows = match &self.entries {
+            Entries::Dense { rows, .. } => rows,
+            Entries::Coded(coded) => return coded.read(op, range),
+        };
+        let entries = rows.rows(op)?.f_narrow(0, range.start as i64, range.len() as i64);
+        read_matrix(op, &entries.map_err(torch(op))?, [range.len(), self.shape[1]])
     }
 
     /// Logits `[rows, entries]`.
     pub(crate) fn logits(&self, op: &'static str, tch: &Tch, x: &Tensor) -> Result<(tch::Tensor, Kind)> {
-        let weight = match self.packed.get() {
+        let (rows, packed) = match &self.entries {
+            Entries::Dense { rows, packed } => (rows, packed),
+            Entries::Coded(coded) => return coded.product(op, tch, x),
+        };
+        let weight = match packed.get() {
             Some(packed) => packed,
-            None => match self.rows.prepared(op, tch)? {
-                Some(packed) => self.packed.get_or_init(|| packed),
-                None => &self.rows,
+            None => match rows.prepared(op, tch)? {
+                Some(made) => packed.get_or_init(|| made),
+                None => rows,
             },
         };
         weight.product(op, tch, x, None, false)

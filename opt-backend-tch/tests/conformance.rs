@@ -7,7 +7,7 @@ use opt_backend::{
     DType, Op,
     conformance::{Suite, Tolerance},
 };
-use opt_backend_tch::Tch;
+use opt_backend_tch::{Builder, Compute, Tch};
 
 /// The device to test, and whether it is the CPU.
 fn device() -> (String, bool) {
@@ -17,9 +17,13 @@ fn device() -> (String, bool) {
 }
 
 fn suite(dtype: DType) -> Suite<Tch> {
+    suite_of(Tch::builder(), dtype).quantized_tolerance(quantized_tolerance(dtype))
+}
+
+fn suite_of(builder: Builder, dtype: DType) -> Suite<Tch> {
     let (device, cpu) = device();
     let make = move || {
-        let builder = Tch::builder().device(&device);
+        let builder = builder.clone().device(&device);
         if cpu { builder.threads(2) } else { builder }.build().expect("the device is there")
     };
     // Attention weights are for looking: the trait's own body is all there need be.
@@ -29,6 +33,29 @@ fn suite(dtype: DType) -> Suite<Tch> {
         DType::F32 if !cpu => suite.tolerance(Tolerance::GPU_F32),
         _ => suite,
     }
+}
+
+/// On the CPU activations are rounded to int8 unless they are as coarse already.
+fn quantized_tolerance(dtype: DType) -> Tolerance {
+    match (device().1, dtype) {
+        (true, _) => Tolerance::INT8_ACTIVATIONS,
+        (false, DType::F32) => Tolerance::GPU_F32,
+        (false, _) => Tolerance::of(dtype),
+    }
+}
+
+/// Quantized weights, activations in f32: as exact as dense weights.
+#[test]
+fn quantized_weights_alone() {
+    let builder = Tch::builder().compute(Compute::F32);
+    println!("{}", suite_of(builder, DType::F32).only(&["quantized"]).run());
+}
+
+/// What other devices do with quantized weights, wherever this runs.
+#[test]
+fn quantized_weights_expanded() {
+    let builder = Tch::builder().plain(true);
+    println!("{}", suite_of(builder, DType::F32).only(&["quantized"]).run());
 }
 
 #[test]

@@ -12,17 +12,20 @@
 //! | [`tile`], `gemm` | the register tile, products in f32 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
+//! | [`host`], [`rows`] | quantized weights of backends whose tensors belong to a library: in main memory, on its devices |
 
 // An internal crate: what a name says by itself is not said again.
 #![allow(missing_docs)]
 
 mod gemm;
+pub mod host;
 pub mod memory;
 pub mod output;
 pub mod pack;
 pub mod pool;
 pub mod product;
 pub mod quant;
+pub mod rows;
 pub mod simd;
 pub mod tile;
 

@@ -8,6 +8,7 @@ mod cache;
 mod norm;
 mod pool;
 mod product;
+mod quantized;
 mod simd;
 mod vocab;
 
@@ -15,9 +16,13 @@ pub(crate) use attention::{Heads, Sequence};
 pub(crate) use product::{After, Product};
 pub(crate) use vocab::top_k_of;
 
-use crate::{host, weights::Weight};
+use crate::{
+    host,
+    weights::{Kept, foreign},
+};
 use candle_core::Tensor;
 use opt_backend::Result;
+use opt_kernels::{Compute, host::Host};
 use pool::Pool;
 use pulp::Arch;
 
@@ -28,12 +33,19 @@ pub(crate) struct Kernels {
     arch: Arch,
     /// Whether candle multiplies with MKL or Accelerate.
     library: bool,
+    /// What quantized weights are multiplied with. Its threads start with the first of them.
+    host: Host,
 }
 
 impl Kernels {
-    pub(crate) fn new(threads: usize) -> Result<Self> {
+    pub(crate) fn new(threads: usize, compute: Compute) -> Result<Self> {
         let library = candle_core::utils::has_mkl() || candle_core::utils::has_accelerate();
-        Ok(Self { pool: Pool::new(threads)?, arch: Arch::new(), library })
+        let host = Host::new(threads, compute);
+        Ok(Self { pool: Pool::new(threads)?, arch: Arch::new(), library, host })
+    }
+
+    pub(crate) fn host(&self) -> &Host {
+        &self.host
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -54,8 +66,13 @@ impl Kernels {
     }
 
     /// The entries `ids` of a table.
-    pub(crate) fn gather(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
+    pub(crate) fn gather(&self, table: &Kept, ids: &[u32]) -> Result<Tensor> {
         let op = "gather";
+        let table = match table {
+            Kept::Dense(table) => table,
+            Kept::Host(table) => return self.gather_quantized(op, table, ids),
+            Kept::Tiles(_) => return Err(foreign(op)),
+        };
         let shape = [ids.len(), table.shape[1]];
         let mut out = host::reserve(op, host::count(op, shape)?)?;
         let (storage, layout) = table.data.storage_and_layout();

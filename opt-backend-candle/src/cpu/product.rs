@@ -14,7 +14,7 @@ use super::{
 use crate::{
     error::convert,
     host::{change, count, numbers, tensor, zeros},
-    weights::Weight,
+    weights::{Kept, Weight, foreign},
 };
 use candle_core::{DType, Layout, Storage, Tensor};
 use opt_backend::{Activation, Error, ErrorKind, Result};
@@ -35,10 +35,17 @@ pub(crate) enum After<'a> {
 }
 
 /// One of several products of the same input.
-pub(crate) struct Product<'a> {
-    pub(crate) weight: &'a Weight,
+pub(crate) struct Product<'a, W = Kept> {
+    pub(crate) weight: &'a W,
     pub(crate) bias: Option<&'a Tensor>,
     pub(crate) after: After<'a>,
+}
+
+impl<'a, W> Product<'a, W> {
+    /// With the weight as what it is.
+    fn of<V>(&self, weight: &'a V) -> Product<'a, V> {
+        Product { weight, bias: self.bias, after: self.after }
+    }
 }
 
 /// A piece of a product: outputs `first..first + outputs` of all rows.
@@ -86,6 +93,30 @@ impl Kernels {
         [rows, depth]: [usize; 2],
         products: &[Product<'_>],
     ) -> Result<Vec<Tensor>> {
+        let dense = products.iter().map(|p| if let Kept::Dense(w) = p.weight { Some(p.of(w)) } else { None });
+        if let Some(dense) = dense.collect::<Option<Vec<_>>>() {
+            return self.dense(op, x, [rows, depth], &dense);
+        }
+        let coded =
+            products.iter().map(|p| if let Kept::Host(w) = p.weight { Some(p.of(&**w)) } else { None });
+        if let Some(coded) = coded.collect::<Option<Vec<_>>>() {
+            return self.quantized(op, x, [rows, depth], &coded);
+        }
+        if products.len() == 1 {
+            return Err(foreign(op));
+        }
+        // Of a mixed checkpoint.
+        let alone = |p: &Product<'_>| self.products(op, x, [rows, depth], &[p.of(p.weight)]);
+        Ok(products.iter().map(alone).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    fn dense(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        [rows, depth]: [usize; 2],
+        products: &[Product<'_, Weight>],
+    ) -> Result<Vec<Tensor>> {
         if self.library
             && rows > FEW
             && depth > 0
@@ -97,7 +128,13 @@ impl Kernels {
     }
 
     /// One product of many rows through candle, then one pass over it.
-    fn whole(&self, op: &'static str, x: &Tensor, rows: usize, product: &Product<'_>) -> Result<Tensor> {
+    fn whole(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        rows: usize,
+        product: &Product<'_, Weight>,
+    ) -> Result<Tensor> {
         let weight = &product.weight.data;
         let y = self.pool.install(|| x.matmul(&weight.t()?)).map_err(|error| convert(op, error))?;
         let outputs = product.weight.shape[0];
@@ -123,7 +160,7 @@ impl Kernels {
         op: &'static str,
         x: &Tensor,
         [rows, depth]: [usize; 2],
-        products: &[Product<'_>],
+        products: &[Product<'_, Weight>],
     ) -> Result<Vec<Tensor>> {
         let (storage, layout) = x.storage_and_layout();
         let x = numbers::<f32>(op, &storage, layout)?;
@@ -249,7 +286,7 @@ impl Kernels {
 /// Calls `body` with the numbers of a product's bias and residual.
 fn with_finish<R>(
     op: &'static str,
-    product: &Product<'_>,
+    product: &Product<'_, Weight>,
     outputs: usize,
     body: impl FnOnce(Option<&[f32]>, Finish<'_>) -> Result<R>,
 ) -> Result<R> {
@@ -271,6 +308,7 @@ mod tests {
     use crate::Linear;
     use candle_core::Device;
     use opt_backend::{DType, HostMatrix, HostVector, ndarray::Array2};
+    use opt_kernels::Compute;
 
     /// MKL and Accelerate are not to be had everywhere; the way to them is.
     #[test]
@@ -280,8 +318,8 @@ mod tests {
                 ((i * 31 + j * 17 + seed) % 29) as f32 / 16.0 - 0.9
             })
         };
-        let own = Kernels::new(2).unwrap();
-        let mut library = Kernels::new(2).unwrap();
+        let own = Kernels::new(2, Compute::F32).unwrap();
+        let mut library = Kernels::new(2, Compute::F32).unwrap();
         library.library = true;
         for (rows, depth, outputs) in [(9, 5, 1), (20, 64, 130), (70, 33, 300)] {
             let weight = numbers(outputs, depth, 1);
