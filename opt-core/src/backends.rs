@@ -116,7 +116,7 @@ fn cpu(options: &BackendOptions) -> Result<Cpu> {
 
 #[cfg(feature = "tch")]
 fn tch(options: &BackendOptions) -> Result<Tch> {
-    let mut builder = Tch::builder();
+    let mut builder = Tch::builder().compute(options.compute);
     if let Some(device) = &options.device {
         builder = builder.device(device);
     }
@@ -128,7 +128,7 @@ fn tch(options: &BackendOptions) -> Result<Tch> {
 
 #[cfg(feature = "candle")]
 fn candle(options: &BackendOptions) -> Result<Candle> {
-    let mut builder = Candle::builder();
+    let mut builder = Candle::builder().compute(options.compute);
     if let Some(device) = &options.device {
         builder = builder.device(device);
     }

@@ -4,7 +4,10 @@ use super::{
     Kit, Run, Tolerance, ensure,
     model::{Batch, Model, SHAPES},
 };
-use crate::{Attend, Backend, Counts, DType, Op, Result, Span};
+use crate::{
+    Attend, Backend, Counts, DType, Op, Result, Span,
+    quant::{Groups, Levels, Quantized, Zeros},
+};
 use ndarray::Array2;
 
 pub(super) fn run<B: Backend>(run: &mut Run<'_, B>) {
@@ -63,7 +66,10 @@ pub fn defaults_used<B: Backend>(b: &B) -> Result<Counts> {
     let attend = Attend { heads: 2, layer: 0, spans: &[Span { start: 0, len: 3 }] };
     let (_, weights) = b.attention_weights(operand()?, operand()?, operand()?, attend, None)?;
     b.block_on(weights)?;
-    drop(sum);
+    let levels = Levels::Integers { bits: 4 };
+    let quantized =
+        Quantized::new(Array2::zeros((4, 4)), Array2::ones((4, 1)), Zeros::Same(8), levels, Groups::Runs(4))?;
+    drop((sum, b.new_quantized_linear(&quantized, None)?, b.new_quantized_table(&quantized)?));
     Ok(b.counters().counts().since(&before))
 }
 
