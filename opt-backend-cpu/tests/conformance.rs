@@ -1,6 +1,9 @@
 //! The suite every backend must pass, at every instruction set of this machine.
 
-use opt_backend::conformance::{Suite, Tolerance};
+use opt_backend::{
+    DType,
+    conformance::{Suite, Tolerance},
+};
 use opt_backend_cpu::{Compute, Cpu, SimdLevel};
 
 /// Whether `OPT_QUICK_TESTS` is set, as for emulated machines, which take a minute for what others do in a second.
@@ -27,13 +30,19 @@ fn conformance() {
     }
 }
 
-/// Quantized weights, activations in f32: as exact as dense weights.
+/// Quantized weights on every level there is, however quick tests are to be: with activations in f32, as exact as dense
+/// weights, and rounded to int8.
 #[test]
-fn quantized_weights_alone() {
-    for level in levels() {
-        let cpu = Cpu::builder().threads(2).simd(Some(level)).compute(Compute::F32);
-        let make = move || cpu.clone().build().expect("the level is there");
-        println!("{level}: {}", suite(make).only(&["quantized"]).run());
+fn quantized_weights() {
+    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+        for (compute, tolerance) in
+            [(Compute::F32, Tolerance::of(DType::F32)), (Compute::Int8, Tolerance::INT8_ACTIVATIONS)]
+        {
+            let cpu = Cpu::builder().threads(2).simd(Some(level)).compute(compute);
+            let make = move || cpu.clone().build().expect("the level is there");
+            let suite = suite(make).only(&["quantized"]).quantized_tolerance(tolerance);
+            println!("{level}, {compute}: {}", suite.run());
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 use opt_backend::{
     Activation, Attend, Backend, CacheDType, CacheSpec, DType, HostMatrix, NormParams, Span, Then,
     ndarray::{Array2, concatenate, s},
+    quant::{Groups, Levels, NF4, Quantized, Zeros},
 };
-use opt_backend_cpu::{Cpu, SimdLevel};
+use opt_backend_cpu::{Compute, Cpu, SimdLevel};
 use proptest::prelude::*;
 
 fn random(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
@@ -78,6 +79,55 @@ proptest! {
             for (whole, alone) in whole.iter().zip(&alone) {
                 prop_assert_eq!(bits(&whole.slice(s![row..row + 1, ..]).to_owned()), bits(alone), "row {}", row);
             }
+        }
+    }
+
+    #[test]
+    fn rows_of_quantized_products_equal_rows_alone(
+        (level, threads) in machine(),
+        rows in 1_usize..40,
+        depth in prop::sample::select(vec![1_usize, 33, 64, 320, 768]),
+        outputs in prop::sample::select(vec![1_usize, 7, 33, 130]),
+        levels in prop::sample::select(vec![
+            Levels::Integers { bits: 8 }, Levels::Integers { bits: 4 }, Levels::Table(NF4),
+        ]),
+        group in prop::sample::select(vec![5_usize, 32, 64, 1000]),
+        (zeros, outliers, scattered) in any::<(bool, bool, bool)>(),
+        compute in prop::sample::select(vec![Compute::Int8, Compute::F32]),
+        seed in any::<u64>(),
+    ) {
+        let count: u16 = if levels == (Levels::Integers { bits: 8 }) { 256 } else { 16 };
+        let below = |x: f32, count: u16| (((x + 1.0) / 2.0 * f32::from(count)) as u16).min(count - 1);
+        let groups = depth.div_ceil(group);
+        let codes = random(outputs, depth, seed).mapv(|x| below(x, count) as u8);
+        let scales = random(outputs, groups, seed ^ 1);
+        let zeros = if zeros {
+            Zeros::Each(random(outputs, groups, seed ^ 2).mapv(|x| below(x, count)))
+        } else {
+            Zeros::Same(count / 2)
+        };
+        let groups = if scattered {
+            Groups::Index((0..depth).map(|i| (i * 7 % depth / group) as u32).collect())
+        } else {
+            Groups::Runs(group)
+        };
+        let mut weight = Quantized::new(codes, scales, zeros, levels, groups).expect("it fits");
+        if outliers {
+            weight = weight.keep_outliers(0.8);
+        }
+        let x = random(rows, depth, !seed);
+        let run = |threads: usize, range: std::ops::Range<usize>| {
+            let cpu = Cpu::builder().threads(threads).simd(Some(level)).compute(compute).build();
+            let cpu = cpu.expect("the level is there");
+            let linear = cpu.new_quantized_linear(&weight, None).expect("it fits");
+            let x = cpu.upload(x.slice(s![range, ..])).expect("it fits");
+            let y = cpu.linear(&x, &linear, Then::Nothing).expect("it fits");
+            cpu.block_on(cpu.read_owned(y)).expect("it is ready")
+        };
+        let whole = run(threads, 0..rows);
+        for row in 0..rows {
+            let alone = run(1, row..row + 1);
+            prop_assert_eq!(bits(&whole.slice(s![row..row + 1, ..]).to_owned()), bits(&alone), "row {}", row);
         }
     }
 

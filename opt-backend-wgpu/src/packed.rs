@@ -160,7 +160,7 @@ fn unit(scales: &Array2<f32>) -> (f32, bool) {
 
 impl Layout {
     /// The layout of a weight; `None` for what there is no kernel for.
-    fn new(weight: &Regular, bias: bool, table: bool) -> Option<Self> {
+    fn new(weight: &Regular<'_>, bias: bool, table: bool) -> Option<Self> {
         let (bits, levels) = match weight.levels {
             Levels::Integers { bits: 8 } => (8, None),
             Levels::Integers { bits: 0..=4 } => (4, None),
@@ -276,7 +276,7 @@ impl Layout {
     }
 
     /// The parameters of some rows.
-    fn parameters(&self, weight: &Regular, bias: Option<&Array1<f32>>, rows: &Range<usize>) -> Vec<u32> {
+    fn parameters(&self, weight: &Regular<'_>, bias: Option<&Array1<f32>>, rows: &Range<usize>) -> Vec<u32> {
         let mut words = vec![self.unit.to_bits(), f32::from(self.zero).to_bits()];
         words.resize(self.packed.entry(), 0);
         if self.packed.table {

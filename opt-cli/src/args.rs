@@ -234,14 +234,6 @@ impl PlaceArgs {
 }
 
 impl ModelArgs {
-    /// How weights are held, for people.
-    pub(crate) fn weights(&self) -> String {
-        match self.quantize {
-            Some(format) => format.spec().format.to_string(),
-            None => DType::from(self.dtype).to_string(),
-        }
-    }
-
     /// Loads the model that the flags name, with a progress bar; its warnings are printed.
     pub(crate) fn load(&self, console: &Console) -> Result<Opt, Failure> {
         self.load_from(self.place.model.as_deref(), console)

@@ -147,7 +147,7 @@ impl Bench {
         let report = Report {
             backend: info.name,
             device: info.device,
-            weights: self.run.model.weights(),
+            weights: opt.weights().to_owned(),
             load_s,
             first_token_s,
             prefill,

@@ -41,6 +41,7 @@ pub struct Opt {
     tokenizer: Option<Tokenizer>,
     generation: Arc<GenerationConfig>,
     warnings: Arc<Vec<String>>,
+    weights: Arc<str>,
     token_bytes: Arc<OnceLock<Arc<Vec<Vec<u8>>>>>,
 }
 
@@ -208,12 +209,17 @@ impl Opt {
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let progress = load.progress.map(|progress| progress as &mut ProgressFn<'_>);
+        let weights = match checkpoint.quantization() {
+            Some(layout) => layout,
+            None => load.holding.name(),
+        };
         let engine = backend.make(checkpoint, &load.holding, load.cancel.as_ref(), progress)?;
         Ok(Self {
             engine,
             tokenizer,
             generation: Arc::new(generation),
             warnings: Arc::new(warnings),
+            weights: weights.into(),
             token_bytes: Arc::default(),
         })
     }
@@ -231,6 +237,11 @@ impl Opt {
     /// The tokenizer, if the model came with one.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
+    }
+
+    /// How the weights are held: `f32`, `int8`, or what a quantized checkpoint is, as `GPTQ, 4 bits, groups of 128`.
+    pub fn weights(&self) -> &str {
+        &self.weights
     }
 
     /// What was odd but usable when the model was loaded, one line each.

@@ -9,7 +9,7 @@ use opt_backend::{
     quant::{Groups, Quantized, Zeros},
 };
 use opt_core::{
-    CancelToken, ErrorKind, Load, Opt,
+    CacheDType, CancelToken, ErrorKind, Load, Opt,
     checkpoint::Checkpoint,
     generation::Random,
     quantize::{
@@ -263,7 +263,7 @@ fn a_trained_model_loses_less_than_by_rounding() {
             let error = errors.iter().map(|e| e.relative_error).sum::<f64>() / errors.len() as f64;
             let other = Opt::load(novels(), Load::default().replace(Arc::new(weights))).unwrap();
             let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
-            let found = compare(&base, &other, &eval, 512, &cancel, &mut quiet).unwrap();
+            let found = compare(&base, &other, CacheDType::F32, &eval, 512, &cancel, &mut quiet).unwrap();
             (found.perplexity / found.base_perplexity - 1.0, found.kl, error)
         });
         println!("{format}: loss, KL and mean error {nearest:?} by rounding, {ours:?} by GPTQ");

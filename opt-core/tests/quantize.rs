@@ -9,7 +9,7 @@ use opt_backend::{
     quant::{Groups, Levels, NF4, Zeros},
 };
 use opt_core::{
-    CancelToken, ErrorKind, Load, Opt,
+    CacheDType, CancelToken, ErrorKind, Load, Opt,
     checkpoint::Checkpoint,
     generation::Random,
     quantize::{
@@ -104,6 +104,14 @@ fn scales_that_f16_cannot_hold_stay_in_f32() {
         let made = spec.quantize("w", HostMatrix::F32(none.view())).unwrap();
         assert!(made.dequantize().iter().all(|w| *w == 0.0), "{spec:?}");
     }
+    // A group of tiny weights among others does not cost the others their f16.
+    let mut mixed = Array2::from_elem((2, 32), 0.5_f32);
+    mixed.row_mut(1).fill(1e-6);
+    for spec in [QuantSpec::int8(), QuantSpec::int4(), QuantSpec::int4().zero_points(true)] {
+        let made = spec.quantize("w", HostMatrix::F32(mixed.view())).unwrap();
+        assert!(made.scales().iter().all(|scale| half(*scale) == *scale), "{spec:?}");
+        assert!((made.dequantize()[[1, 0]] - 1e-6).abs() < 1e-6, "{spec:?}");
+    }
     let made = QuantSpec::nf4().group_size(32).quantize("w", HostMatrix::F32(tiny.view())).unwrap();
     assert_eq!((made.levels(), made.scales()[[0, 0]]), (Levels::Table(NF4), 1e-6));
 }
@@ -174,13 +182,13 @@ fn models_are_compared() {
     let text = "It was the best of times, it was the worst of times, and the old house stood by the river.";
     let ids = base.require_tokenizer().unwrap().encode(text, opt_core::tokenizer::Bos::Model).unwrap();
     let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
-    let same = compare(&base, &base, &ids, 16, &CancelToken::new(), &mut quiet).unwrap();
+    let same = compare(&base, &base, CacheDType::F32, &ids, 16, &CancelToken::new(), &mut quiet).unwrap();
     assert_eq!((same.kl, same.base_perplexity), (0.0, same.perplexity));
     let windows = ids.chunks(16).map(|w| opt_core::ScoreInput::all(w.to_vec())).collect::<Vec<_>>();
     let sum: f64 = base.score(&windows).unwrap().iter().map(|s| s.log_prob).sum();
     let expected = (-sum / same.tokens as f64).exp();
     assert!((same.perplexity / expected - 1.0).abs() < 1e-5, "{}, expected {expected}", same.perplexity);
     let other = Opt::load(novels(), Load::default().quantize(QuantSpec::nf4())).unwrap();
-    let off = compare(&base, &other, &ids, 16, &CancelToken::new(), &mut quiet).unwrap();
+    let off = compare(&base, &other, CacheDType::F32, &ids, 16, &CancelToken::new(), &mut quiet).unwrap();
     assert!(off.kl > 0.0 && off.kl < 0.2, "{off:?}");
 }

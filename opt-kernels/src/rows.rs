@@ -141,7 +141,7 @@ mod tests {
                 for fraction in [0.25, 0.3] {
                     let scales =
                         Array2::from_shape_fn((4, count), |(o, g)| fraction * (o + 2 * g + 1) as f32);
-                    let each = Array2::from_shape_fn((4, count), |(o, g)| (90 * o + g) as u16);
+                    let each = Array2::from_shape_fn((4, count), |(o, g)| (2 * o + g) as u16);
                     for zeros in [Zeros::Same(4), Zeros::Each(each)] {
                         let weight =
                             Quantized::new(codes.clone(), scales.clone(), zeros, levels, groups.clone());

@@ -15,6 +15,7 @@ use opt_backend::{
     Attend, Backend, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm, HostVector,
     Info, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK,
     ndarray::{Array2, Array3, ArrayView2},
+    quant::Quantized,
 };
 use std::{
     collections::BTreeMap,
@@ -172,6 +173,14 @@ impl<B: Backend> Backend for Counting<B> {
 
     fn read_norm<'a>(&'a self, norm: &B::Norm) -> Readback<'a, HostNorm> {
         self.note("read_norm", |b| b.read_norm(norm))
+    }
+
+    fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<B::Linear> {
+        self.note("new_quantized_linear", |b| b.new_quantized_linear(weight, bias))
+    }
+
+    fn new_quantized_table(&self, rows: &Quantized) -> Result<B::Table> {
+        self.note("new_quantized_table", |b| b.new_quantized_table(rows))
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<B::Table> {

@@ -2,7 +2,10 @@
 //! default bodies.
 
 use custom_backend::Counting;
-use opt_backend::{Backend, Op, Reference, conformance::Suite};
+use opt_backend::{
+    Backend, Op, Reference,
+    conformance::{Suite, Tolerance},
+};
 use opt_core::backends::Cpu;
 
 #[test]
@@ -10,7 +13,8 @@ fn around_the_cpu() {
     let make = || Counting::new(Cpu::builder().threads(2).build().expect("the CPU"));
     let overridden: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
     // A method that is not forwarded would show here as a call of its default body.
-    println!("{}", Suite::new(make).no_defaults(&overridden).reads_per_step(1).run());
+    let suite = Suite::new(make).no_defaults(&overridden).reads_per_step(1);
+    println!("{}", suite.quantized_tolerance(Tolerance::INT8_ACTIVATIONS).run());
 }
 
 #[test]

@@ -26,18 +26,36 @@ struct Format {
     scattered: bool,
     /// Whether scales are numbers of f16.
     half: bool,
+    /// Magnitude from which on activations are not to be rounded.
+    outliers: Option<f32>,
 }
 
 const fn integers(name: &'static str, bits: u32, group: usize, zeros: bool) -> Format {
-    Format { name, levels: Levels::Integers { bits }, group, zeros, scattered: false, half: true }
+    Format {
+        name,
+        levels: Levels::Integers { bits },
+        group,
+        zeros,
+        scattered: false,
+        half: true,
+        outliers: None,
+    }
 }
 
 const fn table(name: &'static str, levels: [f32; 16], group: usize) -> Format {
-    Format { name, levels: Levels::Table(levels), group, zeros: false, scattered: false, half: false }
+    Format {
+        name,
+        levels: Levels::Table(levels),
+        group,
+        zeros: false,
+        scattered: false,
+        half: false,
+        outliers: None,
+    }
 }
 
 /// What checkpoints hold, and groups that no kernel likes.
-const FORMATS: [Format; 14] = [
+const FORMATS: [Format; 16] = [
     integers("int8, groups of 32", 8, 32, false),
     integers("int8, groups of 128", 8, 128, false),
     integers("int8, one scale a row", 8, usize::MAX, false),
@@ -50,6 +68,13 @@ const FORMATS: [Format; 14] = [
     integers("2 bits, groups of 32 with zero points", 2, 32, true),
     Format { scattered: true, ..integers("int4 in GPTQ's act-order", 4, 32, true) },
     Format { half: false, ..integers("int8 with scales in f32", 8, 32, false) },
+    // Of normal activations, every twentieth.
+    Format { outliers: Some(2.0), ..integers("int8, outliers kept", 8, 64, false) },
+    Format {
+        scattered: true,
+        outliers: Some(2.0),
+        ..integers("int8 in act-order, outliers kept", 8, 32, true)
+    },
     table("nf4", NF4, 64),
     table("fp4, groups of 16", FP4, 16),
 ];
@@ -84,7 +109,11 @@ impl Format {
         } else {
             Groups::Runs(group)
         };
-        Ok(Quantized::new(codes, scales, zeros, self.levels, groups)?)
+        let weight = Quantized::new(codes, scales, zeros, self.levels, groups)?;
+        Ok(match self.outliers {
+            Some(threshold) => weight.keep_outliers(threshold),
+            None => weight,
+        })
     }
 }
 
@@ -193,7 +222,7 @@ fn table_of<B: Backend>(b: &B, data: &mut Data, format: Format, [entries, width]
 
 fn qkv<B: Backend>(b: &B, data: &mut Data) -> Outcome {
     // Formats may differ from linear to linear: a mixed checkpoint is one.
-    let weights = [FORMATS[0], FORMATS[10], FORMATS[12]].map(|format| format.weight(data, [48, 96]));
+    let weights = [FORMATS[0], FORMATS[10], FORMATS[14]].map(|format| format.weight(data, [48, 96]));
     let [q, k, v] = weights;
     let weights = [q?, k?, v?];
     let [q, k, v] = &weights;

@@ -86,8 +86,8 @@ impl Quantized {
     /// ```
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Shape`] if the parts do not fit each other, a code is not below the number of levels, or a
-    /// scale is not finite.
+    /// [`crate::ErrorKind::Shape`] if the parts do not fit each other, a code is not below the number of levels, a zero
+    /// point is above it, or a scale is not finite.
     pub fn new(
         codes: Array2<u8>,
         scales: Array2<f32>,
@@ -126,6 +126,14 @@ impl Quantized {
             && zeros.dim() != scales.dim()
         {
             return fail(format!("expected zero points {:?}, found {:?}", scales.shape(), zeros.shape()));
+        }
+        // GPTQ's files go one past the largest code.
+        let too_large = match &zeros {
+            Zeros::Same(zero) => Some(zero).filter(|zero| usize::from(**zero) > count),
+            Zeros::Each(zeros) => zeros.iter().find(|zero| usize::from(**zero) > count),
+        };
+        if let (Some(zero), Levels::Integers { .. }) = (too_large, levels) {
+            return fail(format!("expected zero points of at most {count}, found {zero}"));
         }
         Ok(Self { codes, scales, zeros, levels, groups, outlier_threshold: None })
     }

@@ -11,15 +11,16 @@ use crate::{
 };
 use clap::{Args, ValueEnum};
 use opt_core::{
-    Load, Opt,
+    CacheDType, Load, Opt,
     checkpoint::{Checkpoint, QuantLayout, write_quantized},
     quantize::{
-        GptqOptions, LayerError, Method, QuantFormat, QuantSpec, QuantizeOptions, QuantizedWeights,
-        TableFormat, calibration_sequences, compare, layer_errors, packed_bytes, quantize_weights,
+        Comparison, GptqOptions, LayerError, Method, QuantFormat, QuantSpec, QuantizeOptions,
+        QuantizedWeights, TableFormat, calibration_sequences, compare, layer_errors, packed_bytes,
+        quantize_weights, remove_work,
     },
     tokenizer::{Bos, Tokenizer},
 };
-use report::{Change, Eval, Report};
+use report::{CacheLine, Change, Eval, Report};
 use serde_json::{Map, Value, json};
 use std::{
     fs,
@@ -43,7 +44,7 @@ OUTPUT appears when it is whole. GPTQ keeps finished layers in OUTPUT.work; the
 same command goes on behind them after it was interrupted.
 The report goes to stdout and to report.json in OUTPUT: sizes; with --eval the
 perplexity before and after and the Kullback-Leibler divergence from the model
-in f32; with any text the relative error of each linear's output.";
+in f32, also with keys and values in f16 and int8; with any text the relative error of each linear's output.";
 
 /// Write a model with its weights in few bits, and measure what that costs in accuracy.
 #[derive(Debug, Args)]
@@ -52,7 +53,7 @@ pub(crate) struct Quantize {
     /// The model to quantize, as for --model.
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     input: Option<PathBuf>,
-    /// Write the directory DIR, which must not exist.
+    /// Write the directory DIR, which must not exist or be empty.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
 
@@ -75,6 +76,10 @@ pub(crate) struct Quantize {
     /// Codes lie symmetrically around 0, which is the default.
     #[arg(long, conflicts_with = "zero_points", help_heading = "Format")]
     sym: bool,
+    /// Keep activations from this magnitude on as they are where others are rounded to int8, as LLM.int8 does (6.0
+    /// there). For --format int8.
+    #[arg(long, value_name = "THRESHOLD", help_heading = "Format")]
+    outliers: Option<f32>,
     /// Round the scales of nf4 and fp4 as bitsandbytes' double quantization does.
     #[arg(long, help_heading = "Format")]
     double_quant: bool,
@@ -82,7 +87,7 @@ pub(crate) struct Quantize {
     #[arg(long, value_name = "HOW", help_heading = "Format")]
     table: Option<Table>,
 
-    /// Take the inputs that GPTQ weighs errors by from this text; a .jsonl file has lines of {"text": "..."} or
+    /// Calibrate GPTQ with this text, which also makes it the default method of integers; a .jsonl file has lines of {"text": "..."} or
     /// {"ids": [...]}.
     #[arg(long, value_name = "FILE", help_heading = "GPTQ")]
     calibration: Option<PathBuf>,
@@ -101,7 +106,7 @@ pub(crate) struct Quantize {
     /// Compute the inputs of a layer's later linears with its quantized earlier ones.
     #[arg(long, help_heading = "GPTQ")]
     true_sequential: bool,
-    /// Add this share of its mean to the diagonal of the Hessian.
+    /// Add this share of its mean to the diagonal of the Hessian (0.01 is one percent).
     #[arg(long, value_name = "SHARE", default_value_t = 0.01, help_heading = "GPTQ")]
     damp_percent: f64,
 
@@ -139,7 +144,7 @@ enum FormatName {
 enum MethodName {
     /// Each weight becomes the nearest code.
     Rtn,
-    /// Errors are made up for.
+    /// Later columns make up for the rounding errors of earlier ones.
     Gptq,
 }
 
@@ -166,6 +171,8 @@ impl Quantize {
         let path = model::find(name, &console)?;
         let checkpoint = Checkpoint::open(&path)?;
         spec.check(checkpoint.config())?;
+        layout.check(checkpoint.config())?;
+        self.warn_of_idle_flags(&console);
         let texts = Texts { path: &path, bos: Bos::Model };
         let context = checkpoint.config().max_position_embeddings;
         let calibration = match &self.calibration {
@@ -184,6 +191,13 @@ impl Quantize {
             && ids.len() < 2
         {
             let message = format!("{}: expected at least 2 tokens, found {}", file.display(), ids.len());
+            return Err(Failure::failed(message));
+        }
+        let vocabulary = checkpoint.config().vocab_size;
+        if let (Some(id), Some(file)) =
+            (eval.iter().flatten().find(|id| **id as usize >= vocabulary), &self.eval)
+        {
+            let message = format!("{}: expected ids below {vocabulary}, found {id}", file.display());
             return Err(Failure::failed(message));
         }
         console.catch_interrupts();
@@ -205,8 +219,7 @@ impl Quantize {
         };
         let written = write_quantized(&self.output, &checkpoint, &weights, layout, &self.extra(method))?;
         if matches!(method, Method::Gptq(_)) {
-            fs::remove_dir_all(&work)
-                .map_err(|e| Failure::failed(format!("{}: cannot be removed: {e}", work.display())))?;
+            remove_work(&work)?;
         }
         written.warnings.iter().for_each(|warning| console.warn(&warning.to_string()));
         let seconds = started.elapsed().as_secs_f64();
@@ -260,6 +273,12 @@ impl Quantize {
             )));
         }
         let mut spec = QuantSpec::new(format).zero_points(self.zero_points).double_quant(self.double_quant);
+        if let Some(threshold) = self.outliers {
+            if layout != QuantLayout::Native {
+                return Err(Failure::usage("--outliers: expected --format int8, whose layout holds it"));
+            }
+            spec = spec.outlier_threshold(threshold);
+        }
         spec = match self.group_size {
             None => spec.group_size(group),
             Some(-1) => spec.per_row(),
@@ -321,6 +340,21 @@ impl Quantize {
         )
     }
 
+    /// Flags that this run has no use for.
+    fn warn_of_idle_flags(&self, console: &Console) {
+        let gptq = self.is_gptq();
+        for (given, flag) in [
+            (self.desc_act, "--desc-act"),
+            (self.static_groups, "--static-groups"),
+            (self.true_sequential, "--true-sequential"),
+            (self.calibration.is_some(), "--calibration"),
+        ] {
+            if given && !gptq {
+                console.warn(&format!("{flag} has no effect without --method gptq"));
+            }
+        }
+    }
+
     /// Beside the output, so that it is on the same disk and easy to find.
     fn work(&self) -> PathBuf {
         let mut name = self.output.file_name().unwrap_or_default().to_owned();
@@ -330,6 +364,13 @@ impl Quantize {
 
     fn check_output(&self) -> Result<(), Failure> {
         let place = self.output.display();
+        if let Some(file) = &self.report {
+            let parent = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !parent.is_dir() && parent != self.output {
+                let message = format!("{}: no such directory to write --report into", parent.display());
+                return Err(Failure::failed(message));
+            }
+        }
         let is_empty = |dir: &Path| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
         if self.output.symlink_metadata().is_ok() && !is_empty(&self.output) {
             return Err(Failure::usage(format!("{place}: exists already and is not overwritten")));
@@ -385,9 +426,24 @@ impl Quantize {
         let (base, quantized) = (load(path)?, load(&self.output)?);
         let window = base.config().max_position_embeddings.min(2048);
         let bar = console.bar("measuring");
-        let comparison = compare(&base, &quantized, ids, window, &console.cancel, &mut |at| bar.show(at))?;
+        let measure =
+            |cache| compare(&base, &quantized, cache, ids, window, &console.cancel, &mut |at| bar.show(at));
+        let comparison = measure(CacheDType::F32)?;
+        let config = base.config();
+        // Keys and values, and for int8 a scale in f32 for each position and head.
+        let bytes = |element: usize, scales: usize| {
+            let row = config.hidden_size * element + config.num_attention_heads * scales;
+            (2 * config.num_hidden_layers * row) as u64
+        };
+        let mut caches = Vec::new();
+        for (kv_dtype, cache, bytes_per_token) in
+            [("f16", CacheDType::F16, bytes(2, 0)), ("int8", CacheDType::Int8, bytes(1, 4))]
+        {
+            let Comparison { perplexity, kl, .. } = measure(cache)?;
+            caches.push(CacheLine { kv_dtype, bytes_per_token, perplexity, kl });
+        }
         let text = self.eval.as_deref().map(|file| file.display().to_string()).unwrap_or_default();
-        Ok(Eval { text, window, comparison })
+        Ok(Eval { text, window, comparison, caches })
     }
 }
 

@@ -37,6 +37,18 @@ pub(crate) struct Eval {
     pub(crate) window: usize,
     #[serde(flatten)]
     pub(crate) comparison: Comparison,
+    /// The same with keys and values in fewer bits as well.
+    pub(crate) caches: Vec<CacheLine>,
+}
+
+/// What a format of keys and values takes and costs, on top of the quantized weights.
+#[derive(Debug, Serialize)]
+pub(crate) struct CacheLine {
+    pub(crate) kv_dtype: &'static str,
+    /// Keys and values of one position, all layers.
+    pub(crate) bytes_per_token: u64,
+    pub(crate) perplexity: f64,
+    pub(crate) kl: f64,
 }
 
 impl Report {
@@ -58,13 +70,20 @@ impl Report {
         text.push_str(&change("file            ", &self.file_bytes));
         text.push_str(&change("weights, memory ", &self.weight_bytes));
         text.push_str(&format!("bits a weight    {:.2}\n", self.bits_per_weight));
-        if let Some(Eval { comparison, .. }) = &self.eval {
+        if let Some(Eval { comparison, caches, .. }) = &self.eval {
             let Comparison { tokens, base_perplexity, perplexity, kl, .. } = comparison;
             let loss = 100.0 * (perplexity / base_perplexity - 1.0);
             text.push_str(&format!(
                 "perplexity       {base_perplexity:.3} -> {perplexity:.3} ({loss:+.2} %, {tokens} tokens)\n"
             ));
             text.push_str(&format!("KL(base || this) {kl:.6} nats a token\n"));
+            for CacheLine { kv_dtype, bytes_per_token, perplexity, kl } in caches {
+                let loss = 100.0 * (perplexity / base_perplexity - 1.0);
+                text.push_str(&format!(
+                    "with --kv-dtype {kv_dtype:5} {perplexity:.3} ({loss:+.2} %), KL {kl:.6}, {} a token\n",
+                    bytes(*bytes_per_token)
+                ));
+            }
         }
         if !self.layers.is_empty() {
             text.push_str("relative error of each linear's output, in percent:\n");

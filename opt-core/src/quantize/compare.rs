@@ -32,6 +32,7 @@ const ROWS: usize = 128;
 pub async fn compare_async(
     base: &Opt,
     other: &Opt,
+    cache: CacheDType,
     ids: &[u32],
     window: usize,
     cancel: &CancelToken,
@@ -55,8 +56,7 @@ pub async fn compare_async(
     let mut sums = Sums::default();
     let mut done = 0;
     for window in ids.chunks(window) {
-        let mut caches =
-            [base.engine().new_cache(CacheDType::F32)?, other.engine().new_cache(CacheDType::F32)?];
+        let mut caches = [base.engine().new_cache(CacheDType::F32)?, other.engine().new_cache(cache)?];
         // The last token is only predicted.
         let run = window.len() - 1;
         for start in (0..run).step_by(ROWS) {
@@ -86,7 +86,7 @@ pub async fn compare_async(
 }
 
 /// Compares the predictions of a model, such as a quantized one, to those of `base` over windows of `window` tokens
-/// that do not overlap. The first token of a window is not predicted; log-probabilities are those of [`Opt::score`].
+/// that do not overlap; `cache` is how it holds keys and values, which `base` has in f32. The first token of a window is not predicted; log-probabilities are those of [`Opt::score`].
 ///
 /// # Errors
 /// [`ErrorKind::Option`] for models of another vocabulary, a window below 2 or longer than a context;
@@ -96,12 +96,13 @@ pub async fn compare_async(
 pub fn compare(
     base: &Opt,
     other: &Opt,
+    cache: CacheDType,
     ids: &[u32],
     window: usize,
     cancel: &CancelToken,
     progress: &mut ProgressFn<'_>,
 ) -> Result<Comparison> {
-    opt_backend::block_on(compare_async(base, other, ids, window, cancel, progress))
+    opt_backend::block_on(compare_async(base, other, cache, ids, window, cancel, progress))
 }
 
 async fn logits(opt: &Opt, ids: &[u32], cache: &mut KvCache, cancel: &CancelToken) -> Result<Array2<f32>> {

@@ -27,8 +27,11 @@ pub use gptq::{GptqOptions, gptq};
 pub use gram::Gram;
 pub(crate) use holding::{Held, Holding};
 pub use model::{LayerError, Method, QuantizeOptions, layer_errors, quantize_weights};
+pub(crate) use spec::is_linear;
 pub use spec::{QuantFormat, QuantSpec, TableFormat};
 pub(crate) use walk::WalkJob;
+#[cfg(feature = "quantize")]
+pub use work::remove_work;
 
 use half::f16;
 use opt_backend::quant::{Levels, Quantized, Zeros};

@@ -171,7 +171,7 @@ pub fn quantize_weights(
                 let message = "GPTQ: expected at least one calibration sequence, found none";
                 return Err(Error::new(ErrorKind::Option, message));
             }
-            let tables: Vec<_> = planned.iter().filter(|(name, ..)| !super::spec::is_linear(name)).collect();
+            let tables: Vec<_> = planned.iter().filter(|(name, ..)| !super::is_linear(name)).collect();
             let parts: &[&[Reads]] = if options.true_sequential {
                 &LINEARS.each_ref().map(std::slice::from_ref)
             } else {
@@ -266,10 +266,8 @@ impl Quantizer<'_, '_> {
     fn fits(&self, layer: usize, weights: &QuantizedWeights) -> bool {
         let prefix = format!("layers.{layer}.");
         let shapes = self.checkpoint.config().tensor_shapes();
-        let expected: Vec<_> = shapes
-            .iter()
-            .filter(|(name, _)| name.starts_with(&prefix) && super::spec::is_linear(name))
-            .collect();
+        let expected: Vec<_> =
+            shapes.iter().filter(|(name, _)| name.starts_with(&prefix) && super::is_linear(name)).collect();
         let has = |(name, shape): &&(String, Vec<usize>)| {
             weights.get(name).is_some_and(|weight| weight.shape()[..] == shape[..])
         };

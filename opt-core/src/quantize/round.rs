@@ -32,7 +32,7 @@ pub(super) struct Grid {
 }
 
 impl Grid {
-    /// The grid of these weights; none if the scale is to be an f16 and no normal one is near it.
+    /// The grid of these weights; none if the scale is to be an f16 and is too large for one.
     pub(super) fn fit(weights: &[f32], bits: u32, rule: Rule, half: bool) -> Option<Self> {
         let most = ((1_u32 << bits) - 1) as f32;
         let middle = (1_u32 << (bits - 1)) as f32;
@@ -86,13 +86,17 @@ impl Grid {
     }
 }
 
-/// The scale as it will be held.
+/// The least scale that is held in f16: below the least normal number, but with 5 bits of precision yet. Weights that
+/// would have smaller ones are next to nothing beside the others of their tensor.
+const LEAST: f32 = 1.0 / (1 << 20) as f32;
+
+/// The scale as it will be held; none if it is too large for that.
 fn held(scale: f32, half: bool) -> Option<f32> {
     if !half || scale == 0.0 {
         return Some(scale);
     }
-    let rounded = f16::from_f32(scale);
-    rounded.is_normal().then(|| rounded.to_f32())
+    let rounded = f16::from_f32(scale.abs().max(LEAST).copysign(scale));
+    rounded.is_finite().then(|| rounded.to_f32())
 }
 
 /// Copies row `row` of a weight, all of which must be finite.
@@ -144,6 +148,11 @@ fn quantize_held(spec: &QuantSpec, weight: HostMatrix<'_>, half: bool) -> Result
                 *zero = grid.zero as u16;
             }
         }
+    }
+    // Where no scale is a normal number, all of them would be of little precision.
+    let largest = scales.iter().fold(0.0_f32, |most, scale| most.max(scale.abs()));
+    if half && largest > 0.0 && largest < f16::MIN_POSITIVE.to_f32() {
+        return Ok(None);
     }
     let zeros = if spec.zero_points { Zeros::Each(zeros) } else { Zeros::Same(1 << (bits - 1)) };
     Ok(Some(Quantized::new(codes, scales, zeros, Levels::Integers { bits }, Groups::Runs(group))?))

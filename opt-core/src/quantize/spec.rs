@@ -104,7 +104,7 @@ pub enum TableFormat {
 /// let opt = Opt::load("../models/opt-novels", load)?;
 /// # Ok::<(), opt_core::Error>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct QuantSpec {
     /// What codes are.
@@ -119,6 +119,11 @@ pub struct QuantSpec {
     pub double_quant: bool,
     /// What happens to the token table.
     pub table: TableFormat,
+    /// Where activations are quantized too, those of at least this magnitude are kept as they are, and multiplied by
+    /// weights in f32 (LLM.int8, arXiv 2208.07339: 6.0). For models of some billions of parameters, whose activations
+    /// have outliers. Int8 only; `None` keeps none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outlier_threshold: Option<f32>,
 }
 
 impl QuantSpec {
@@ -132,6 +137,7 @@ impl QuantSpec {
             zero_points: false,
             double_quant: false,
             table: if integer { TableFormat::Int8 } else { TableFormat::Keep },
+            outlier_threshold: None,
         }
     }
 
@@ -180,10 +186,17 @@ impl QuantSpec {
         Self { table, ..self }
     }
 
+    /// Sets [`QuantSpec::outlier_threshold`].
+    #[must_use]
+    pub fn outlier_threshold(self, threshold: f32) -> Self {
+        Self { outlier_threshold: Some(threshold), ..self }
+    }
+
     /// Checks that the choices fit each other.
     ///
     /// # Errors
-    /// [`ErrorKind::Option`] for groups of 0, zero points with nf4 or fp4, and double quantization with integers.
+    /// [`ErrorKind::Option`] for groups of 0, zero points with nf4 or fp4, double quantization with integers, and an
+    /// outlier threshold that is not positive or not with int8.
     pub fn validate(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
         let format = self.format;
@@ -195,6 +208,13 @@ impl QuantSpec {
         }
         if self.double_quant && format.is_integer() {
             return fail(format!("double quantization: expected nf4 or fp4, found {format}"));
+        }
+        if let Some(threshold) = self.outlier_threshold
+            && (format != QuantFormat::Int8 || !threshold.is_finite() || threshold <= 0.0)
+        {
+            return fail(format!(
+                "outlier threshold: expected a positive number and int8, found {threshold} and {format}"
+            ));
         }
         Ok(())
     }
@@ -248,8 +268,8 @@ impl QuantSpec {
     /// round(-min / scale), as GPTQ's quantizer. Symmetric int8: scale = max |w| / 127 around 128. Symmetric integers of
     /// fewer bits: of three usual scales, each group takes the one with the least squared error: max |w| over the
     /// largest positive code, the signed largest weight over the least negative code (GGML's q4_0), and
-    /// 2 max |w| / (2^bits - 1) (GPTQ's). Scales are rounded to f16 before codes are chosen, unless one of the tensor's
-    /// would not be a normal f16: then they stay in f32. nf4 and fp4: scale = max |w|, in f32, and the nearest level.
+    /// 2 max |w| / (2^bits - 1) (GPTQ's). Scales are rounded to f16 before codes are chosen (to 2^-20 at least), unless one
+    /// of the tensor's is too large for f16, or all are below its normal numbers: then they stay in f32. nf4 and fp4: scale = max |w|, in f32, and the nearest level.
     ///
     /// # Errors
     /// [`ErrorKind::Option`] if groups do not divide rows, [`ErrorKind::Checkpoint`] for a weight that is not finite.
@@ -257,7 +277,11 @@ impl QuantSpec {
         let quantize = || {
             self.validate()?;
             if self.format.is_integer() {
-                round::quantize(self, weight)
+                let quantized = round::quantize(self, weight)?;
+                Ok(match self.outlier_threshold {
+                    Some(threshold) => quantized.keep_outliers(threshold),
+                    None => quantized,
+                })
             } else {
                 float4::quantize(self, weight)
             }

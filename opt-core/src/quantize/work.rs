@@ -18,6 +18,8 @@ use std::{
 
 /// Names what the layers in a work directory were made with.
 const SETTINGS: &str = "settings.json";
+/// A key of that file, by which a work directory is known from anybody else's.
+const MARK: &str = "work directory of opt-rs' quantization";
 
 /// A work directory.
 pub(super) struct Work {
@@ -45,17 +47,19 @@ impl Work {
     pub(super) fn open(dir: &Path, settings: &serde_json::Value) -> Result<Self> {
         let io = |e| Error::because(ErrorKind::Io, dir.display(), e);
         let work = Self { dir: dir.to_owned() };
-        let file = dir.join(SETTINGS);
-        if dir.symlink_metadata().is_ok() && !file.is_file() {
+        let text = serde_json::json!({ MARK: 1, "settings": settings }).to_string();
+        let found = fs::read_to_string(dir.join(SETTINGS)).ok();
+        if found.as_deref() == Some(&text[..]) {
+            return Ok(work);
+        }
+        let found = found.and_then(|found| serde_json::from_str::<serde_json::Value>(&found).ok());
+        let ours = found.is_some_and(|found| found.get(MARK).is_some());
+        if dir.symlink_metadata().is_ok() && !ours {
             let empty = dir.is_dir() && fs::read_dir(dir).map_err(io)?.next().is_none();
             if !empty {
                 let message = format_args!("{}: exists already and is no work directory", dir.display());
                 return Err(Error::new(ErrorKind::Option, message));
             }
-        }
-        let text = settings.to_string();
-        if fs::read_to_string(&file).ok().as_deref() == Some(&text[..]) {
-            return Ok(work);
         }
         work.remove()?;
         fs::create_dir(dir).map_err(io)?;
@@ -143,15 +147,34 @@ impl Work {
         }
     }
 
-    /// Removes the directory with all in it.
-    pub(super) fn remove(&self) -> Result<()> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::because(ErrorKind::Io, self.dir.display(), e))
+    /// Removes the directory with what was put into it; with anything else in it, it stays and that is an error.
+    fn remove(&self) -> Result<()> {
+        let io = |e| Error::because(ErrorKind::Io, self.dir.display(), e);
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(io(e)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(io)?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            // Temporary files are left by a process that was killed.
+            if name == SETTINGS || name.starts_with("layer-") || name.starts_with(".tmp") {
+                fs::remove_file(entry.path()).map_err(io)?;
             }
-            _ => Ok(()),
         }
+        fs::remove_dir(&self.dir).map_err(io)
     }
+}
+
+/// Removes the work directory of a quantization ([`super::QuantizeOptions::work`]) once its result is written. Files in
+/// it that are not the quantization's stay.
+///
+/// # Errors
+/// [`ErrorKind::Io`] if it cannot be removed, or if there is something else in it.
+pub fn remove_work(dir: impl AsRef<Path>) -> Result<()> {
+    Work { dir: dir.as_ref().to_owned() }.remove()
 }
 
 fn weight(file: &SafeTensors<'_>, name: &str, described: &Described) -> Option<Quantized> {

@@ -27,19 +27,35 @@ pub fn load<'a>() -> Load<'a> {
     load_with_threads(None)
 }
 
+/// Loads on it, with activations as they are in products with quantized weights.
+pub fn load_exact<'a>() -> Load<'a> {
+    match name() {
+        "reference" => Load::on(opt_backend::Reference::new()),
+        name => {
+            let mut options = options(None);
+            options.compute = backends::Compute::F32;
+            Load::with(chosen(name, &options))
+        }
+    }
+}
+
 /// Loads on it, with so many threads where it has any.
 pub fn load_with_threads<'a>(threads: Option<usize>) -> Load<'a> {
     match name() {
         "reference" => Load::on(opt_backend::Reference::new()),
-        name => Load::with(chosen(name, threads)),
+        name => Load::with(chosen(name, &options(threads))),
     }
 }
 
-fn chosen(name: &str, threads: Option<usize>) -> Chosen {
+fn options(threads: Option<usize>) -> BackendOptions {
     let mut options = BackendOptions::default();
     options.device = std::env::var("OPT_TEST_DEVICE").ok();
-    options.threads = threads.filter(|_| name != "wgpu");
-    backends::choose(name, &options).unwrap_or_else(|e| panic!("OPT_TEST_BACKEND={name}: {e}"))
+    options.threads = threads.filter(|_| name() != "wgpu");
+    options
+}
+
+fn chosen(name: &str, options: &BackendOptions) -> Chosen {
+    backends::choose(name, options).unwrap_or_else(|e| panic!("OPT_TEST_BACKEND={name}: {e}"))
 }
 
 /// Says what a test leaves out and why, on the standard error itself: what `eprintln!` writes is shown of failed tests

@@ -180,6 +180,13 @@ fn what_a_layout_cannot_hold_is_refused_by_name() {
         let scales = w.scales().mapv(|s| s * scale);
         Quantized::new(w.codes().clone(), scales, w.zeros().clone(), w.levels(), w.groups().clone()).unwrap()
     };
+    // 0 cannot be in the first version of the format, 16 not in the second.
+    let both_ends = {
+        let w = four();
+        let zeros = Array2::from_shape_fn(w.scales().dim(), |(o, _)| if o == 0 { 0 } else { 16 });
+        let zeros = Zeros::Each(zeros);
+        Quantized::new(w.codes().clone(), w.scales().clone(), zeros, w.levels(), w.groups().clone()).unwrap()
+    };
     let index = Groups::Index((0..32).map(|i| i % 2).collect());
     let fc1 = "layers.0.fc1.weight";
     let gptq = QuantLayout::Gptq;
@@ -196,7 +203,7 @@ fn what_a_layout_cannot_hold_is_refused_by_name() {
             weight([64, 32], Levels::Table(NF4), Some(0), Groups::Runs(32)),
             "expected integers of 4 bits",
         ),
-        (gptq, fc1, weight([64, 32], integers(4), Some(300), Groups::Runs(32)), "zero points"),
+        (gptq, fc1, both_ends, "zero points"),
         (bnb, "embed_tokens.weight", table(Levels::Table(NF4)), "other than the LM head only"),
         (bnb, fc1, four(), "expected NF4 or FP4 levels"),
         (bnb, fc1, weight([64, 32], integers(8), Some(128), Groups::Runs(16)), "one scale a row"),

@@ -29,7 +29,7 @@ const UNPACK: usize = 12;
 /// # Safety
 /// Every weight has `places` places and was packed for the machine's level; bias, residual and output have the fitting
 /// sizes, and nobody else accesses the outputs.
-pub unsafe fn multiply(
+pub(crate) unsafe fn multiply(
     machine: Machine<'_>,
     x: &[f32],
     [rows, places]: [usize; 2],

@@ -15,7 +15,7 @@ mod codes;
 mod kernel;
 
 pub use codes::Codes;
-pub use kernel::multiply;
+pub(crate) use kernel::multiply;
 pub use opt_backend::quant::Compute;
 
 /// Inputs that share the scale of an activation.

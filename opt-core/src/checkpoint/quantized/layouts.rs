@@ -111,6 +111,10 @@ fn gptq_items(
     });
     let desc_act = !all(&|weight| matches!(weight.groups(), Groups::Runs(_)));
     let gptq = Gptq { bits, group_size, v2 };
+    if v2 {
+        let message = "zero points of 0 need the format gptq_v2, which GPTQModel reads and AutoGPTQ does not";
+        warnings.push(Warning::Other(message.to_owned()));
+    }
     let mut items = Vec::new();
     for (name, weight) in weights {
         let [out, input] = weight.shape();

@@ -38,6 +38,26 @@ pub enum QuantLayout {
     BitsAndBytes,
 }
 
+impl QuantLayout {
+    /// Checks that the linears of a model of this shape can be written so.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] naming the first that cannot.
+    pub fn check(self, config: &crate::config::OptConfig) -> Result<()> {
+        if self != QuantLayout::Gptq {
+            return Ok(());
+        }
+        for (name, shape) in config.tensor_shapes() {
+            if let (true, &[out, input]) = (crate::quantize::is_linear(&name), &shape[..])
+                && let Some(message) = super::gptq::Gptq::misfit([out, input])
+            {
+                return Err(Error::new(ErrorKind::Option, message).at(format_args!("tensor {name}")));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A tensor to write.
 pub(super) struct Item<'a> {
     name: String,
