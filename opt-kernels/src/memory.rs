@@ -22,7 +22,7 @@ const ZONE: usize = 512;
 /// What a zone is filled with, and as yet unwritten elements: a NaN as f32, f16 and bf16.
 const PATTERN: u8 = 0xff;
 
-/// Guard zones around the buffers of one backend: none, or [`ZONE`] bytes before and after each, looked at when the
+/// Guard zones around the buffers of one backend: none, or `ZONE` bytes before and after each, looked at when the
 /// buffer is given back.
 #[derive(Debug, Clone, Default)]
 pub struct Guards(Option<Arc<Mutex<Vec<String>>>>);

@@ -5,7 +5,7 @@
 //! kernel calls is `#[inline(always)]`: only code that ends up inside that one function is compiled with the wide
 //! registers, and a vector type must never cross a real function call.
 //!
-//! The tokens ([`scalar::Scalar`], `Avx2`, ...) are only handed out by [`SimdLevel::run`], and a level other than
+//! The tokens (`Scalar`, `Avx2`, ...) are only handed out by [`SimdLevel::run`], and a level other than
 //! scalar is only reachable through [`SimdLevel::is_available`]; that is why their arithmetic is safe to call.
 
 #[cfg(target_arch = "x86_64")]
