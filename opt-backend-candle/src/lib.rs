@@ -158,7 +158,7 @@ impl Builder {
         self
     }
 
-    /// How products with quantized weights are computed on the CPU; [`Compute::Int8`] unless said otherwise. Other
+    /// How products with quantized weights are computed on the CPU; [`Compute::Int16`] unless said otherwise. Other
     /// devices compute them in f32.
     #[must_use]
     pub fn compute(mut self, compute: Compute) -> Self {

@@ -1,7 +1,7 @@
 //! Tokens per second of the op sequence of an OPT-125m with random weights: what the kernels can give, before
 //! tokenizer, sampling and checkpoint have a part in it.
 //!
-//!     cargo run --release -p opt-backend-cpu --example shape_125m [f32|f16|bf16|int8|int4|nf4] [compute: int8|f32]
+//!     cargo run --release -p opt-backend-cpu --example shape_125m [f32|f16|bf16|int8|int4|nf4] [compute: int16|int8|f32]
 //!
 //! Decoding one token reads every weight once: 124 million of them, 0.5 GB in f32. Prefill of 512 tokens with all
 //! logits is 131 GFLOP: 87 in the layers, 40 in the LM head, 5 in attention.
@@ -180,7 +180,7 @@ fn main() -> Result<()> {
         "nf4" => Held::Quantized(Levels::Table(NF4)),
         name => Held::Dense(name.parse().map_err(wrong)?),
     };
-    let compute = arguments.next().map_or(Ok(Compute::Int8), |name| name.parse()).map_err(wrong)?;
+    let compute = arguments.next().map_or(Ok(Compute::default()), |name| name.parse()).map_err(wrong)?;
     let cpu = Cpu::builder().compute(compute).build()?;
     println!("{}, {}, {} threads, {name}", cpu.info().device, cpu.simd(), cpu.threads());
     let model = Model::new(cpu, held)?;

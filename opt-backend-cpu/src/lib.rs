@@ -126,7 +126,7 @@ impl CpuBuilder {
         self
     }
 
-    /// How products with quantized weights are computed; [`Compute::Int8`] unless said otherwise.
+    /// How products with quantized weights are computed; [`Compute::Int16`] unless said otherwise.
     pub fn compute(mut self, compute: Compute) -> Self {
         self.compute = compute;
         self

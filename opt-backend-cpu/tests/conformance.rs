@@ -34,10 +34,15 @@ fn conformance() {
 /// weights, and rounded to int8.
 #[test]
 fn quantized_weights() {
+    // Integers are within 1e-8; the levels of tables are rounded to eight bits.
+    let mut fine = Tolerance::GPU_F32;
+    (fine.max, fine.nmse) = (1e-2, 5e-5);
     for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
-        for (compute, tolerance) in
-            [(Compute::F32, Tolerance::of(DType::F32)), (Compute::Int8, Tolerance::INT8_ACTIVATIONS)]
-        {
+        for (compute, tolerance) in [
+            (Compute::F32, Tolerance::of(DType::F32)),
+            (Compute::Int16, fine),
+            (Compute::Int8, Tolerance::INT8_ACTIVATIONS),
+        ] {
             let cpu = Cpu::builder().threads(2).simd(Some(level)).compute(compute);
             let make = move || cpu.clone().build().expect("the level is there");
             let suite = suite(make).only(&["quantized"]).quantized_tolerance(tolerance);

@@ -93,7 +93,7 @@ proptest! {
         ]),
         group in prop::sample::select(vec![5_usize, 32, 64, 1000]),
         (zeros, outliers, scattered) in any::<(bool, bool, bool)>(),
-        compute in prop::sample::select(vec![Compute::Int8, Compute::F32]),
+        compute in prop::sample::select(vec![Compute::Int8, Compute::Int16, Compute::F32]),
         seed in any::<u64>(),
     ) {
         let count: u16 = if levels == (Levels::Integers { bits: 8 }) { 256 } else { 16 };

@@ -35,7 +35,7 @@ fn suite_of(builder: Builder, dtype: DType) -> Suite<Tch> {
     }
 }
 
-/// On the CPU activations are rounded to int8 unless they are as coarse already.
+/// On the CPU activations are rounded unless they are as coarse already.
 fn quantized_tolerance(dtype: DType) -> Tolerance {
     match (device().1, dtype) {
         (true, _) => Tolerance::INT8_ACTIVATIONS,

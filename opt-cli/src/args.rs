@@ -61,8 +61,9 @@ pub(crate) struct PlaceArgs {
     #[arg(long, value_name = "DEVICE", help_heading = "Model")]
     pub(crate) device: Option<String>,
 
-    /// Multiply by quantized weights in this number format: int8 is faster, f32 keeps activations as they are.
-    #[arg(long, value_name = "FORMAT", default_value = "int8", help_heading = "Model")]
+    /// Multiply by quantized weights with activations in this number format; from the fastest to the most exact: int8,
+    /// int16, f32.
+    #[arg(long, value_name = "FORMAT", default_value = "int16", help_heading = "Model")]
     pub(crate) compute: ComputeFormat,
 
     /// Compute with N threads. [default: all cores]
@@ -125,6 +126,8 @@ impl BackendName {
 pub(crate) enum ComputeFormat {
     /// Activations are quantized to eight bits, per row and run of 32.
     Int8,
+    /// Activations are quantized to fifteen bits and a sign, per row and run of 32.
+    Int16,
     /// Activations stay in single precision.
     F32,
 }
@@ -133,6 +136,7 @@ impl From<ComputeFormat> for backends::Compute {
     fn from(format: ComputeFormat) -> Self {
         match format {
             ComputeFormat::Int8 => backends::Compute::Int8,
+            ComputeFormat::Int16 => backends::Compute::Int16,
             ComputeFormat::F32 => backends::Compute::F32,
         }
     }

@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn products_and_rows_are_the_references() {
-        for compute in [Compute::Int8, Compute::F32] {
+        for compute in [Compute::Int8, Compute::Int16, Compute::F32] {
             let host = Host::new(2, compute);
             assert!(host.pool.get().is_none(), "no threads before there is work");
             let weight = weight([37, 64]);

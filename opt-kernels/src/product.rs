@@ -27,7 +27,7 @@ pub unsafe fn multiply(
     for product in products {
         match product.weights {
             Packed::Codes(codes) if codes.order().is_some() => apart.push((product, &**codes)),
-            Packed::Codes(codes) if machine.compute == Compute::Int8 && codes.places() > 0 => {
+            Packed::Codes(codes) if machine.compute != Compute::F32 && codes.places() > 0 => {
                 coded.push((product, &**codes))
             }
             _ => dense.push(product),
@@ -44,8 +44,8 @@ pub unsafe fn multiply(
         for (product, codes) in apart {
             let x = codes.in_order(machine, x, [rows, inputs])?;
             match machine.compute {
-                Compute::Int8 => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
-                _ => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
+                Compute::F32 => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
+                _ => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
             }
         }
     }

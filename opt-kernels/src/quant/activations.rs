@@ -1,6 +1,6 @@
-//! Rows of activations in int8.
+//! Rows of activations in one or two bytes.
 
-use super::RUN;
+use super::{Compute, FINE, RUN};
 use crate::{
     Machine,
     memory::{Shared, reserve},
@@ -8,13 +8,16 @@ use crate::{
 };
 use opt_backend::Result;
 
-/// Rows `[rows, places]`: x ≈ scale * code per row and run of [`RUN`] places, codes from -127 to 127.
+/// Rows `[rows, places]`: x ≈ scale * code per row and run of [`RUN`] places. A code is one byte, from -127 to 127, or two:
+/// [`FINE`] times the first and the second.
 ///
 /// Rows are interleaved by tiles of [`Rows::tile`], so that a kernel reads one stream; missing rows of the last tile are
 /// zeros.
 pub(super) struct Rows {
-    /// `[tiles, places / 4, tile, 4]`
+    /// `[tiles, runs, bytes, RUN / 4, tile, 4]`
     pub(super) codes: Vec<i8>,
+    /// Bytes of a code: 1 or 2.
+    pub(super) bytes: usize,
     /// `[tiles, runs, tile]`
     pub(super) scales: Vec<f32>,
     /// The sum of each run's codes, `[tiles, runs, tile]`.
@@ -42,8 +45,9 @@ impl Rows {
     ) -> Result<Self> {
         let places = width.next_multiple_of(RUN);
         let (runs, padded) = (places / RUN, rows.next_multiple_of(tile));
-        let mut codes = reserve("linear", padded * places)?;
-        codes.resize(padded * places, 0_i8);
+        let bytes = if machine.compute == Compute::Int8 { 1 } else { 2 };
+        let mut codes = reserve("linear", padded * places * bytes)?;
+        codes.resize(padded * places * bytes, 0_i8);
         let mut scales = reserve("linear", padded * runs)?;
         scales.resize(padded * runs, 0.0_f32);
         let mut sums = reserve("linear", padded * runs)?;
@@ -62,7 +66,10 @@ impl Rows {
             // SAFETY: what belongs to this tile belongs to this task alone.
             let (codes, scales, sums) = unsafe {
                 (
-                    std::slice::from_raw_parts_mut(codes.at(t * tile * places), tile * places),
+                    std::slice::from_raw_parts_mut(
+                        codes.at(t * tile * places * bytes),
+                        tile * places * bytes,
+                    ),
                     std::slice::from_raw_parts_mut(scales.at(t * tile * runs), tile * runs),
                     std::slice::from_raw_parts_mut(sums.at(t * tile * runs), tile * runs),
                 )
@@ -70,7 +77,7 @@ impl Rows {
             for row in t * tile..rows.min((t + 1) * tile) {
                 let x = &x[row * width..][..width];
                 let (lane, codes, scales, sums) = (row - t * tile, &mut *codes, &mut *scales, &mut *sums);
-                machine.level.run(Quantize { x, threshold, lane, tile, codes, scales, sums });
+                machine.level.run(Quantize { x, threshold, lane, tile, bytes, codes, scales, sums });
             }
         };
         // A region costs more than a few rows.
@@ -80,7 +87,7 @@ impl Rows {
         } else {
             machine.pool.run(tiles, &body)?;
         }
-        Ok(Self { codes, scales, sums, tile, places, outliers })
+        Ok(Self { codes, bytes, scales, sums, tile, places, outliers })
     }
 }
 
@@ -90,6 +97,7 @@ struct Quantize<'a> {
     threshold: f32,
     lane: usize,
     tile: usize,
+    bytes: usize,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
@@ -100,8 +108,8 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let Self { lane, tile, .. } = self;
-        let runs = self.codes.chunks_exact_mut(RUN * tile).zip(self.scales.chunks_exact_mut(tile));
+        let Self { lane, tile, bytes, .. } = self;
+        let runs = self.codes.chunks_exact_mut(RUN * tile * bytes).zip(self.scales.chunks_exact_mut(tile));
         for (i, ((codes, scales), sums)) in runs.zip(self.sums.chunks_exact_mut(tile)).enumerate() {
             let mut x = [0.0; RUN];
             let part = &self.x[(i * RUN).min(self.x.len())..self.x.len().min((i + 1) * RUN)];
@@ -118,16 +126,27 @@ impl Kernel for Quantize<'_> {
             // Codes of 0 times a scale that is not finite are NaN, as the product would be; what is too small to have
             // a reciprocal is 0.
             let inverse = if largest.is_finite() && largest > 1e-36 { 127.0 / largest } else { 0.0 };
-            scales[lane] = if largest > 1e-36 || !largest.is_finite() { largest / 127.0 } else { 0.0 };
+            let unit = if bytes == 1 { 127.0 } else { 127.0 * FINE as f32 };
+            scales[lane] = if largest > 1e-36 || !largest.is_finite() { largest / unit } else { 0.0 };
             if inverse == 0.0 {
                 continue;
             }
             const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23: there the spacing of f32 is 1
-            let nearest = x.map(|x| (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32);
-            sums[lane] = nearest.iter().sum();
-            let bytes = nearest.map(|code| code as i8);
-            for (to, quad) in codes.chunks_exact_mut(4 * tile).zip(bytes.chunks_exact(4)) {
-                to[4 * lane..4 * lane + 4].copy_from_slice(quad);
+            let integer = |x: f32| (x + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
+            let first = x.map(|x| integer(x * inverse));
+            let mut put = |byte: usize, numbers: &[i32; RUN]| {
+                let to = codes[byte * RUN * tile..][..RUN * tile].chunks_exact_mut(4 * tile);
+                for (to, quad) in to.zip(numbers.map(|number| number as i8).chunks_exact(4)) {
+                    to[4 * lane..4 * lane + 4].copy_from_slice(quad);
+                }
+            };
+            put(0, &first);
+            sums[lane] = first.iter().sum();
+            if bytes == 2 {
+                let rest: [f32; RUN] = std::array::from_fn(|i| x[i] * inverse - first[i] as f32);
+                let second = rest.map(|rest| integer(rest * FINE as f32));
+                put(1, &second);
+                sums[lane] = FINE * sums[lane] + second.iter().sum::<i32>();
             }
         }
     }
@@ -147,11 +166,27 @@ mod tests {
         x[71] = 1e30;
         x[150] = f32::NAN;
         x[250] = 1e-41;
-        let quantize = |level| {
-            let machine = Machine { pool: &pool, guards: &guards, level, compute: Compute::Int8 };
+        let quantize = |level, compute| {
+            let machine = Machine { pool: &pool, guards: &guards, level, compute };
             Rows::new(machine, &x, [4, 70], 3, None).unwrap()
         };
-        let expected = quantize(SimdLevel::Scalar);
+        // Two bytes say what one says, and the rest.
+        let fine = quantize(SimdLevel::Scalar, Compute::Int16);
+        for (row, x) in x.chunks(70).enumerate() {
+            for (place, &x) in x.iter().enumerate() {
+                let (tile, lane) = (row / 3, row % 3);
+                let scale = fine.scales[(tile * 3 + place / RUN) * 3 + lane];
+                let at = |byte: usize| {
+                    let run = (tile * 3 + place / RUN) * 2 + byte;
+                    i32::from(fine.codes[((run * 8 + place % RUN / 4) * 3 + lane) * 4 + place % 4])
+                };
+                let code = FINE * at(0) + at(1);
+                if scale.is_finite() {
+                    assert!((x - scale * code as f32).abs() <= scale * 0.6 + x.abs() * 1e-6 + 1e-36, "{x}");
+                }
+            }
+        }
+        let expected = quantize(SimdLevel::Scalar, Compute::Int8);
         assert_eq!((expected.places, expected.runs()), (96, 3));
         for (row, x) in x.chunks(70).enumerate() {
             for (place, &x) in x.iter().enumerate() {
@@ -167,7 +202,8 @@ mod tests {
         // x[150] is in row 2, run 0.
         assert!(expected.scales[2].is_nan());
         for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
-            let found = quantize(level);
+            let found = quantize(level, Compute::Int8);
+            assert_eq!(quantize(level, Compute::Int16).codes, fine.codes, "{level}");
             assert_eq!((&found.codes, &found.sums), (&expected.codes, &expected.sums), "{level}");
             let bits = |rows: &Rows| rows.scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&found), bits(&expected), "{level}");

@@ -1,11 +1,11 @@
-//! Products in int8.
+//! Products of integers.
 //!
 //! For each run of 32 places the products of codes are added up in integers, which is exact; then one conversion, and
 //! scale of the weight times scale of the activations. Sums over runs are a chain of fused multiply-adds in ascending
 //! order whatever the number of rows, so a row's result is bit-equal in any batch.
 
 use super::{
-    RUN,
+    FINE, RUN,
     activations::Rows,
     codes::{Codes, Offsets, Scales},
 };
@@ -220,7 +220,7 @@ impl Block<'_> {
         let zero = s.splat_int(-zero);
         let runs = self.x.runs();
         // One step a run for all streams.
-        let mut x = self.x.codes[tile * M * self.x.places..].as_ptr();
+        let mut x = self.x.codes[tile * M * self.x.places * self.x.bytes..].as_ptr();
         let mut x_scales = self.x.scales[tile * M * runs..].as_ptr();
         let mut x_sums = self.x.sums[tile * M * runs..].as_ptr();
         let mut codes = codes.as_ptr();
@@ -236,28 +236,57 @@ impl Block<'_> {
             // SAFETY: by the caller's promise there are `runs` runs of codes, and of everything beside them.
             unsafe {
                 let mut dots = [[s.splat_int(0); 2]; M];
-                if zeros.is_none() {
+                let start = codes;
+                for byte in 0..self.x.bytes {
+                    codes = start;
+                    let last = byte + 1 == self.x.bytes;
                     for (r, dots) in dots.iter_mut().enumerate() {
-                        *dots = [s.mul_int(zero, s.load_int(x_sums.add(r))); 2];
+                        if byte > 0 {
+                            *dots = dots.map(|dot| s.mul_int(dot, s.splat_int(FINE)));
+                        }
+                        if last && zeros.is_none() {
+                            let zero = s.mul_int(zero, s.load_int(x_sums.add(r)));
+                            *dots = dots.map(|dot| s.add_int(dot, zero));
+                        }
                     }
-                }
-                if packed {
-                    for _ in 0..RUN / 8 {
-                        if M <= 2 {
-                            s.prefetch(codes.wrapping_add(AHEAD));
-                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+                    if packed {
+                        for _ in 0..RUN / 8 {
+                            if M <= 2 {
+                                s.prefetch(codes.wrapping_add(AHEAD));
+                                s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+                            }
+                            let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
+                            let mut low = both.map(|b| s.low_nibbles(b));
+                            let mut high = both.map(|b| s.high_nibbles(b));
+                            if FORM == Form::Table as u8 {
+                                low = low.map(|b| s.lookup_bytes(&table, b));
+                                high = high.map(|b| s.lookup_bytes(&table, b));
+                            }
+                            for (half, quad) in [(low, 0), (high, M)] {
+                                for (r, dots) in dots.iter_mut().enumerate() {
+                                    let x = s.splat_quad(x.add(4 * (quad + r)));
+                                    for (dot, half) in dots.iter_mut().zip(half) {
+                                        *dot = if bytes {
+                                            s.dot_bytes(*dot, half, x)
+                                        } else {
+                                            s.dot_nibbles(*dot, half, x)
+                                        };
+                                    }
+                                }
+                            }
+                            x = x.add(8 * M);
+                            codes = codes.add(4 * width);
                         }
-                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
-                        let mut low = both.map(|b| s.low_nibbles(b));
-                        let mut high = both.map(|b| s.high_nibbles(b));
-                        if FORM == Form::Table as u8 {
-                            low = low.map(|b| s.lookup_bytes(&table, b));
-                            high = high.map(|b| s.lookup_bytes(&table, b));
-                        }
-                        for (half, quad) in [(low, 0), (high, M)] {
+                    } else {
+                        for _ in 0..RUN / 4 {
+                            if M <= 2 {
+                                s.prefetch(codes.wrapping_add(AHEAD));
+                                s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+                            }
+                            let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
                             for (r, dots) in dots.iter_mut().enumerate() {
-                                let x = s.splat_quad(x.add(4 * (quad + r)));
-                                for (dot, half) in dots.iter_mut().zip(half) {
+                                let x = s.splat_quad(x.add(4 * r));
+                                for (dot, half) in dots.iter_mut().zip(both) {
                                     *dot = if bytes {
                                         s.dot_bytes(*dot, half, x)
                                     } else {
@@ -265,29 +294,9 @@ impl Block<'_> {
                                     };
                                 }
                             }
+                            x = x.add(4 * M);
+                            codes = codes.add(4 * width);
                         }
-                        x = x.add(8 * M);
-                        codes = codes.add(4 * width);
-                    }
-                } else {
-                    for _ in 0..RUN / 4 {
-                        if M <= 2 {
-                            s.prefetch(codes.wrapping_add(AHEAD));
-                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
-                        }
-                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
-                        for (r, dots) in dots.iter_mut().enumerate() {
-                            let x = s.splat_quad(x.add(4 * r));
-                            for (dot, half) in dots.iter_mut().zip(both) {
-                                *dot = if bytes {
-                                    s.dot_bytes(*dot, half, x)
-                                } else {
-                                    s.dot_nibbles(*dot, half, x)
-                                };
-                            }
-                        }
-                        x = x.add(4 * M);
-                        codes = codes.add(4 * width);
                     }
                 }
                 for n in 0..2 {
@@ -299,7 +308,7 @@ impl Block<'_> {
                     for (r, total) in totals.iter_mut().enumerate() {
                         let mut dot = s.int_to_float(dots[r][n]);
                         if let Some(zeros) = zeros {
-                            // Integers below 2^24: exact.
+                            // Both are integers; the sum is rounded once.
                             let zero = s.sub(s.splat(centre as f32), s.load_f16(zeros.as_ptr().add(at)));
                             dot = s.fma(zero, s.int_to_float(s.load_int(x_sums.add(r))), dot);
                         }

@@ -204,6 +204,10 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { _mm256_and_si256(_mm256_srlv_epi32(b, _mm256_set1_epi32(8 * J)), _mm256_set1_epi32(255)) }
     }
     #[inline(always)]
+    fn add_int(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
     fn sub_int(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_sub_epi32(a, b) }
     }

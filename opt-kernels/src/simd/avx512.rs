@@ -198,6 +198,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_and_si512(_mm512_srlv_epi32(b, _mm512_set1_epi32(8 * J)), _mm512_set1_epi32(255)) }
     }
     #[inline(always)]
+    fn add_int(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
     fn sub_int(self, a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_sub_epi32(a, b) }
     }

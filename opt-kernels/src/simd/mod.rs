@@ -267,6 +267,7 @@ pub trait Simd: Copy {
     fn int_to_float(self, x: Self::I) -> Self::V;
     /// Byte `J` of each quad.
     fn byte<const J: i32>(self, b: Self::B) -> Self::I;
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I;
     fn sub_int(self, a: Self::I, b: Self::I) -> Self::I;
     /// The entries of `table` at `at`, which are below 16.
     fn lookup(self, table: &[f32; 16], at: Self::I) -> Self::V;

@@ -212,6 +212,10 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
+    fn add_int(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vaddq_s32(a, b) }
+    }
+    #[inline(always)]
     fn sub_int(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
         unsafe { vsubq_s32(a, b) }
     }

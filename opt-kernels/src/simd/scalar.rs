@@ -156,6 +156,10 @@ impl Simd for Scalar {
         b.map(|quad| i32::from(quad[J as usize & 3]))
     }
     #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
     fn sub_int(self, a: Self::I, b: Self::I) -> Self::I {
         from_fn(|i| a[i] - b[i])
     }
