@@ -143,8 +143,9 @@ beside wasm
 
 step "packaging"
 # All crates, since opt-core names them all; without LibTorch what is packed cannot be compiled.
-# cargo unpacks what it verifies into its home by name and version, and would take what an earlier run left there.
-rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/opt-{backend,backend-cpu,backend-tch,backend-candle,backend-wgpu,kernels,core,cli}-[0-9]*
+# What cargo verifies it takes for released, and so for unchangeable: what an earlier run unpacked into cargo's home, or
+# compiled, would stand for what was packed just now.
+rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/opt-{backend,kernels,core,cli}* target/debug/.fingerprint/opt-*
 no_verify=()
 [ ${#exclude[@]} -eq 0 ] || no_verify=(--no-verify)
 cargo package --workspace --features "$features" ${no_verify[@]+"${no_verify[@]}"} --allow-dirty --quiet
