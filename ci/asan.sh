@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Tests the crates with kernels on host memory under AddressSanitizer. $1: not used (as the other scripts here).
+# Tests the crates with kernels on host memory under AddressSanitizer.
 # The sanitizer is an unstable option of every compiler; RUSTC_BOOTSTRAP opens it to a stable one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=$(rustc -vV | sed -n 's/^host: //p')
 case $host in
-  x86_64-unknown-linux-gnu | aarch64-unknown-linux-gnu | *-apple-darwin) ;;
+  x86_64-unknown-linux-gnu | aarch64-unknown-linux-gnu) ;;
   *)
-    echo "skipped: AddressSanitizer (none for $host)"
+    echo "skipped: AddressSanitizer (not tried on $host)"
     exit 0
     ;;
 esac

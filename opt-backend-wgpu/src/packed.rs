@@ -167,13 +167,13 @@ impl Layout {
             Levels::Table(levels) => (4, Some(levels)),
             _ => return None,
         };
-        let (unit, scales_fit) = unit(&weight.scales);
-        let (zero, zeros_fit) = match &weight.zeros {
-            Zeros::Each(zeros) => (None, zeros.iter().all(|zero| *zero <= 2048)),
-            Zeros::Same(zero) => (Some(*zero), true),
+        let (unit, half) = unit(&weight.scales);
+        // Zero points are at most 256, which f16 holds.
+        let zero = match &weight.zeros {
+            Zeros::Each(_) => None,
+            Zeros::Same(zero) => Some(*zero),
             _ => return None,
         };
-        let half = scales_fit && zeros_fit;
         let words = weight.group * bits / 32;
         let vector = [4, 2].into_iter().find(|vector| words.is_multiple_of(*vector)).unwrap_or(1) as u32;
         Some(Self {

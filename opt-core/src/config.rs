@@ -266,6 +266,25 @@ impl OptConfig {
     }
 }
 
+/// Whether this is the weight of one of the six linears of a decoder layer.
+pub(crate) fn is_linear(name: &str) -> bool {
+    const PARTS: [&str; 6] = [
+        ".self_attn.q_proj.weight",
+        ".self_attn.k_proj.weight",
+        ".self_attn.v_proj.weight",
+        ".self_attn.out_proj.weight",
+        ".fc1.weight",
+        ".fc2.weight",
+    ];
+    name.starts_with("layers.") && PARTS.iter().any(|part| name.ends_with(part))
+}
+
+/// Bytes of a tensor of this shape in memory: matrices in `dtype`, biases and LayerNorms in f32.
+pub(crate) fn held_bytes(shape: &[usize], dtype: DType) -> u64 {
+    let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
+    count.saturating_mul(if shape.len() > 1 { dtype.size() as u64 } else { 4 })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

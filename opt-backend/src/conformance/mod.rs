@@ -125,8 +125,8 @@ impl<B: Backend> Suite<B> {
         self
     }
 
-    /// Sets how close results must be where weights are quantized: [`Tolerance::INT8_ACTIVATIONS`] for a backend that
-    /// quantizes activations too. As for other weights unless said otherwise.
+    /// Sets how close results must be where weights are quantized: [`Tolerance::INT16_ACTIVATIONS`] or
+    /// [`Tolerance::INT8_ACTIVATIONS`] for a backend that quantizes activations too. As for other weights unless said otherwise.
     pub fn quantized_tolerance(mut self, tolerance: Tolerance) -> Self {
         self.quantized = Some(tolerance);
         self

@@ -226,7 +226,7 @@ impl Quantize {
 
         let after = Checkpoint::open(&self.output)?;
         let size = |checkpoint: &Checkpoint| checkpoint.files().map(|(_, bytes)| bytes as u64).sum();
-        let report = Report {
+        let mut report = Report {
             model: path.display().to_string(),
             output: self.output.display().to_string(),
             method: if method == Method::Rtn { "rtn" } else { "gptq" },
@@ -243,13 +243,15 @@ impl Quantize {
                 after: after.weight_bytes(opt_core::DType::F32),
             },
             bits_per_weight: bits_per_weight(&weights),
-            layers: self.errors(&checkpoint, &weights, eval.as_deref(), &calibration, &console)?,
-            eval: eval.map(|ids| self.compare(&path, &ids, &console)).transpose()?,
+            layers: Vec::new(),
+            eval: None,
         };
+        // What is known now stays, should measuring be interrupted.
         let file = self.report.clone().unwrap_or_else(|| self.output.join("report.json"));
-        let json =
-            serde_json::to_string_pretty(&report).map_err(|e| Failure::failed(format!("JSON: {e}")))?;
-        fs::write(&file, json + "\n").map_err(|e| Failure::failed(format!("{}: {e}", file.display())))?;
+        report.save(&file)?;
+        report.layers = self.errors(&checkpoint, &weights, eval.as_deref(), &calibration, &console)?;
+        report.eval = eval.map(|ids| self.compare(&path, &ids, &console)).transpose()?;
+        report.save(&file)?;
         let mut out = Out::new();
         if self.show.json { out.json(&report) } else { out.text(&report.text()) }
     }

@@ -1,8 +1,9 @@
 //! What `opt quantize` tells of its result.
 
-use crate::out::bytes;
+use crate::out::{Failure, bytes};
 use opt_core::quantize::{Comparison, LayerError, QuantSpec};
 use serde::Serialize;
+use std::{fs, path::Path};
 
 /// The report, as report.json has it.
 #[derive(Debug, Serialize)]
@@ -52,6 +53,19 @@ pub(crate) struct CacheLine {
 }
 
 impl Report {
+    /// Writes it under another name and renames it then.
+    pub(crate) fn save(&self, file: &Path) -> Result<(), Failure> {
+        let fail = |e: &dyn std::fmt::Display| Failure::failed(format!("{}: {e}", file.display()));
+        let json = serde_json::to_string_pretty(self).map_err(|e| fail(&e))?;
+        let mut name = file.file_name().unwrap_or_default().to_owned();
+        name.push(".part");
+        let part = file.with_file_name(name);
+        fs::write(&part, json + "\n").and_then(|()| fs::rename(&part, file)).map_err(|e| {
+            let _ = fs::remove_file(&part);
+            fail(&e)
+        })
+    }
+
     /// For people.
     pub(crate) fn text(&self) -> String {
         let Self { spec, method, layout, .. } = self;

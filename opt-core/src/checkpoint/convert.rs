@@ -118,7 +118,8 @@ pub struct Converted {
 ///
 /// # Errors
 /// As [`Checkpoint::open`] and [`Checkpoint::validate`]; [`ErrorKind::Unsupported`] for quantized weights;
-/// [`ErrorKind::Option`] if the output exists or options contradict each other; [`ErrorKind::Io`] if writing fails. Nothing is left behind then.
+/// [`ErrorKind::Option`] if the output exists or options contradict each other; [`ErrorKind::Io`] if writing fails.
+/// Nothing is left behind then.
 pub fn convert(
     input: impl AsRef<Path>,
     output: impl AsRef<Path>,

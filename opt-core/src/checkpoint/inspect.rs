@@ -1,5 +1,8 @@
 use super::{Checkpoint, FileDType, Format};
-use crate::{Result, config::OptConfig};
+use crate::{
+    Result,
+    config::{OptConfig, held_bytes},
+};
 use opt_backend::DType;
 use serde::{Serialize, Serializer};
 use std::path::{Path, PathBuf};
@@ -81,11 +84,7 @@ fn as_text<S: Serializer>(dtype: &DType, serializer: S) -> std::result::Result<S
 impl MemoryNeed {
     /// What a model of this shape takes with weights and KV cache in `dtype`.
     pub fn of(config: &OptConfig, dtype: DType) -> Self {
-        let bytes = |shape: &[usize]| {
-            let numbers = shape.iter().map(|&n| n as u64).product::<u64>();
-            numbers * if shape.len() > 1 { dtype.size() as u64 } else { 4 }
-        };
-        let weights = config.tensor_shapes().iter().map(|(_, shape)| bytes(shape)).sum();
+        let weights = config.tensor_shapes().iter().map(|(_, shape)| held_bytes(shape, dtype)).sum();
         let row = (config.hidden_size * dtype.size()) as u64;
         let cache_per_token = 2 * config.num_hidden_layers as u64 * row;
         let cache_at_full_context = cache_per_token * config.max_position_embeddings as u64;

@@ -168,12 +168,8 @@ impl Checkpoint {
             warnings.push(Warning::Other(message));
         }
         let config = &checkpoint.config;
-        let expected: std::collections::HashSet<String> = config
-            .tensor_shapes()
-            .into_iter()
-            .map(|(name, _)| name)
-            .chain(checkpoint.packed_names())
-            .collect();
+        let expected: std::collections::HashSet<String> =
+            config.tensor_shapes().into_iter().map(|(name, _)| name).chain(packed).collect();
         let tied = |name: &str| config.tie_word_embeddings && name == LM_HEAD;
         let extra = checkpoint.tensors.values().filter(|i| !expected.contains(&i.name) && !tied(&i.name));
         warnings.extend(

@@ -77,13 +77,8 @@ impl Gram {
     /// # Errors
     /// [`ErrorKind::Option`] for another width.
     pub fn energy(&self, weight: ArrayView2<'_, f32>) -> Result<f64> {
-        if weight.ncols() != self.inputs() {
-            let message = format_args!("expected {} inputs, found {}", self.inputs(), weight.ncols());
-            return Err(Error::new(ErrorKind::Option, message));
-        }
-        let product = weight.dot(&self.full());
-        let both = product.iter().zip(weight);
-        Ok(both.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>().max(0.0))
+        self.check(weight)?;
+        Ok(energy(&self.full(), weight))
     }
 
     /// ‖(W - Ŵ) X‖² / ‖W X‖² over the inputs; 0 where both are.
@@ -99,10 +94,26 @@ impl Gram {
             let message = format_args!("expected shape {:?}, found {:?}", weight.dim(), approximate.dim());
             return Err(Error::new(ErrorKind::Option, message));
         }
-        let difference = self.energy((&weight - &approximate).view())?;
-        let whole = self.energy(weight)?;
-        Ok(if difference == 0.0 { 0.0 } else { difference / whole })
+        self.check(weight)?;
+        let full = self.full();
+        let difference = energy(&full, (&weight - &approximate).view());
+        Ok(if difference == 0.0 { 0.0 } else { difference / energy(&full, weight) })
     }
+
+    fn check(&self, weight: ArrayView2<'_, f32>) -> Result<()> {
+        if weight.ncols() == self.inputs() {
+            return Ok(());
+        }
+        let message = format_args!("expected {} inputs, found {}", self.inputs(), weight.ncols());
+        Err(Error::new(ErrorKind::Option, message))
+    }
+}
+
+/// Σ w G wᵀ over the rows w of a weight.
+fn energy(gram: &Array2<f32>, weight: ArrayView2<'_, f32>) -> f64 {
+    let product = weight.dot(gram);
+    let both = product.iter().zip(weight);
+    both.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>().max(0.0)
 }
 
 /// Does `work` to each item, on as many threads as there are cores where there are threads at all.

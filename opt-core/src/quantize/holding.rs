@@ -2,6 +2,7 @@ use super::{QuantSpec, QuantizedWeights};
 use crate::{
     Error, ErrorKind, Result,
     checkpoint::{Checkpoint, Tensor, Weight},
+    config::held_bytes,
 };
 use opt_backend::{DType, quant::Quantized};
 use std::{borrow::Cow, sync::Arc};
@@ -80,10 +81,7 @@ impl Holding {
         }
         match (self.spec.and_then(|spec| spec.of_tensor(name)), shape) {
             (Some(spec), &[out, inputs]) => spec.bytes([out, inputs]),
-            _ => {
-                let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
-                count.saturating_mul(if shape.len() == 2 { self.dtype.size() as u64 } else { 4 })
-            }
+            _ => held_bytes(shape, self.dtype),
         }
     }
 

@@ -1,11 +1,12 @@
 //! Weights in few bits: rounding to nearest, GPTQ, and what they cost in accuracy.
 //!
 //! [`QuantSpec`] says what numbers become. [`Load::quantize`](crate::Load::quantize) rounds while a model is loaded;
-//! `quantize` (feature `quantize` for GPTQ) makes the weights of a whole model once, to be written or run through
-//! [`Load::replace`](crate::Load::replace). [`compare`] and [`layer_errors`] say what was lost.
+//! [`quantize_weights`] (feature `quantize` for GPTQ) makes the weights of a whole model once, to be written
+//! ([`write_quantized`](crate::checkpoint::write_quantized)) or run through [`Load::replace`](crate::Load::replace). [`compare`] and [`layer_errors`] say what was lost.
 
 mod calibration;
 mod compare;
+mod errors;
 mod float4;
 #[cfg(feature = "quantize")]
 mod gptq;
@@ -22,12 +23,12 @@ pub use calibration::calibration_sequences;
 #[cfg(not(target_arch = "wasm32"))]
 pub use compare::compare;
 pub use compare::{Comparison, compare_async};
+pub use errors::{LayerError, layer_errors};
 #[cfg(feature = "quantize")]
 pub use gptq::{GptqOptions, gptq};
 pub use gram::Gram;
 pub(crate) use holding::{Held, Holding};
-pub use model::{LayerError, Method, QuantizeOptions, layer_errors, quantize_weights};
-pub(crate) use spec::is_linear;
+pub use model::{Method, QuantizeOptions, quantize_weights};
 pub use spec::{QuantFormat, QuantSpec, TableFormat};
 pub(crate) use walk::WalkJob;
 #[cfg(feature = "quantize")]

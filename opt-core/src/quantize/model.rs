@@ -10,10 +10,10 @@ use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
     backends::{self, BackendOptions, Chosen},
     checkpoint::Checkpoint,
+    config::is_linear,
     decoder::Reads,
 };
 use opt_backend::MaybeSend;
-use serde::Serialize;
 use std::{collections::BTreeMap, ops::ControlFlow, path::PathBuf, sync::Arc};
 
 /// How codes are chosen.
@@ -87,16 +87,16 @@ impl<'a> QuantizeOptions<'a> {
 }
 
 /// Counts what is done, and ends the work where it is asked to.
-struct Watch<'a> {
-    progress: Option<Box<ProgressFn<'a>>>,
-    cancel: CancelToken,
-    work: &'static str,
-    done: u64,
-    total: u64,
+pub(super) struct Watch<'a> {
+    pub(super) progress: Option<Box<ProgressFn<'a>>>,
+    pub(super) cancel: CancelToken,
+    pub(super) work: &'static str,
+    pub(super) done: u64,
+    pub(super) total: u64,
 }
 
 impl Watch<'_> {
-    fn tick(&mut self, item: &str) -> Result<()> {
+    pub(super) fn tick(&mut self, item: &str) -> Result<()> {
         self.cancel.check(self.work)?;
         let report = Progress::new(item, self.done, self.total);
         self.done += 1;
@@ -171,7 +171,7 @@ pub fn quantize_weights(
                 let message = "GPTQ: expected at least one calibration sequence, found none";
                 return Err(Error::new(ErrorKind::Option, message));
             }
-            let tables: Vec<_> = planned.iter().filter(|(name, ..)| !super::is_linear(name)).collect();
+            let tables: Vec<_> = planned.iter().filter(|(name, ..)| !is_linear(name)).collect();
             let parts: &[&[Reads]] = if options.true_sequential {
                 &LINEARS.each_ref().map(std::slice::from_ref)
             } else {
@@ -206,7 +206,7 @@ pub fn quantize_weights(
     }
 }
 
-fn started(backend: Option<Chosen>) -> Result<Chosen> {
+pub(super) fn started(backend: Option<Chosen>) -> Result<Chosen> {
     match backend {
         Some(backend) => Ok(backend),
         None => backends::choose(backends::NAMES[0], &BackendOptions::default()),
@@ -267,7 +267,7 @@ impl Quantizer<'_, '_> {
         let prefix = format!("layers.{layer}.");
         let shapes = self.checkpoint.config().tensor_shapes();
         let expected: Vec<_> =
-            shapes.iter().filter(|(name, _)| name.starts_with(&prefix) && super::is_linear(name)).collect();
+            shapes.iter().filter(|(name, _)| name.starts_with(&prefix) && is_linear(name)).collect();
         let has = |(name, shape): &&(String, Vec<usize>)| {
             weights.get(name).is_some_and(|weight| weight.shape()[..] == shape[..])
         };
@@ -323,75 +323,8 @@ impl Visitor for Quantizer<'_, '_> {
 }
 
 /// A weight of the checkpoint, of whatever shape the config gives it.
-fn read<'a>(checkpoint: &'a Checkpoint, name: &str) -> Result<crate::checkpoint::Tensor<'a>> {
+pub(super) fn read<'a>(checkpoint: &'a Checkpoint, name: &str) -> Result<crate::checkpoint::Tensor<'a>> {
     let shapes = checkpoint.config().tensor_shapes();
     let shape = shapes.into_iter().find(|(n, _)| n == name).map(|(_, shape)| shape).unwrap_or_default();
     checkpoint.tensor(name, &shape)
-}
-
-/// How far the outputs of one linear are off.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct LayerError {
-    /// The weight's canonical name.
-    pub tensor: String,
-    /// ‖W x - Ŵ x‖² / ‖W x‖², both summed over the inputs.
-    pub relative_error: f64,
-}
-
-/// The relative error of each quantized linear of the decoder layers, on the inputs that it reads in the model as the
-/// checkpoint has it; in the order of the model.
-///
-/// # Errors
-/// As [`quantize_weights`].
-pub fn layer_errors(
-    checkpoint: &Checkpoint,
-    weights: &QuantizedWeights,
-    sequences: &[Vec<u32>],
-    backend: Option<Chosen>,
-    cancel: &CancelToken,
-) -> Result<Vec<LayerError>> {
-    let watch = Watch { progress: None, cancel: cancel.clone(), work: "measuring errors", done: 0, total: 0 };
-    let mut visitor = Measurer { checkpoint, weights, watch, errors: Vec::new() };
-    let parts: &[&[Reads]] = &[&super::walk::LINEARS];
-    let mut job = WalkJob { checkpoint, sequences, parts, outside: Arc::default(), visitor: &mut visitor };
-    started(backend)?.0.walk(&mut job)?;
-    Ok(visitor.errors)
-}
-
-struct Measurer<'a> {
-    checkpoint: &'a Checkpoint,
-    weights: &'a QuantizedWeights,
-    watch: Watch<'static>,
-    errors: Vec<LayerError>,
-}
-
-impl Visitor for Measurer<'_> {
-    fn finished(&mut self, _: usize) -> Result<Option<QuantizedWeights>> {
-        Ok(None)
-    }
-
-    fn visit(&mut self, layer: usize, inputs: &BTreeMap<Reads, Gram>) -> Result<QuantizedWeights> {
-        for (reads, gram) in inputs {
-            for name in names(layer, *reads) {
-                let Some(quantized) = self.weights.get(&name) else { continue };
-                self.watch.tick(&name)?;
-                let weight = read(self.checkpoint, &name)?;
-                let weight = weight.matrix()?.to_f32();
-                let relative_error = gram
-                    .relative_error(weight.view(), quantized.dequantize().view())
-                    .map_err(|e| e.at(format_args!("tensor {name}")))?;
-                self.errors.push(LayerError { tensor: name, relative_error });
-            }
-        }
-        Ok(QuantizedWeights::new())
-    }
-
-    fn done(&mut self, _: usize, _: &QuantizedWeights) -> Result<()> {
-        Ok(())
-    }
-
-    fn tick(&mut self) -> Result<()> {
-        self.watch.tick("")
-    }
 }

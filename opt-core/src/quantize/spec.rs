@@ -1,5 +1,8 @@
 use super::{float4, round};
-use crate::{Error, ErrorKind, Result, config::OptConfig};
+use crate::{
+    Error, ErrorKind, Result,
+    config::{OptConfig, is_linear},
+};
 use opt_backend::{HostMatrix, quant::Quantized};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
@@ -300,17 +303,4 @@ impl QuantSpec {
         let zeros = if self.zero_points { packed(scales) } else { 0 };
         packed(out.saturating_mul(inputs)) + scale_bytes + zeros
     }
-}
-
-/// Whether this is the weight of one of the six linears of a decoder layer.
-pub(crate) fn is_linear(name: &str) -> bool {
-    const PARTS: [&str; 6] = [
-        ".self_attn.q_proj.weight",
-        ".self_attn.k_proj.weight",
-        ".self_attn.v_proj.weight",
-        ".self_attn.out_proj.weight",
-        ".fc1.weight",
-        ".fc2.weight",
-    ];
-    name.starts_with("layers.") && PARTS.iter().any(|part| name.ends_with(part))
 }

@@ -150,19 +150,6 @@ impl Codes {
         self.order.as_deref()
     }
 
-    /// Bytes held.
-    pub fn held_bytes(&self) -> usize {
-        let scales = match &self.scales {
-            Scales::Half(scales) => 2 * scales.as_slice().len(),
-            Scales::Single(scales) => 4 * scales.as_slice().len(),
-        };
-        let zeros = match &self.zeros {
-            Offsets::Same(_) => 0,
-            Offsets::Each(zeros) => 2 * zeros.as_slice().len(),
-        };
-        self.codes.as_slice().len() + scales + zeros
-    }
-
     /// The codes of a panel.
     #[inline(always)]
     pub(super) fn panel(&self, panel: usize) -> &[u8] {

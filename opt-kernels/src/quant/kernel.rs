@@ -21,6 +21,8 @@ use opt_backend::Result;
 const TASK_BYTES: usize = 48 << 10;
 /// Rows that a task handles at most: their codes should stay in the second cache.
 const ROW_GROUP: usize = 192;
+/// Bytes between the codes that are multiplied and those that are asked for, when each is used once.
+const AHEAD: usize = 2048;
 /// Rows from which on it pays to unpack a panel first.
 const UNPACK: usize = 12;
 
@@ -155,8 +157,9 @@ impl Block<'_> {
 
     #[inline(always)]
     fn panel_of<S: Simd, const M: usize>(&self, s: S, form: Form, panel: usize, codes: &[u8]) {
+        // Known when this is compiled: a level has code for its own tiles only.
         if !S::INT_TILES.contains(&M) {
-            return;
+            unreachable!("a tile of {M} rows");
         }
         match form {
             Form::Bytes => self.panel::<S, M, { Form::Bytes as u8 }>(s, panel, codes),
@@ -249,53 +252,27 @@ impl Block<'_> {
                             *dots = dots.map(|dot| s.add_int(dot, zero));
                         }
                     }
-                    if packed {
-                        for _ in 0..RUN / 8 {
-                            if M <= 2 {
-                                s.prefetch(codes.wrapping_add(AHEAD));
-                                s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
-                            }
-                            let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
-                            let mut low = both.map(|b| s.low_nibbles(b));
-                            let mut high = both.map(|b| s.high_nibbles(b));
-                            if FORM == Form::Table as u8 {
-                                low = low.map(|b| s.lookup_bytes(&table, b));
-                                high = high.map(|b| s.lookup_bytes(&table, b));
-                            }
-                            for (half, quad) in [(low, 0), (high, M)] {
-                                for (r, dots) in dots.iter_mut().enumerate() {
-                                    let x = s.splat_quad(x.add(4 * (quad + r)));
-                                    for (dot, half) in dots.iter_mut().zip(half) {
-                                        *dot = if bytes {
-                                            s.dot_bytes(*dot, half, x)
-                                        } else {
-                                            s.dot_nibbles(*dot, half, x)
-                                        };
-                                    }
-                                }
-                            }
-                            x = x.add(8 * M);
-                            codes = codes.add(4 * width);
+                    // Two quads to a load where two codes share a byte.
+                    let quads = if packed { 2 } else { 1 };
+                    for _ in 0..RUN / (4 * quads) {
+                        if M <= 2 {
+                            s.prefetch(codes.wrapping_add(AHEAD));
+                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
                         }
-                    } else {
-                        for _ in 0..RUN / 4 {
-                            if M <= 2 {
-                                s.prefetch(codes.wrapping_add(AHEAD));
-                                s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
-                            }
-                            let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
-                            for (r, dots) in dots.iter_mut().enumerate() {
-                                let x = s.splat_quad(x.add(4 * r));
-                                for (dot, half) in dots.iter_mut().zip(both) {
-                                    *dot = if bytes {
-                                        s.dot_bytes(*dot, half, x)
-                                    } else {
-                                        s.dot_nibbles(*dot, half, x)
-                                    };
+                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
+                        codes = codes.add(4 * width);
+                        if packed {
+                            let halves = [both.map(|b| s.low_nibbles(b)), both.map(|b| s.high_nibbles(b))];
+                            for mut half in halves {
+                                if FORM == Form::Table as u8 {
+                                    half = half.map(|b| s.lookup_bytes(&table, b));
                                 }
+                                add_quad::<S, M>(s, &mut dots, half, x, bytes);
+                                x = x.add(4 * M);
                             }
+                        } else {
+                            add_quad::<S, M>(s, &mut dots, both, x, bytes);
                             x = x.add(4 * M);
-                            codes = codes.add(4 * width);
                         }
                     }
                 }
@@ -344,5 +321,23 @@ impl Block<'_> {
     }
 }
 
-/// Bytes between the codes that are multiplied and those that are asked for.
-const AHEAD: usize = 2048;
+/// Adds the products of one quad of codes of two vectors, which are `bytes` or below 16, and of each of `M` rows.
+///
+/// # Safety
+/// `x` has a quad of each row.
+#[inline(always)]
+unsafe fn add_quad<S: Simd, const M: usize>(
+    s: S,
+    dots: &mut [[S::I; 2]; M],
+    codes: [S::B; 2],
+    x: *const i8,
+    bytes: bool,
+) {
+    for (r, dots) in dots.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = unsafe { s.splat_quad(x.add(4 * r)) };
+        for (dot, codes) in dots.iter_mut().zip(codes) {
+            *dot = if bytes { s.dot_bytes(*dot, codes, x) } else { s.dot_nibbles(*dot, codes, x) };
+        }
+    }
+}

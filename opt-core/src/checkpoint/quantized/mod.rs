@@ -21,7 +21,7 @@ use super::{
     entry::{fail, shown},
     files, names,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, config::held_bytes};
 use opt_backend::{DType, quant::Quantized};
 use part::{Part, Parts};
 use serde_json::Value;
@@ -70,7 +70,7 @@ impl fmt::Display for Quantization {
             Scheme::BitsAndBytes(bnb) => {
                 write!(f, "bitsandbytes, {} bits", if bnb.eight_bits { 8 } else { 4 })
             }
-            Scheme::Native(_) => f.write_str("opt-rs"),
+            Scheme::Native(native) => native.fmt(f),
         }
     }
 }
@@ -209,11 +209,7 @@ impl Checkpoint {
     /// biases and LayerNorms in f32.
     pub fn weight_bytes(&self, dtype: DType) -> u64 {
         let bytes = |(name, shape): (String, Vec<usize>)| {
-            if let Some(bytes) = self.packed_bytes(&name, &shape) {
-                return bytes;
-            }
-            let count = shape.iter().fold(1u64, |count, n| count.saturating_mul(*n as u64));
-            count.saturating_mul(if shape.len() > 1 { dtype.size() as u64 } else { 4 })
+            self.packed_bytes(&name, &shape).unwrap_or_else(|| held_bytes(&shape, dtype))
         };
         self.config.tensor_shapes().into_iter().map(bytes).fold(0, u64::saturating_add)
     }

@@ -15,12 +15,12 @@ use super::{
     bits::{Nibbles, pack_nibbles, unpack_nibbles},
     part::{Part, Parts, collapse, int},
 };
-use crate::{Error, ErrorKind, Result, checkpoint::FileDType};
+use crate::{Error, ErrorKind, Result, checkpoint::FileDType, config::is_linear};
 use ndarray::Array2;
 use opt_backend::quant::{FP4, Groups, Levels, NF4, Quantized, Zeros};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 /// The number of this layout in a configuration.
 pub(super) const VERSION: u64 = 1;
@@ -108,12 +108,35 @@ pub(super) struct Native {
     weights: BTreeMap<String, Description>,
 }
 
+impl fmt::Display for Native {
+    /// The linears' form where all have one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("opt-rs")?;
+        let linears = || self.weights.iter().filter(|(name, _)| is_linear(name)).map(|(_, linear)| linear);
+        let Some(first) = linears().next() else { return Ok(()) };
+        if linears().any(|other| (other.bits, &other.levels) != (first.bits, &first.levels)) {
+            return f.write_str(", several formats");
+        }
+        match &first.levels {
+            Named::Name(name) if name == "integers" => write!(f, ", {} bits", first.bits)?,
+            Named::Name(name) => write!(f, ", {name}")?,
+            Named::Table(_) => f.write_str(", 16 levels")?,
+        }
+        match first.group_size {
+            Some(size) if linears().all(|other| other.group_size == Some(size)) => {
+                write!(f, ", groups of {size}")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Native {
     pub(super) fn parse(config: &Value) -> Result<Self> {
         int(config, "version", &[VERSION])?;
         let weights = config.get("weights").cloned().unwrap_or_default();
-        let weights: BTreeMap<String, Description> = serde_json::from_value(weights)
-            .map_err(|e| crate::checkpoint::json::error("weights", &e).at("quantization_config"))?;
+        let weights: BTreeMap<String, Description> =
+            serde_json::from_value(weights).map_err(|e| crate::checkpoint::json::error("weights", &e))?;
         for (name, description) in &weights {
             description.check().map_err(|e| e.at(crate::checkpoint::entry::shown(name)))?;
         }

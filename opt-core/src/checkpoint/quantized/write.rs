@@ -11,7 +11,7 @@ use crate::{
         write::safetensors_header,
         zip::cannot_write,
     },
-    config::OptConfig,
+    config::{OptConfig, is_linear},
 };
 use opt_backend::quant::Quantized;
 use serde_json::{Map, Value};
@@ -43,12 +43,12 @@ impl QuantLayout {
     ///
     /// # Errors
     /// [`ErrorKind::Option`] naming the first that cannot.
-    pub fn check(self, config: &crate::config::OptConfig) -> Result<()> {
+    pub fn check(self, config: &OptConfig) -> Result<()> {
         if self != QuantLayout::Gptq {
             return Ok(());
         }
         for (name, shape) in config.tensor_shapes() {
-            if let (true, &[out, input]) = (crate::quantize::is_linear(&name), &shape[..])
+            if let (true, &[out, input]) = (is_linear(&name), &shape[..])
                 && let Some(message) = super::gptq::Gptq::misfit([out, input])
             {
                 return Err(Error::new(ErrorKind::Option, message).at(format_args!("tensor {name}")));
