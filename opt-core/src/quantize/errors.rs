@@ -23,7 +23,7 @@ pub struct LayerError {
 /// checkpoint has it; in the order of the model.
 ///
 /// # Errors
-/// As [`quantize_weights`].
+/// As [`super::quantize_weights`].
 pub fn layer_errors(
     checkpoint: &Checkpoint,
     weights: &QuantizedWeights,
