@@ -14,7 +14,9 @@ trap 'rm -rf "$log"' EXIT
 ci=${CI:-}
 msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
-step() { printf '\n== %s (%d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
+step() {
+  printf '\n== %s (%d:%02d, %s free)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)) "$(df -h . | awk 'END { print $4 }')"
+}
 skip() {
   printf 'skipped: %s\n' "$*"
   if [ -n "$ci" ]; then
@@ -48,6 +50,8 @@ if [ -n "$ci" ]; then
     { apt-get update -qq && apt-get install -y -qq mesa-vulkan-drivers libvulkan1; }
   # A device that is not there is then a failed test, not a skipped one.
   export OPT_REQUIRE_BACKENDS=1
+  # Nothing is built a second time here, so what would make that faster only takes space: a quarter of all.
+  export CARGO_INCREMENTAL=0
 fi
 if libtorch=$(ci/libtorch.sh ${ci:+--install} 2>"$log/libtorch"); then
   eval "$libtorch"
@@ -129,17 +133,18 @@ for backend in cpu tch candle wgpu; do
 done
 
 # Scripts of their own: they install what they need in CI, and elsewhere say on a line what they leave out and why.
-beside() { # NAME
+beside() { # NAME TARGET_FOLDER
   logged "$1" "ci/$1.sh" "$msrv"
+  [ -z "$ci" ] || rm -rf "target/$2"
   local left_out
   while read -r left_out; do skip "${left_out#skipped: }"; done < <(grep '^skipped: ' "$log/$1" || true)
 }
 step "64-bit ARM: the embedded backend, emulated"
-beside arm
+beside arm aarch64
 step "AddressSanitizer: the crates with kernels on host memory"
-beside asan
+beside asan asan
 step "browsers: wasm32, and opt-novels on WebGPU in Chromium"
-beside wasm
+beside wasm wasm
 
 step "packaging"
 # All crates, since opt-core names them all; without LibTorch what is packed cannot be compiled.

@@ -32,7 +32,7 @@ if [ "${1:-}" = --install ] && [ ! -e "$venv/installed" ]; then
   fi
   rm -rf "$venv"
   python3 -m venv "$venv" >&2
-  "$venv/bin/pip" install --quiet --disable-pip-version-check "torch==$version" numpy >&2
+  "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "torch==$version" numpy >&2
   touch "$venv/installed"
 fi
 
