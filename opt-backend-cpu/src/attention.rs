@@ -119,7 +119,7 @@ impl Heads<'_> {
                 // SAFETY: the queries' rows have head_dim elements from here on, keys are [head_dim, BLOCK], scores
                 // [M, stride], and columns end within the block.
                 unsafe {
-                    let a = Apart::<M>::new(queries.as_ptr(), width, rows.len());
+                    let a = Apart::<_, M>::new(queries.as_ptr(), width, rows.len());
                     let b = At { start: keys.as_ptr().add(column), stride: BLOCK };
                     let out = At { start: scores.as_mut_ptr().add(i * BLOCK + column), stride };
                     tile::<S, f32, _, M, 2>(s, head_dim, a, b, out, false, 0);
@@ -137,7 +137,7 @@ impl Heads<'_> {
                 // SAFETY: scores are [M, stride], values [BLOCK, value_stride], mixed [M, value_stride]; the
                 // columns end within value_stride, a multiple of LANES.
                 unsafe {
-                    let a = Apart::<M>::new(scores.as_ptr().add(i * BLOCK), stride, M);
+                    let a = Apart::<_, M>::new(scores.as_ptr().add(i * BLOCK), stride, M);
                     let b = At { start: values.as_ptr().add(column), stride: value_stride };
                     let out = At { start: mixed.as_mut_ptr().add(column), stride: value_stride };
                     if column + 2 * S::LANES <= value_stride {

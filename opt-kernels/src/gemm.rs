@@ -12,13 +12,13 @@ use crate::{
     Machine,
     memory::{Aligned, Shared},
     output::{Output, Product, TILE},
-    pack::{Source, for_each_packed},
-    simd::{Kernel, Simd, Weight},
+    pack::{Packed, Source, for_each_packed},
+    simd::{Factor, Kernel, Simd, Weight},
     tile::{Apart, At, Woven, tile},
 };
 use opt_backend::Result;
 
-/// Depth of a block: this many rows of a panel of f32 are 32 KiB with AVX-512, and fit the first cache.
+/// Depth of a block: this many places of a panel of f32 or pairs are 32 KiB with AVX-512, and fit the first cache.
 pub(crate) const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
@@ -41,6 +41,26 @@ pub(crate) unsafe fn multiply(
     [rows, depth]: [usize; 2],
     products: &[&Product<'_>],
 ) -> Result<()> {
+    let products: Vec<_> = products.iter().map(|product| (*product, product.weights)).collect();
+    let level = machine.level;
+    let run = |task: Task<'_, f32>, weights: &Packed| {
+        for_each_packed!(weights, weights => level.run(Block { task, weights }));
+    };
+    // SAFETY: the caller's promise.
+    unsafe { multiply_by(machine, x, [rows, depth], &products, run) }
+}
+
+/// Hands the products of `x`, `[rows, depth]`, and weights of `depth` places out to `run` in one parallel region.
+///
+/// # Safety
+/// As that of [`multiply`], where `run` runs the [`Block`] it is given.
+pub(crate) unsafe fn multiply_by<X: Factor, W: Copy + Sync>(
+    machine: Machine<'_>,
+    x: &[X],
+    [rows, depth]: [usize; 2],
+    products: &[(&Product<'_>, W)],
+    run: impl Fn(Task<'_, X>, W) + Sync,
+) -> Result<()> {
     let Machine { pool, level, .. } = machine;
     let sizes = level.sizes();
     let woven = if rows > sizes.few { Some(weave(machine, x, [rows, depth])?) } else { None };
@@ -48,26 +68,24 @@ pub(crate) unsafe fn multiply(
     let groups = if woven.is_some() { rows.div_ceil(ROW_GROUP) } else { 1 };
     let group_rows = rows.div_ceil(groups).next_multiple_of(if woven.is_some() { sizes.rows } else { 1 });
     // Panels a task: enough tasks to even out threads that are slowed down, none too small.
-    let panels: usize = products.iter().map(|p| p.weights.panels()).sum();
-    let bytes = products.iter().map(|p| p.weights.panel_bytes()).max().unwrap_or(0).max(1);
+    let panels: usize = products.iter().map(|(p, _)| p.weights.panels()).sum();
+    let bytes = products.iter().map(|(p, _)| p.weights.panel_bytes()).max().unwrap_or(0).max(1);
     let share = panels / (pool.threads() * 8);
     let share = if woven.is_some() { share.clamp(1, PANELS) } else { share.max(TASK_BYTES / bytes).max(1) };
     let tasks: Vec<(usize, usize, usize)> = (0..groups)
         .flat_map(|group| {
-            products.iter().enumerate().flat_map(move |(i, product)| {
+            products.iter().enumerate().flat_map(move |(i, (product, _))| {
                 (0..product.weights.panels()).step_by(share).map(move |first| (group, i, first))
             })
         })
         .collect();
     let body = |task: usize| {
         let (group, i, first) = tasks[task];
-        let product = products[i];
+        let (product, weights) = products[i];
         let output = Output { product, outputs: product.weights.shape()[0], level };
         let row_range = group * group_rows..rows.min((group + 1) * group_rows);
-        for_each_packed!(product.weights, weights => {
-            let panels = first..weights.count().min(first + share);
-            level.run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, output })
-        });
+        let panels = first..product.weights.panels().min(first + share);
+        run(Task { x, woven: woven.as_ref(), rows, row_range, depth, panels, output }, weights);
     };
     // A region costs more than a product this small.
     if rows * depth * panels < 1 << 12 {
@@ -79,11 +97,11 @@ pub(crate) unsafe fn multiply(
 
 /// Interleaves rows by tiles: for each block of [`DEPTH`], for each tile, `[block depth, tile rows]`. Missing rows of
 /// the last tile are zeros.
-fn weave(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Aligned<f32>> {
+fn weave<X: Factor>(machine: Machine<'_>, x: &[X], [rows, depth]: [usize; 2]) -> Result<Aligned<X>> {
     let Machine { pool, guards, level, .. } = machine;
     let tile_rows = level.sizes().rows;
     let tiles = rows.div_ceil(tile_rows);
-    let mut woven = Aligned::<f32>::zeroed(guards, tiles * tile_rows * depth, "linear")?;
+    let mut woven = Aligned::<X>::zeroed(guards, tiles * tile_rows * depth, "linear")?;
     let target = Shared(woven.as_mut_slice().as_mut_ptr());
     pool.run(tiles, &|t| {
         let first = t * tile_rows;
@@ -106,44 +124,51 @@ fn weave(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<A
 }
 
 /// Some panels times some rows.
-struct Block<'a, P: Source> {
-    x: &'a [f32],
-    woven: Option<&'a Aligned<f32>>,
+pub(crate) struct Task<'a, X: Factor> {
+    x: &'a [X],
+    woven: Option<&'a Aligned<X>>,
     rows: usize,
     row_range: std::ops::Range<usize>,
     depth: usize,
-    weights: &'a P,
     panels: std::ops::Range<usize>,
     output: Output<'a>,
 }
+
+/// A task and the weights whose panels it is about.
+pub(crate) struct Block<'a, P: Source> {
+    pub(crate) task: Task<'a, FactorOf<P>>,
+    pub(crate) weights: &'a P,
+}
+
+type FactorOf<P> = <<P as Source>::Element as Weight>::Factor;
 
 impl<P: Source> Kernel for Block<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if self.depth == 0 {
-            for panel in self.panels.clone() {
+        if self.task.depth == 0 {
+            for panel in self.task.panels.clone() {
                 // SAFETY: as in `few`.
                 unsafe {
-                    for row in self.row_range.clone() {
-                        let (out, columns) = self.output.target(s, row, panel);
+                    for row in self.task.row_range.clone() {
+                        let (out, columns) = self.task.output.target(s, row, panel);
                         for column in 0..columns {
                             *out.add(column) = 0.0;
                         }
                     }
-                    self.output.finish(s, self.row_range.clone(), panel);
+                    self.task.output.finish(s, self.task.row_range.clone(), panel);
                 }
             }
             return;
         }
-        match self.woven {
+        match self.task.woven {
             Some(woven) if S::ROWS == 12 => self.many::<S, 12>(s, woven.as_slice()),
             Some(woven) => self.many::<S, 6>(s, woven.as_slice()),
-            None => match self.rows {
+            None => match self.task.rows {
                 1 => self.few::<S, 1>(s),
                 2 => self.few::<S, 2>(s),
-                _ if S::FEW == 4 || self.rows <= 4 => self.few::<S, 4>(s),
+                _ if S::FEW == 4 || self.task.rows <= 4 => self.few::<S, 4>(s),
                 _ => self.few::<S, 8>(s),
             },
         }
@@ -157,13 +182,14 @@ impl<P: Source> Block<'_, P> {
         let width = 2 * S::LANES;
         let mut sums = [0.0_f32; TILE];
         let mut wide = Wide::new();
-        for panel in self.panels.clone() {
+        for panel in self.task.panels.clone() {
             let mut start = 0;
-            while start < self.depth {
-                let block = DEPTH.min(self.depth - start);
+            while start < self.task.depth {
+                let block = DEPTH.min(self.task.depth - start);
                 // SAFETY: x has `rows` rows of `depth`, the panel `depth` rows of two vectors, `sums` at least M.
                 unsafe {
-                    let a = Apart::<M>::new(self.x.as_ptr().add(start), self.depth, self.rows);
+                    let a =
+                        Apart::<_, M>::new(self.task.x.as_ptr().add(start), self.task.depth, self.task.rows);
                     let out = At { start: sums.as_mut_ptr(), stride: width };
                     match self.weights.elements(panel, start) {
                         Some(elements) => {
@@ -174,7 +200,7 @@ impl<P: Source> Block<'_, P> {
                         None => {
                             self.weights.widen(s, panel, start, block, &mut wide);
                             let b = At { start: wide.0.as_ptr(), stride: width };
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
                         }
                     }
                 }
@@ -182,27 +208,27 @@ impl<P: Source> Block<'_, P> {
             }
             // SAFETY: each row and column of this panel belongs to this task alone.
             unsafe {
-                self.output.copy_out(s, &sums, 0..self.rows, panel);
-                self.output.finish(s, 0..self.rows, panel);
+                self.task.output.copy_out(s, &sums, 0..self.task.rows, panel);
+                self.task.output.finish(s, 0..self.task.rows, panel);
             }
         }
     }
 
     /// Woven rows: block by block, so that panel block and woven block stay in their caches.
     #[inline(always)]
-    fn many<S: Simd, const M: usize>(&self, s: S, woven: &[f32]) {
+    fn many<S: Simd, const M: usize>(&self, s: S, woven: &[FactorOf<P>]) {
         let width = 2 * S::LANES;
-        let padded = self.rows.next_multiple_of(M);
+        let padded = self.task.rows.next_multiple_of(M);
         let mut sums = [0.0_f32; TILE];
         let mut wide = Wide::new();
         let mut start = 0;
-        while start < self.depth {
-            let block = DEPTH.min(self.depth - start);
-            let last = start + block == self.depth;
-            for panel in self.panels.clone() {
-                // What is not f32 is widened once for all rows.
-                let elements: *const f32 = match self.weights.elements(panel, start) {
-                    Some(elements) if P::Element::IS_F32 => elements.cast(),
+        while start < self.task.depth {
+            let block = DEPTH.min(self.task.depth - start);
+            let last = start + block == self.task.depth;
+            for panel in self.task.panels.clone() {
+                // What is no factor is widened once for all rows.
+                let elements: *const FactorOf<P> = match self.weights.elements(panel, start) {
+                    Some(elements) if P::Element::IS_FACTOR => elements.cast(),
                     _ => {
                         // SAFETY: the panel has the places start..start + block, at most DEPTH.
                         unsafe { self.weights.widen(s, panel, start, block, &mut wide) };
@@ -212,13 +238,13 @@ impl<P: Source> Block<'_, P> {
                 // While this block is multiplied, the next one is fetched, some lines with each tile.
                 let next = self.next_block(panel, start, block);
                 let lines = self.weights.bytes(block) / 64;
-                let tiles = self.row_range.len().div_ceil(M);
-                let full_width = (panel + 1) * width <= self.output.outputs;
-                for (i, row) in self.row_range.clone().step_by(M).enumerate() {
+                let tiles = self.task.row_range.len().div_ceil(M);
+                let full_width = (panel + 1) * width <= self.task.output.outputs;
+                for (i, row) in self.task.row_range.clone().step_by(M).enumerate() {
                     for line in lines * i / tiles..lines * (i + 1) / tiles {
                         s.prefetch_far(next.wrapping_byte_add(line * 64));
                     }
-                    let rows = row..self.row_range.end.min(row + M);
+                    let rows = row..self.task.row_range.end.min(row + M);
                     // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this
                     // panel exist and belong to this task alone. A tile that reaches past them goes by way of `sums`.
                     unsafe {
@@ -226,20 +252,20 @@ impl<P: Source> Block<'_, P> {
                         let b = At { start: elements, stride: width };
                         if rows.len() == M && full_width {
                             let out = At {
-                                start: self.output.target(s, row, panel).0,
-                                stride: self.output.outputs,
+                                start: self.task.output.target(s, row, panel).0,
+                                stride: self.task.output.outputs,
                             };
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
                         } else {
                             let out = At { start: sums.as_mut_ptr(), stride: width };
                             if start > 0 {
-                                self.output.copy_in(s, &mut sums, rows.clone(), panel);
+                                self.task.output.copy_in(s, &mut sums, rows.clone(), panel);
                             }
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
-                            self.output.copy_out(s, &sums, rows.clone(), panel);
+                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            self.task.output.copy_out(s, &sums, rows.clone(), panel);
                         }
                         if last {
-                            self.output.finish(s, rows, panel);
+                            self.task.output.finish(s, rows, panel);
                         }
                     }
                 }
@@ -251,19 +277,22 @@ impl<P: Source> Block<'_, P> {
     /// The block that `many` comes to after this one; any address will do where there is none.
     #[inline(always)]
     fn next_block(&self, panel: usize, start: usize, block: usize) -> *const u8 {
-        let (panel, start) =
-            if panel + 1 < self.panels.end { (panel + 1, start) } else { (self.panels.start, start + block) };
+        let (panel, start) = if panel + 1 < self.task.panels.end {
+            (panel + 1, start)
+        } else {
+            (self.task.panels.start, start + block)
+        };
         self.weights.address(panel, start)
     }
 }
 
 /// A widened panel block; aligned, so that no load straddles two cache lines.
 #[repr(align(64))]
-pub struct Wide(pub(crate) [f32; DEPTH * 32]);
+pub struct Wide<X>(pub(crate) [X; DEPTH * 32]);
 
-impl Wide {
+impl<X: Factor> Wide<X> {
     #[inline(always)]
     fn new() -> Self {
-        Self([0.0; DEPTH * 32])
+        Self([X::default(); DEPTH * 32])
     }
 }

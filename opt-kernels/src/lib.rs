@@ -9,7 +9,8 @@
 //! | [`simd`] | vector types per instruction set, exponential and activations |
 //! | [`pool`] | threads, parallel regions |
 //! | [`memory`], [`pack`] | aligned buffers, weights as column panels |
-//! | [`tile`], `gemm` | the register tile, products in f32 |
+//! | [`tile`], `gemm` | the register tile, products of rows and panels |
+//! | `pairs` | products with weights and activations of bf16 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
 //! | [`host`], [`rows`] | quantized weights of backends whose tensors belong to a library: in main memory, on its devices |
@@ -22,6 +23,7 @@ pub mod host;
 pub mod memory;
 pub mod output;
 pub mod pack;
+mod pairs;
 pub mod pool;
 pub mod product;
 pub mod quant;
@@ -40,6 +42,6 @@ pub struct Machine<'a> {
     pub guards: &'a memory::Guards,
     /// The instruction set.
     pub level: simd::SimdLevel,
-    /// How products with quantized weights are computed.
+    /// How products with quantized weights and those of bf16 are computed.
     pub compute: Compute,
 }

@@ -4,13 +4,16 @@
 //! kernel streams memory from first to last byte whether it computes one row (decode) or hundreds (prefill). Packing
 //! happens once, panel by panel from the caller's view: no second copy of the matrix exists at any time. Outputs past
 //! the last are zeros.
+//!
+//! Where the level has dot products of bf16, these lie in pairs, `[in / 2, width, 2]`: a place of a panel is then a pair
+//! of inputs, the last of which may be missing and is 0.
 
 use crate::{
     Machine,
     gemm::Wide,
     memory::{Aligned, Shared},
     quant::Codes,
-    simd::{Simd, Weight},
+    simd::{Pair, Simd, Stored, Weight},
 };
 use half::{bf16, f16};
 use opt_backend::{DType, Error, ErrorKind, HostMatrix, Result, quant::Quantized};
@@ -27,28 +30,38 @@ pub trait Source: Sync {
     fn address(&self, panel: usize, start: usize) -> *const u8;
     /// The elements of a panel from place `start` on, `[places, width]`, if they can be loaded as they lie.
     fn elements(&self, panel: usize, start: usize) -> Option<*const Self::Element>;
-    /// Writes the places `start..start + block` of a panel as f32, `[block, width]`.
+    /// Writes the places `start..start + block` of a panel as factors, `[block, width]`.
     ///
     /// # Safety
-    /// The panel has these places, no more than `wide` has room for, and `S` is the level it was packed for.
-    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide);
+    /// The panel has these places, `start` is a multiple of [`DEPTH`](crate::gemm::DEPTH) and `block` no more than
+    /// that, and `S` is the level it was packed for.
+    unsafe fn widen<S: Simd>(
+        &self,
+        s: S,
+        panel: usize,
+        start: usize,
+        block: usize,
+        wide: &mut Wide<<Self::Element as Weight>::Factor>,
+    );
 }
 
 /// A packed matrix of one element type.
-pub struct Panels<W: Weight> {
+pub struct Panels<W: Stored> {
+    /// `[panel, places, width]`
     data: Aligned<W>,
     outputs: usize,
     depth: usize,
+    places: usize,
     width: usize,
 }
 
-impl<W: Weight> Panels<W> {
+impl<W: Stored> Panels<W> {
     fn new(machine: Machine<'_>, weight: HostMatrix<'_>, what: &'static str) -> Result<Self> {
         let Machine { pool, guards, level, .. } = machine;
         let width = level.sizes().panel;
         let [outputs, depth] = weight.shape();
-        let panels = outputs.div_ceil(width);
-        let size = panels.checked_mul(width).and_then(|n| n.checked_mul(depth));
+        let (panels, places) = (outputs.div_ceil(width), depth.div_ceil(W::INPUTS));
+        let size = panels.checked_mul(width).and_then(|n| n.checked_mul(places));
         let size = size.ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
         let mut data = Aligned::<W>::zeroed(guards, size, what)?;
         let target = Shared(data.as_mut_slice().as_mut_ptr());
@@ -57,38 +70,38 @@ impl<W: Weight> Panels<W> {
             let mut row = vec![0.0; depth];
             for (column, j) in rows.enumerate() {
                 weight.row_f32(j, &mut row);
-                for (k, &x) in row.iter().enumerate() {
-                    // SAFETY: within this task's own panel of depth * width elements.
-                    unsafe { *target.at((panel * depth + k) * width + column) = W::from_f32(x) };
+                for (k, numbers) in row.chunks(W::INPUTS).enumerate() {
+                    // SAFETY: within this task's own panel of places * width elements.
+                    unsafe { *target.at((panel * places + k) * width + column) = W::pack(numbers) };
                 }
             }
         })?;
-        Ok(Self { data, outputs, depth, width })
+        Ok(Self { data, outputs, depth, places, width })
     }
 
-    /// The elements of panel `panel`, `[depth, width]`.
+    /// The elements of panel `panel`, `[places, width]`.
     pub fn panel(&self, panel: usize) -> &[W] {
-        let size = self.depth * self.width;
+        let size = self.places * self.width;
         &self.data.as_slice()[panel * size..(panel + 1) * size]
     }
 
-    fn shape(&self) -> [usize; 2] {
+    pub(crate) fn shape(&self) -> [usize; 2] {
         [self.outputs, self.depth]
     }
 
-    fn places(&self) -> usize {
-        self.depth
+    pub(crate) fn places(&self) -> usize {
+        self.places
     }
 
     /// Writes row `output` of the matrix, `depth` elements, to `row`.
-    fn read_row(&self, output: usize, row: &mut [f32]) {
+    pub(crate) fn read_row(&self, output: usize, row: &mut [f32]) {
         let column = output % self.width;
         let elements = self.panel(output / self.width).chunks_exact(self.width);
-        row.iter_mut().zip(elements).for_each(|(x, k)| *x = k[column].to_f32());
+        row.chunks_mut(W::INPUTS).zip(elements).for_each(|(numbers, k)| k[column].unpack(numbers));
     }
 }
 
-impl<W: Weight> Source for Panels<W> {
+impl<W: Stored> Source for Panels<W> {
     type Element = W;
 
     fn count(&self) -> usize {
@@ -110,11 +123,18 @@ impl<W: Weight> Source for Panels<W> {
     }
 
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide) {
+    unsafe fn widen<S: Simd>(
+        &self,
+        s: S,
+        panel: usize,
+        start: usize,
+        block: usize,
+        wide: &mut Wide<W::Factor>,
+    ) {
         let elements = &self.panel(panel)[start * self.width..][..block * self.width];
         for i in (0..elements.len()).step_by(S::LANES) {
             // SAFETY: `elements` and `wide` have block * width elements, whole vectors.
-            unsafe { s.store(wide.0.as_mut_ptr().add(i), W::load(s, elements.as_ptr().add(i))) };
+            unsafe { s.store(wide.0.as_mut_ptr().add(i).cast(), W::load(s, elements.as_ptr().add(i))) };
         }
     }
 }
@@ -124,16 +144,22 @@ pub enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
     BF16(Panels<bf16>),
+    /// Of bf16, in pairs.
+    Pairs(Panels<Pair>),
     Codes(Box<Codes>),
 }
 
-/// Calls `$body` with `$panels` bound to the panels of whatever type.
+/// Calls `$body` with `$panels` bound to the panels of whatever type, as such to be multiplied by f32.
 macro_rules! for_each_packed {
     ($packed:expr, $panels:ident => $body:expr) => {
         match $packed {
             $crate::pack::Packed::F32($panels) => $body,
             $crate::pack::Packed::F16($panels) => $body,
             $crate::pack::Packed::BF16($panels) => $body,
+            $crate::pack::Packed::Pairs(pairs) => {
+                let $panels = &$crate::pairs::Split(pairs);
+                $body
+            }
             $crate::pack::Packed::Codes(boxed) => {
                 let $panels = &**boxed;
                 $body
@@ -154,6 +180,7 @@ impl Packed {
         Ok(match dtype {
             DType::F32 => Packed::F32(Panels::new(machine, weight, what)?),
             DType::F16 => Packed::F16(Panels::new(machine, weight, what)?),
+            DType::BF16 if machine.level.bf16_dot() => Packed::Pairs(Panels::new(machine, weight, what)?),
             DType::BF16 => Packed::BF16(Panels::new(machine, weight, what)?),
             other => {
                 let message = format_args!("expected f32, f16 or bf16, found {other}");

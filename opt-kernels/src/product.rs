@@ -4,6 +4,7 @@ use crate::{
     Machine, gemm,
     output::Product,
     pack::Packed,
+    pairs,
     quant::{self, Compute},
 };
 use opt_backend::Result;
@@ -23,13 +24,14 @@ pub unsafe fn multiply(
         return Ok(());
     }
     // Those that read the same numbers in the same order go together.
-    let (mut dense, mut coded, mut apart) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut dense, mut paired, mut coded, mut apart) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for product in products {
         match product.weights {
             Packed::Codes(codes) if codes.order().is_some() => apart.push((product, &**codes)),
             Packed::Codes(codes) if machine.compute != Compute::F32 && codes.places() > 0 => {
                 coded.push((product, &**codes))
             }
+            Packed::Pairs(weights) if machine.compute != Compute::F32 => paired.push((product, weights)),
             _ => dense.push(product),
         }
     }
@@ -37,6 +39,9 @@ pub unsafe fn multiply(
     unsafe {
         if !dense.is_empty() {
             gemm::multiply(machine, x, [rows, inputs], &dense)?;
+        }
+        if !paired.is_empty() {
+            pairs::multiply(machine, x, [rows, inputs], &paired)?;
         }
         if !coded.is_empty() {
             quant::multiply(machine, x, [rows, inputs], &coded)?;

@@ -2,34 +2,36 @@
 //!
 //! A tile multiplies `M` rows by `N` vectors of columns and holds all products in registers. Every output element is
 //! one chain of fused multiply-adds in ascending depth, whatever the tile, the row count or the vector width; that is
-//! why a row's result does not depend on the batch it is computed in.
+//! why a row's result does not depend on the batch it is computed in. Where factors are pairs of bf16, a step of the
+//! chain is a dot product of two, and a place of the depth is a pair.
 
-use crate::simd::{Simd, Weight};
+use crate::simd::{Factor, Simd, Weight};
 
 /// Where a tile finds the left-hand elements.
 pub trait Rows<const M: usize>: Copy {
+    type Factor;
     /// Element `k` of row `r`.
     ///
     /// # Safety
     /// The element exists.
-    unsafe fn at(self, r: usize, k: usize) -> f32;
+    unsafe fn at(self, r: usize, k: usize) -> Self::Factor;
 }
 
 /// Rows where they lie, each with its own pointer.
 #[derive(Clone, Copy)]
-pub struct Apart<const M: usize>(pub [*const f32; M]);
+pub struct Apart<X, const M: usize>(pub [*const X; M]);
 
 /// Rows interleaved: `M` elements of depth 0, `M` of depth 1, ...
 #[derive(Clone, Copy)]
-pub struct Woven(pub *const f32);
+pub struct Woven<X>(pub *const X);
 
-impl<const M: usize> Apart<M> {
+impl<X, const M: usize> Apart<X, M> {
     /// The rows `0..count` of width `stride` at `start`; the last one stands in for those missing.
     ///
     /// # Safety
     /// `count > 0`, and the rows lie within one allocation.
     #[inline(always)]
-    pub unsafe fn new(start: *const f32, stride: usize, count: usize) -> Self {
+    pub unsafe fn new(start: *const X, stride: usize, count: usize) -> Self {
         let mut rows = [start; M];
         let mut r = 1;
         while r < M {
@@ -42,17 +44,21 @@ impl<const M: usize> Apart<M> {
     }
 }
 
-impl<const M: usize> Rows<M> for Apart<M> {
+impl<X: Factor, const M: usize> Rows<M> for Apart<X, M> {
+    type Factor = X;
+
     #[inline(always)]
-    unsafe fn at(self, r: usize, k: usize) -> f32 {
+    unsafe fn at(self, r: usize, k: usize) -> X {
         // SAFETY: the caller's promise.
         unsafe { *self.0[r].add(k) }
     }
 }
 
-impl<const M: usize> Rows<M> for Woven {
+impl<X: Factor, const M: usize> Rows<M> for Woven<X> {
+    type Factor = X;
+
     #[inline(always)]
-    unsafe fn at(self, r: usize, k: usize) -> f32 {
+    unsafe fn at(self, r: usize, k: usize) -> X {
         // SAFETY: the caller's promise.
         unsafe { *self.0.add(k * M + r) }
     }
@@ -69,9 +75,9 @@ pub struct At<P> {
 /// `ahead` elements early, unless that is 0.
 ///
 /// # Safety
-/// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
+/// `a` has `M` rows of `depth`, `b` has `depth / W::STEPS` rows, rounded up, and `out` has `M` rows, each of `N * LANES` elements.
 #[inline(always)]
-pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const N: usize>(
+pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M, Factor = W::Factor>, const M: usize, const N: usize>(
     s: S,
     depth: usize,
     a: A,
@@ -89,21 +95,28 @@ pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M>, const M: usize, const N: usiz
             }
         }
     }
-    for k in 0..depth {
-        // SAFETY: k < depth, r < M and the N vectors of a row exist by the caller's promise.
-        unsafe {
-            let row = b.start.add(k * b.stride);
-            let mut columns = [s.splat(0.0); N];
-            for (n, column) in columns.iter_mut().enumerate() {
-                if ahead > 0 {
-                    s.prefetch(row.wrapping_add(ahead + n * S::LANES));
-                }
-                *column = W::load(s, row.add(n * S::LANES));
+    // Whole elements of `b`, then what the last one holds of the depth.
+    for place in 0..depth.div_ceil(W::STEPS) {
+        let steps = if W::STEPS == 1 { 1 } else { W::STEPS.min(depth - place * W::STEPS) };
+        for step in 0..W::STEPS {
+            if step >= steps {
+                break;
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = s.splat(a.at(r, k));
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = s.fma(x, column, *sum);
+            // SAFETY: the place and the step exist, r < M, and so do the N vectors of a row by the caller's promise.
+            unsafe {
+                let row = b.start.add(place * b.stride);
+                let mut columns = [s.splat(0.0); N];
+                for (n, column) in columns.iter_mut().enumerate() {
+                    if ahead > 0 && step == 0 {
+                        s.prefetch(row.wrapping_add(ahead + n * S::LANES));
+                    }
+                    *column = W::load_step(s, row.add(n * S::LANES), step);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = a.at(r, place * W::STEPS + step).splat(s);
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = W::Factor::multiply_add(s, x, column, *sum);
+                    }
                 }
             }
         }

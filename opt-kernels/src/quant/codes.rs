@@ -247,7 +247,7 @@ impl Source for Codes {
     }
 
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide) {
+    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide<f32>) {
         match &self.scales {
             // SAFETY: the caller's promise.
             Scales::Half(scales) => unsafe { self.widen_by(s, scales.as_slice(), panel, start, block, wide) },
@@ -270,7 +270,7 @@ impl Codes {
         panel: usize,
         start: usize,
         block: usize,
-        wide: &mut Wide,
+        wide: &mut Wide<f32>,
     ) {
         let width = 2 * S::LANES;
         let codes = self.panel(panel).as_ptr();

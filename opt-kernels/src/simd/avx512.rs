@@ -2,11 +2,12 @@
 
 use super::{Kernel, Simd};
 use half::{bf16, f16};
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, mem::transmute};
 
-/// Proof that the CPU has the features, VNNI among them or not: made by [`run`] and [`run_vnni`] only.
+/// Proof that the CPU has the features, VNNI and BF16 among them or not: made by [`run`], [`run_vnni`] and [`run_bf16`]
+/// only.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const VNNI: bool>(());
+pub(super) struct Avx512<const VNNI: bool, const BF16: bool>(());
 
 pub(super) fn detected() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -19,7 +20,7 @@ pub(super) fn detected() -> bool {
 /// The CPU has the features of [`detected`] and those of AVX2.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<false>(()))
+    kernel.run(Avx512::<false, false>(()))
 }
 
 pub(super) fn detected_vnni() -> bool {
@@ -30,7 +31,18 @@ pub(super) fn detected_vnni() -> bool {
 /// The CPU has the features of [`detected`], [`detected_vnni`] and those of AVX2.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<true>(()))
+    kernel.run(Avx512::<true, false>(()))
+}
+
+pub(super) fn detected_bf16() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+}
+
+/// # Safety
+/// The CPU has the features of [`detected`], [`detected_vnni`], [`detected_bf16`] and those of AVX2.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512::<true, true>(()))
 }
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -38,7 +50,7 @@ const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 // SAFETY of every block below: the token exists only where the CPU has the features, and pointers are valid for
 // sixteen elements by the callers' promise.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     type V = __m512;
     const LANES: usize = 16;
     const ROWS: usize = 12;
@@ -122,6 +134,24 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn largest(self, a: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    const BF16_DOT: bool = BF16;
+
+    #[inline(always)]
+    fn dot_bf16(self, sums: __m512, a: __m512, b: __m512) -> __m512 {
+        if !BF16 {
+            return super::weight::dot_by_lanes(self, sums, a, b);
+        }
+        unsafe { _mm512_dpbf16_ps(sums, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b)) }
+    }
+    #[inline(always)]
+    fn halves(self, pairs: __m512) -> [__m512; 2] {
+        unsafe {
+            let pairs = _mm512_castps_si512(pairs);
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
+        }
     }
 
     type B = __m512i;

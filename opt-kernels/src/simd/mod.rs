@@ -16,9 +16,11 @@ pub mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod weight;
 
 use half::{bf16, f16};
 use std::{fmt, str::FromStr};
+pub use weight::{Factor, Halves, Pair, Stored, Weight};
 
 /// A vector instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,6 +36,8 @@ pub enum SimdLevel {
     Avx512,
     /// AVX-512 and dot products of bytes (AVX512-VNNI).
     Avx512Vnni,
+    /// The same and dot products of bf16 (AVX512-BF16).
+    Avx512Bf16,
     /// 64-bit ARM.
     Neon,
     /// NEON and dot products of bytes (the DotProd extension).
@@ -42,12 +46,13 @@ pub enum SimdLevel {
 
 impl SimdLevel {
     /// Every level, the fastest last among those of one architecture.
-    pub const ALL: [SimdLevel; 7] = [
+    pub const ALL: [SimdLevel; 8] = [
         SimdLevel::Scalar,
         SimdLevel::Avx2,
         SimdLevel::Avx2Vnni,
         SimdLevel::Avx512,
         SimdLevel::Avx512Vnni,
+        SimdLevel::Avx512Bf16,
         SimdLevel::Neon,
         SimdLevel::NeonDot,
     ];
@@ -64,6 +69,8 @@ impl SimdLevel {
             SimdLevel::Avx512 => avx2::detected() && avx512::detected(),
             #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx512Vnni => avx2::detected() && avx512::detected() && avx512::detected_vnni(),
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Bf16 => SimdLevel::Avx512Vnni.is_available() && avx512::detected_bf16(),
             #[cfg(target_arch = "aarch64")]
             SimdLevel::Neon => neon::detected(),
             #[cfg(target_arch = "aarch64")]
@@ -104,6 +111,19 @@ impl SimdLevel {
         self.run(Ask)
     }
 
+    /// [`Simd::BF16_DOT`] of this level.
+    pub fn bf16_dot(self) -> bool {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = bool;
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> bool {
+                S::BF16_DOT
+            }
+        }
+        self.run(Ask)
+    }
+
     /// Runs `kernel` compiled for this level.
     ///
     /// Values of this type that users can get hold of are checked when a backend is built; asking for an
@@ -111,6 +131,11 @@ impl SimdLevel {
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Bf16 if self.is_available() => {
+                // SAFETY: the features were just detected.
+                unsafe { avx512::run_bf16(kernel) }
+            }
             #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx512Vnni if self.is_available() => {
                 // SAFETY: the features were just detected.
@@ -154,6 +179,7 @@ impl fmt::Display for SimdLevel {
             SimdLevel::Avx2Vnni => "avx2-vnni",
             SimdLevel::Avx512 => "avx512",
             SimdLevel::Avx512Vnni => "avx512-vnni",
+            SimdLevel::Avx512Bf16 => "avx512-bf16",
             SimdLevel::Neon => "neon",
             SimdLevel::NeonDot => "neon-dot",
         })
@@ -236,6 +262,25 @@ pub trait Simd: Copy {
     /// The largest element.
     fn largest(self, a: Self::V) -> f32;
 
+    /// Whether [`Simd::dot_bf16`] and [`Simd::halves`] are instructions: then weights of bf16 are packed for them. The
+    /// default bodies are what they are tested against.
+    const BF16_DOT: bool = false;
+
+    /// `sums` plus, for each lane, the two products of a [`Pair`] of `a` and one of `b`.
+    ///
+    /// A product of two bf16 is exact in f32. Each of the two is added with one rounding, to the nearest and of two as
+    /// near to the even one; which comes first is the instruction set's choice. What is smaller than 2^-126, in the
+    /// operands or the result, may be taken for 0.
+    #[inline(always)]
+    fn dot_bf16(self, sums: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        weight::dot_by_lanes(self, sums, a, b)
+    }
+    /// The first and the second number of each lane's [`Pair`], as f32.
+    #[inline(always)]
+    fn halves(self, pairs: Self::V) -> [Self::V; 2] {
+        weight::halves_by_lanes(self, pairs)
+    }
+
     /// As many quads of bytes as a vector has lanes.
     type B: Copy;
     /// As many 32-bit integers.
@@ -271,60 +316,6 @@ pub trait Simd: Copy {
     fn sub_int(self, a: Self::I, b: Self::I) -> Self::I;
     /// The entries of `table` at `at`, which are below 16.
     fn lookup(self, table: &[f32; 16], at: Self::I) -> Self::V;
-}
-
-/// How a weight lies in memory.
-pub trait Weight: crate::memory::Number + Send + Sync + 'static {
-    /// Whether this is f32, and needs no widening.
-    const IS_F32: bool = false;
-    /// # Safety
-    /// [`Simd::LANES`] elements can be read at `p`.
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
-    fn from_f32(x: f32) -> Self;
-    fn to_f32(self) -> f32;
-}
-
-impl Weight for f32 {
-    const IS_F32: bool = true;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { s.load(p) }
-    }
-    fn from_f32(x: f32) -> f32 {
-        x
-    }
-    fn to_f32(self) -> f32 {
-        self
-    }
-}
-
-impl Weight for f16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const f16) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { s.load_f16(p) }
-    }
-    fn from_f32(x: f32) -> f16 {
-        f16::from_f32(x)
-    }
-    fn to_f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-
-impl Weight for bf16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const bf16) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { s.load_bf16(p) }
-    }
-    fn from_f32(x: f32) -> bf16 {
-        bf16::from_f32(x)
-    }
-    fn to_f32(self) -> f32 {
-        self.to_f32()
-    }
 }
 
 #[cfg(test)]
