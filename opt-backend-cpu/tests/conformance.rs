@@ -16,6 +16,11 @@ fn suite(make: impl Fn() -> Cpu + 'static) -> Suite<Cpu> {
     if quick() { suite.quick() } else { suite }
 }
 
+/// How close products with weights of bf16 are: with activations as they are unless there are instructions for bf16.
+fn bf16(level: SimdLevel) -> Tolerance {
+    if level.bf16_dot() { Tolerance::BF16_ACTIVATIONS } else { Tolerance::of(DType::F32) }
+}
+
 /// What to test: everything this machine has; the best alone if it is to be quick.
 fn levels() -> Vec<SimdLevel> {
     let levels = SimdLevel::ALL.into_iter().filter(|level| level.is_available());
@@ -26,7 +31,20 @@ fn levels() -> Vec<SimdLevel> {
 fn conformance() {
     for level in levels() {
         let make = move || Cpu::builder().threads(2).simd(Some(level)).build().expect("the level is there");
-        println!("{level}: {}", suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).run());
+        let suite = suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).bf16_tolerance(bf16(level));
+        println!("{level}: {}", suite.run());
+    }
+}
+
+/// Where the default rounds activations for weights of bf16, they need not be: then all is as exact as with f32.
+#[test]
+fn bf16_weights_with_activations_in_f32() {
+    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available() && level.bf16_dot()) {
+        let cpu = Cpu::builder().threads(2).simd(Some(level)).compute(Compute::F32);
+        let make = move || cpu.clone().build().expect("the level is there");
+        let suite = suite(make).dtypes(&[DType::BF16]).quick();
+        let only = ["new_linear", "gather", "linear", "qkv", "logits", "log_probs", "model", "deterministic"];
+        println!("{level}: {}", suite.only(&only).run());
     }
 }
 
@@ -60,7 +78,12 @@ fn nothing_is_written_outside_buffers() {
         };
         println!(
             "{level}, guarded: {}",
-            suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).quick().guards(guards).run()
+            suite(make)
+                .quantized_tolerance(Tolerance::INT16_ACTIVATIONS)
+                .bf16_tolerance(bf16(level))
+                .quick()
+                .guards(guards)
+                .run()
         );
     }
 }

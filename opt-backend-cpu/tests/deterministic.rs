@@ -55,9 +55,13 @@ proptest! {
         depth in prop::sample::select(vec![1_usize, 33, 255, 256, 257, 520, 768]),
         outputs in prop::sample::select(vec![1_usize, 7, 33, 80, 130]),
         dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
+        // Says whether activations are rounded for weights of bf16.
+        compute in prop::sample::select(vec![Compute::default(), Compute::F32]),
         seed in any::<u64>(),
     ) {
-        let (one, many) = (build(level, 1), build(level, threads));
+        let [one, many] = [1, threads].map(|threads| {
+            Cpu::builder().threads(threads).simd(Some(level)).compute(compute).build().expect("the level is there")
+        });
         let (x, w, residual) = (random(rows, depth, seed), random(outputs, depth, !seed), random(rows, outputs, seed ^ 9));
         let compute = |cpu: &Cpu, range: std::ops::Range<usize>| {
             let part = |x: &Array2<f32>| cpu.upload(x.slice(s![range.clone(), ..])).expect("it fits");

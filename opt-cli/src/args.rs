@@ -62,7 +62,8 @@ pub(crate) struct PlaceArgs {
     pub(crate) device: Option<String>,
 
     /// Multiply by quantized weights with activations in this number format; from the fastest to the most exact: int8,
-    /// int16, f32.
+    /// int16, f32. With f32, activations are not rounded to bf16 for weights of bf16 either, as the cpu backend does on
+    /// processors with instructions for it.
     #[arg(long, value_name = "FORMAT", default_value = "int16", help_heading = "Model")]
     pub(crate) compute: ComputeFormat,
 
@@ -121,7 +122,7 @@ impl BackendName {
     }
 }
 
-/// Number formats of products with quantized weights.
+/// Number formats of products with quantized weights, and of f32 with weights of bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeFormat {
     /// Activations are quantized to eight bits, per row and run of 32.

@@ -24,7 +24,8 @@ pub struct BackendOptions {
     pub device: Option<String>,
     /// Threads that compute; `None` for all cores. Without effect where a device computes.
     pub threads: Option<usize>,
-    /// How products with quantized weights are computed, where that is a choice.
+    /// How products with quantized weights are computed, where that is a choice; with [`Compute::F32`], activations also
+    /// stay as they are where weights are bf16.
     pub compute: Compute,
 }
 

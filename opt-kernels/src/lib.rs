@@ -45,3 +45,10 @@ pub struct Machine<'a> {
     /// How products with quantized weights and those of bf16 are computed.
     pub compute: Compute,
 }
+
+impl Machine<'_> {
+    /// Whether activations are rounded to bf16 as they meet weights of bf16.
+    pub fn rounds_to_bf16(self) -> bool {
+        self.level.bf16_dot() && self.compute != Compute::F32
+    }
+}

@@ -136,3 +136,138 @@ impl Source for Split<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Compute, memory::Guards, output::After, pack::Packed, pool::Pool, product, simd::SimdLevel};
+    use opt_backend::{DType, HostMatrix, ndarray::Array2};
+
+    /// The levels of this machine that multiply pairs.
+    fn levels() -> impl Iterator<Item = SimdLevel> {
+        SimdLevel::ALL.into_iter().filter(|level| level.is_available() && level.bf16_dot())
+    }
+
+    fn random(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        Array2::from_shape_simple_fn((rows, columns), || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+    }
+
+    /// `x` times `w` held in bf16, as `[rows * outputs]`.
+    fn product(
+        level: SimdLevel,
+        compute: Compute,
+        threads: usize,
+        x: &Array2<f32>,
+        w: &Array2<f32>,
+    ) -> Vec<f32> {
+        let (pool, guards) = (Pool::new(threads).unwrap(), Guards::new(true));
+        let machine = Machine { pool: &pool, guards: &guards, level, compute };
+        let weights = Packed::new(machine, HostMatrix::F32(w.view()), DType::BF16, "test").unwrap();
+        for (output, expected) in w.outer_iter().enumerate() {
+            let mut row = vec![f32::NAN; w.ncols()];
+            weights.read_row(output, &mut row);
+            assert!(row.iter().zip(expected).all(|(found, w)| *found == DType::BF16.round(*w)));
+        }
+        let mut out = vec![f32::NAN; x.nrows() * w.nrows()];
+        let target = Shared(out.as_mut_ptr());
+        let products = [Product { weights: &weights, bias: None, after: After::Nothing, out: target }];
+        // SAFETY: the output has room for every product, and all sizes fit.
+        unsafe {
+            product::multiply(machine, x.as_slice().unwrap(), [x.nrows(), x.ncols()], &products).unwrap()
+        };
+        drop(weights);
+        assert_eq!(guards.take(), [""; 0]);
+        out
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_numbers() {
+        for level in levels() {
+            for (depth, outputs) in [
+                (0, 3),
+                (1, 1),
+                (2, 33),
+                (3, 64),
+                (31, 70),
+                (255, 7),
+                (511, 32),
+                (512, 40),
+                (513, 5),
+                (777, 33),
+                (1025, 31),
+            ] {
+                let (x, w) = (random(20, depth, 3), random(outputs, depth, 4));
+                let mut whole = Vec::new();
+                for rows in (1..=20).rev() {
+                    let part = x.slice(opt_backend::ndarray::s![..rows, ..]).to_owned();
+                    let found = product(level, Compute::Int16, 1 + rows % 3, &part, &w);
+                    if rows == 20 {
+                        whole = found.clone();
+                    }
+                    assert_eq!(bits(&found), bits(&whole[..rows * outputs]), "{rows} x {depth} x {outputs}");
+                    // With activations as they are, it is what a level without pairs computes.
+                    let single = product(level, Compute::F32, 2, &part, &w);
+                    let expected = product(SimdLevel::Avx512Vnni, Compute::Int16, 1, &part, &w);
+                    assert_eq!(bits(&single), bits(&expected), "{rows} x {depth} x {outputs}");
+                }
+                for (i, found) in whole.into_iter().enumerate() {
+                    let terms = x.row(i / outputs).into_iter().zip(w.row(i % outputs));
+                    let terms = terms.map(|(x, w)| [x, w].map(|x| f64::from(DType::BF16.round(*x))));
+                    let (mut exact, mut size) = (0.0, 0.0);
+                    terms.for_each(|[x, w]| (exact, size) = (exact + x * w, size + (x * w).abs()));
+                    // Roundings add up like steps at random, each half a unit of what has been summed.
+                    let bound = 2.0 * (depth as f64).sqrt() * f64::from(f32::EPSILON) * size;
+                    assert!((f64::from(found) - exact).abs() <= bound, "{depth}, {i}: {found}, not {exact}");
+                }
+            }
+        }
+    }
+
+    /// Every row keeps to itself what is not finite or hardly a number.
+    #[test]
+    fn awkward_numbers_stay_in_their_rows() {
+        let (depth, outputs) = (67, 37);
+        let w = random(outputs, depth, 5).mapv(|w| w.abs() + 0.1);
+        let mut x = random(16, depth, 6);
+        x[[1, 66]] = f32::NAN;
+        x[[2, 0]] = f32::INFINITY;
+        x[[3, 1]] = f32::NEG_INFINITY;
+        // Rounded, this is infinite.
+        x[[4, 33]] = f32::MAX;
+        (x[[5, 2]], x[[5, 3]]) = (f32::INFINITY, f32::NEG_INFINITY);
+        x.row_mut(6).fill(1e-41);
+        x.row_mut(7).fill(-0.0);
+        for level in levels() {
+            let whole = product(level, Compute::Int16, 2, &x, &w);
+            for (row, found) in whole.chunks(outputs).enumerate() {
+                let fits = |y: f32| match row {
+                    1 | 5 => y.is_nan(),
+                    2 | 4 => y == f32::INFINITY,
+                    3 => y == f32::NEG_INFINITY,
+                    6 => y.abs() < 1e-37,
+                    7 => y == 0.0,
+                    _ => y.is_finite(),
+                };
+                assert!(found.iter().all(|y| fits(*y)), "row {row}: {found:?}");
+                let alone = x.slice(opt_backend::ndarray::s![row..row + 1, ..]).to_owned();
+                let alone = product(level, Compute::Int16, 1, &alone, &w);
+                assert!(
+                    found
+                        .iter()
+                        .zip(&alone)
+                        .all(|(f, a)| f.to_bits() == a.to_bits() || f.is_nan() && a.is_nan())
+                );
+            }
+        }
+    }
+}

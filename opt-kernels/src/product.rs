@@ -31,7 +31,7 @@ pub unsafe fn multiply(
             Packed::Codes(codes) if machine.compute != Compute::F32 && codes.places() > 0 => {
                 coded.push((product, &**codes))
             }
-            Packed::Pairs(weights) if machine.compute != Compute::F32 => paired.push((product, weights)),
+            Packed::Pairs(weights) if machine.rounds_to_bf16() => paired.push((product, weights)),
             _ => dense.push(product),
         }
     }

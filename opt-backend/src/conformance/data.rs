@@ -21,6 +21,11 @@ impl Data {
         self.kit.tolerance
     }
 
+    /// The tolerance for products with weights held as `dtype`.
+    pub(super) fn tolerance_of(&self, dtype: DType) -> Tolerance {
+        self.kit.tolerance_of(dtype)
+    }
+
     /// The tolerance for products with quantized weights.
     pub(super) fn quantized_tolerance(&self) -> Tolerance {
         self.kit.quantized

@@ -87,6 +87,7 @@ pub struct Suite<B: Backend> {
     activations: DType,
     tolerance: Option<Tolerance>,
     quantized: Option<Tolerance>,
+    bf16: Option<Tolerance>,
     dtypes: Option<Vec<DType>>,
     heavy: bool,
     only: Vec<String>,
@@ -103,6 +104,7 @@ impl<B: Backend> Suite<B> {
             activations: DType::F32,
             tolerance: None,
             quantized: None,
+            bf16: None,
             dtypes: None,
             heavy: true,
             only: Vec::new(),
@@ -129,6 +131,13 @@ impl<B: Backend> Suite<B> {
     /// [`Tolerance::INT8_ACTIVATIONS`] for a backend that quantizes activations too. As for other weights unless said otherwise.
     pub fn quantized_tolerance(mut self, tolerance: Tolerance) -> Self {
         self.quantized = Some(tolerance);
+        self
+    }
+
+    /// Sets how close results must be where weights are bf16: [`Tolerance::BF16_ACTIVATIONS`] for a backend that rounds
+    /// activations to bf16 for these products alone. As for other weights unless said otherwise.
+    pub fn bf16_tolerance(mut self, tolerance: Tolerance) -> Self {
+        self.bf16 = Some(tolerance);
         self
     }
 
@@ -191,6 +200,7 @@ impl<B: Backend> Suite<B> {
             kit: Kit {
                 activations: self.activations,
                 tolerance: self.tolerance.unwrap_or(Tolerance::of(self.activations)),
+                bf16: self.bf16.or(self.tolerance).unwrap_or(Tolerance::of(self.activations)),
                 quantized: self.quantized.or(self.tolerance).unwrap_or(Tolerance::of(self.activations)),
             },
             dtypes: match &self.dtypes {
@@ -292,7 +302,15 @@ fn ensure(holds: bool, message: impl fmt::Display) -> Outcome {
 struct Kit {
     activations: DType,
     tolerance: Tolerance,
+    bf16: Tolerance,
     quantized: Tolerance,
+}
+
+impl Kit {
+    /// The tolerance for products with weights held as `dtype`.
+    fn tolerance_of(&self, dtype: DType) -> Tolerance {
+        if dtype == DType::BF16 { self.bf16 } else { self.tolerance }
+    }
 }
 
 /// One run over one backend.

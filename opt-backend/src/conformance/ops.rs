@@ -261,13 +261,13 @@ fn check_linear<B: Backend>(
         let then = activation.map_or(Then::Nothing, Then::Activate);
         let found = read(b, &b.linear(&tensor, &linear, then)?)?;
         let name = activation.map_or("then nothing".to_owned(), |a| format!("then {a}"));
-        data.tolerance().compare(&name, found.view(), expected.view())?;
+        data.tolerance_of(dtype).compare(&name, found.view(), expected.view())?;
     }
     let residual = data.matrix(x.nrows(), out);
     let plain = oracle::linear(x.view(), held.weight.view(), held.bias_view(), None);
     let then = Then::Add(b.upload(residual.view())?);
     let found = read(b, &b.linear(&tensor, &linear, then)?)?;
-    data.tolerance().compare("then add", found.view(), (plain + residual).view())
+    data.tolerance_of(dtype).compare("then add", found.view(), (plain + residual).view())
 }
 
 fn qkv<B: Backend>(run: &mut Run<'_, B>) {
@@ -285,7 +285,7 @@ fn qkv<B: Backend>(run: &mut Run<'_, B>) {
                     {
                         let bias: Option<ArrayView1<'_, f32>> = held.bias_view();
                         let expected = oracle::linear(x.view(), held.weight.view(), bias, None);
-                        data.tolerance().compare(name, read(b, found)?.view(), expected.view())?;
+                        data.tolerance_of(dtype).compare(name, read(b, found)?.view(), expected.view())?;
                     }
                     Ok(())
                 });

@@ -1,7 +1,7 @@
 //! Whole models: the same tokens, however they are cut and batched, give the same logits.
 
 use super::{
-    Kit, Outcome, Run,
+    Kit, Outcome, Run, Tolerance,
     compare::same_bits,
     data::Data,
     model::{Batch, Model, SHAPES, Shape, VOCABULARY},
@@ -22,7 +22,7 @@ pub(super) fn run<B: Backend>(run: &mut Run<'_, B>) {
                 let expected = expected.as_ref().map_err(|error| super::Verdict::Failed(error.clone()))?;
                 body(
                     &Model::new(b, shape, dtype, kit)?,
-                    &Expected { kit, deterministic, sequences: expected },
+                    &Expected { tolerance: kit.tolerance_of(dtype), deterministic, sequences: expected },
                 )
             };
             run.case("model", name("prefill without cache"), |b, _| case(b, &|m, e| no_cache(b, m, e)));
@@ -38,7 +38,7 @@ pub(super) fn run<B: Backend>(run: &mut Run<'_, B>) {
 type Sequences = Vec<(Vec<u32>, Array2<f32>)>;
 
 struct Expected<'a> {
-    kit: Kit,
+    tolerance: Tolerance,
     deterministic: bool,
     sequences: &'a Sequences,
 }
@@ -46,7 +46,7 @@ struct Expected<'a> {
 impl Expected<'_> {
     /// `found` against the reference, and bit by bit against the same computed in one piece by this backend.
     fn check(&self, what: &str, found: &Array2<f32>, whole: ArrayView2<'_, f32>, i: usize) -> Outcome {
-        self.kit.tolerance.compare(what, found.view(), self.sequences[i].1.view())?;
+        self.tolerance.compare(what, found.view(), self.sequences[i].1.view())?;
         if self.deterministic { same_bits(&format!("{what} and whole"), found.view(), whole) } else { Ok(()) }
     }
 }
@@ -99,7 +99,7 @@ fn no_cache<B: Backend>(b: &B, model: &Model<B>, expected: &Expected<'_>) -> Out
         let found = model.run(b, &Batch::new(&[(0, ids)]), None)?;
         let whole = whole(b, model, ids)?;
         expected.check("without a cache", &found, whole.view(), i)?;
-        expected.kit.tolerance.compare("with a cache", whole.view(), expected.sequences[i].1.view())?;
+        expected.tolerance.compare("with a cache", whole.view(), expected.sequences[i].1.view())?;
     }
     Ok(())
 }
@@ -181,7 +181,7 @@ fn forked<B: Backend>(b: &B, model: &Model<B>, expected: &Expected<'_>) -> Outco
         expected.check(&format!("original, forked at {at}"), &original, whole(b, model, first)?.view(), 3)?;
         let fresh = whole(b, model, &second)?;
         let what = format!("fork at {at} and the same run from the start");
-        expected.kit.tolerance.compare(&what, fork.view(), fresh.view())?;
+        expected.tolerance.compare(&what, fork.view(), fresh.view())?;
         if expected.deterministic {
             same_bits(&what, fork.view(), fresh.view())?;
         }

@@ -1,6 +1,11 @@
 use std::{fmt, str::FromStr};
 
-/// How backends that compute on the host multiply by quantized weights. On devices activations stay as they are.
+/// How backends that compute on the host multiply by weights that are held in few bits. On devices activations stay as
+/// they are.
+///
+/// It is about quantized weights, and about those of bf16 where the embedded backend finds instructions for dot products
+/// of bf16 (AVX512-BF16): there activations are rounded to bf16 too, as LibTorch does, unless this says [`Compute::F32`].
+/// Products with weights of f32 and f16 are computed in f32 whatever this says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Compute {
@@ -10,7 +15,7 @@ pub enum Compute {
     Int16,
     /// Activations are quantized to int8, per row and run of 32 inputs; sums of 32 products are exact.
     Int8,
-    /// Activations stay f32.
+    /// Activations stay f32, those that meet weights of bf16 included.
     F32,
 }
 

@@ -219,3 +219,125 @@ pub(super) fn halves_by_lanes<S: Simd>(s: S, pairs: S::V) -> [S::V; 2] {
     // SAFETY: there are as many elements as a vector has.
     [0, 1].map(|i| unsafe { s.load(numbers.map(|pair| pair[i]).as_ptr()) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Kernel, SimdLevel};
+
+    /// Any bits at all, from a counter.
+    fn noise(seed: u32) -> impl FnMut() -> u32 {
+        let mut state = seed;
+        move || {
+            state = state.wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15);
+            (state ^ state >> 15).wrapping_mul(0x85eb_ca6b)
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_of_two_to_the_even() {
+        let mut next = noise(1);
+        let awkward = [
+            0,
+            1,
+            0x7f80_0000,
+            0x7f80_0001,
+            0x7fff_ffff,
+            0x7f7f_ffff,
+            0x3f80_8000,
+            0x3f81_8000,
+            0x3f80_8001,
+            0x0000_8000,
+            0x007f_ffff,
+        ];
+        let signed = awkward.into_iter().flat_map(|bits| [bits, bits | 1 << 31]);
+        for x in signed.chain((0..10_000).map(|_| next())).map(f32::from_bits) {
+            let expected = bf16::from_f32(x).to_f32();
+            for found in [Pair::round(x, 1.0).numbers()[0], Pair::round(1.0, x).numbers()[1]] {
+                assert!(
+                    found.to_bits() == expected.to_bits() || found.is_nan() && x.is_nan(),
+                    "{x:e}: {found}"
+                );
+            }
+        }
+    }
+
+    /// Dot products and halves of as many lanes as any level has.
+    struct Dot<'a> {
+        sums: &'a [f32; 16],
+        a: &'a [Pair; 16],
+        b: &'a [Pair; 16],
+    }
+
+    impl Kernel for Dot<'_> {
+        type Output = [[f32; 16]; 3];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let mut out = [[0.0; 16]; 3];
+            for at in (0..16).step_by(S::LANES) {
+                // SAFETY: sixteen is a multiple of every level's lanes.
+                unsafe {
+                    let (a, b) =
+                        (Pair::load(s, self.a.as_ptr().add(at)), Pair::load(s, self.b.as_ptr().add(at)));
+                    let [first, second] = s.halves(a);
+                    let dot = s.dot_bf16(s.load(self.sums.as_ptr().add(at)), a, b);
+                    for (out, v) in out.iter_mut().zip([dot, first, second]) {
+                        s.store(out.as_mut_ptr().add(at), v);
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn dot_products_are_the_twins() {
+        let mut next = noise(2);
+        let special = [0, 0x7f80, 0xff80, 0x7fc0, 1, 0x8001, 0x3f80].map(|bits| bits << 16);
+        for round in 0..2000 {
+            // Numbers whose products and sums neither overflow nor vanish; then anything.
+            let tame = round < 1000;
+            let mut number = || match next() {
+                bits if tame => f32::from_bits(bits & 0x83ff_0000 | 0x3c00_0000),
+                bits if bits % 4 == 0 => f32::from_bits(special[bits as usize / 4 % special.len()]),
+                bits => f32::from_bits(bits & 0xffff_0000),
+            };
+            let [a, b] = [(); 2].map(|()| [(); 16].map(|()| Pair::round(number(), number())));
+            let sums = [(); 16].map(|()| number());
+            let run = |level: SimdLevel| level.run(Dot { sums: &sums, a: &a, b: &b });
+            let twin = run(SimdLevel::Scalar);
+            for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+                let found = run(level);
+                for i in 0..16 {
+                    let (a, b) = (a[i].numbers(), b[i].numbers());
+                    let halves = [found[1][i], found[2][i]].map(f32::to_bits);
+                    assert_eq!(halves, a.map(f32::to_bits), "{level}");
+                    let products = [0, 1].map(|n| f64::from(a[n]) * f64::from(b[n]));
+                    let (sum, f) = (f64::from(sums[i]), found[0][i]);
+                    let (exact, size) =
+                        (sum + products[0] + products[1], sum.abs() + products[0].abs() + products[1].abs());
+                    if size < 1e38 {
+                        // Two roundings, and what is too small to be told from 0.
+                        let bound =
+                            2.0 * f64::from(f32::EPSILON) / 2.0 * size + 6.0 * f64::from(f32::MIN_POSITIVE);
+                        // A denormal factor may count as 0.
+                        let lost: f64 = (0..2)
+                            .filter(|&n| a[n].is_subnormal() || b[n].is_subnormal())
+                            .map(|n| products[n].abs())
+                            .sum();
+                        assert!(
+                            (f64::from(f) - exact).abs() <= bound + lost,
+                            "{level}: {f:e}, not {exact:e}"
+                        );
+                    } else if exact.is_nan() {
+                        // An infinity times a denormal is one, unless that counts as 0: then NaN, too.
+                        let flushed = a.iter().chain(&b).any(|x| x.is_subnormal());
+                        assert!(f.is_nan() || flushed, "{level}: {f:e}, not NaN");
+                        assert!(twin[0][i].is_nan() || flushed);
+                    }
+                }
+            }
+        }
+    }
+}
