@@ -33,8 +33,8 @@ pub trait Source: Sync {
     /// Writes the places `start..start + block` of a panel as factors, `[block, width]`.
     ///
     /// # Safety
-    /// The panel has these places, `start` is a multiple of [`DEPTH`](crate::gemm::DEPTH) and `block` no more than
-    /// that, and `S` is the level it was packed for.
+    /// The panel has these places, no more than `wide` has room for; `start` is even, and `S` is the level it was
+    /// packed for.
     unsafe fn widen<S: Simd>(
         &self,
         s: S,
