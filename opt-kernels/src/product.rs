@@ -1,11 +1,6 @@
 //! The one entrance to products: rows times weights, however these are held.
 
-use crate::{
-    Machine, gemm,
-    output::Product,
-    pack::Packed,
-    quant::{self, Compute},
-};
+use crate::{Machine, gemm, output::Product, pack::Packed, quant};
 use opt_backend::Result;
 
 /// Computes the products of `x`, `[rows, inputs]`.
@@ -27,9 +22,7 @@ pub unsafe fn multiply(
     for product in products {
         match product.weights {
             Packed::Codes(codes) if codes.order().is_some() => apart.push((product, &**codes)),
-            Packed::Codes(codes) if machine.compute != Compute::F32 && codes.places() > 0 => {
-                coded.push((product, &**codes))
-            }
+            Packed::Codes(codes) if codes.as_integers(machine.compute) => coded.push((product, &**codes)),
             _ => dense.push(product),
         }
     }
@@ -43,9 +36,9 @@ pub unsafe fn multiply(
         }
         for (product, codes) in apart {
             let x = codes.in_order(machine, x, [rows, inputs])?;
-            match machine.compute {
-                Compute::F32 => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
-                _ => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
+            match codes.as_integers(machine.compute) {
+                false => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
+                true => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
             }
         }
     }

@@ -4,7 +4,7 @@
 //! bytes take them: quad `k` of a panel is `[width, 4]`. Codes of four bits (and of fewer) are two to a byte, quads
 //! `2 k` in the lower halves and `2 k + 1` in the upper. Scales and zero points lie beside them, `[group, width]`.
 
-use super::RUN;
+use super::{Compute, RUN};
 use crate::{
     Machine,
     gemm::Wide,
@@ -148,6 +148,19 @@ impl Codes {
     /// The input that each place reads, if they are not in order; [`Regular::PADDING`] reads 0.
     pub(crate) fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
+    }
+
+    /// Whether its products are sums of integers.
+    ///
+    /// The levels of a table are made bytes for that, which costs them what one byte costs activations: where two bytes
+    /// keep these as good as f32, levels stay as they are.
+    pub(crate) fn as_integers(&self, compute: Compute) -> bool {
+        let levels = match compute {
+            Compute::Int8 => true,
+            Compute::Int16 => self.table.is_none(),
+            _ => false,
+        };
+        levels && self.places > 0
     }
 
     /// The codes of a panel.
