@@ -8,7 +8,7 @@
 use crate::{
     Machine,
     gemm::Wide,
-    memory::{Aligned, Shared},
+    memory::Aligned,
     quant::Codes,
     simd::{Simd, Weight},
 };
@@ -44,25 +44,19 @@ pub struct Panels<W: Weight> {
 
 impl<W: Weight> Panels<W> {
     fn new(machine: Machine<'_>, weight: HostMatrix<'_>, what: &'static str) -> Result<Self> {
-        let Machine { pool, guards, level, .. } = machine;
-        let width = level.sizes().panel;
+        let width = machine.level.sizes().panel;
         let [outputs, depth] = weight.shape();
-        let panels = outputs.div_ceil(width);
-        let size = panels.checked_mul(width).and_then(|n| n.checked_mul(depth));
-        let size = size.ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
-        let mut data = Aligned::<W>::zeroed(guards, size, what)?;
-        let target = Shared(data.as_mut_slice().as_mut_ptr());
-        pool.run(if depth == 0 { 0 } else { panels }, &|panel| {
-            let rows = panel * width..outputs.min((panel + 1) * width);
-            let mut row = vec![0.0; depth];
-            for (column, j) in rows.enumerate() {
-                weight.row_f32(j, &mut row);
-                for (k, &x) in row.iter().enumerate() {
-                    // SAFETY: within this task's own panel of depth * width elements.
-                    unsafe { *target.at((panel * depth + k) * width + column) = W::from_f32(x) };
+        let size = width.checked_mul(depth).ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
+        let data =
+            Aligned::<W>::filled(machine, [outputs.div_ceil(width), size], what, &|panel, elements| {
+                let rows = panel * width..outputs.min((panel + 1) * width);
+                let mut row = vec![0.0; depth];
+                for (column, j) in rows.enumerate() {
+                    weight.row_f32(j, &mut row);
+                    let places = elements.chunks_exact_mut(width);
+                    places.zip(&row).for_each(|(place, &x)| place[column] = W::from_f32(x));
                 }
-            }
-        })?;
+            })?;
         Ok(Self { data, outputs, depth, width })
     }
 

@@ -67,21 +67,18 @@ impl Table {
 
 impl Codes {
     pub(crate) fn new(machine: Machine<'_>, weight: &Quantized, what: &'static str) -> Result<Self> {
-        let Machine { pool, guards, level, .. } = machine;
+        let Machine { guards, level, .. } = machine;
         let width = level.sizes().panel;
         let Regular { inputs, codes, scales, zeros, levels, group, .. } = weight.regular(RUN);
         let (outputs, places) = codes.dim();
         let (panels, groups) = (outputs.div_ceil(width), places / group);
         let nibbles = !matches!(levels, Levels::Integers { bits: 8 });
-        let bytes = panels * width * places / if nibbles { 2 } else { 1 };
-        let mut packed = Aligned::<u8>::zeroed(guards, bytes, what)?;
-        let target = Shared(packed.as_mut_slice().as_mut_ptr());
-        pool.run(panels, &|panel| {
+        let size = width * places / if nibbles { 2 } else { 1 };
+        let packed = Aligned::<u8>::filled(machine, [panels, size], what, &|panel, elements| {
             for (column, output) in (panel * width..outputs.min((panel + 1) * width)).enumerate() {
                 for (place, &code) in codes.row(output).iter().enumerate() {
                     let (at, shift) = locate(nibbles, width, column, place);
-                    // SAFETY: within this task's own panel.
-                    unsafe { *target.at(panel * (bytes / panels) + at) |= code << shift };
+                    elements[at] |= code << shift;
                 }
             }
         })?;
