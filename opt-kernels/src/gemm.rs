@@ -17,11 +17,14 @@ use crate::{
     tile::{Apart, At, Woven, tile},
 };
 use opt_backend::Result;
+use std::ops::Range;
 
 /// Depth of a block: this many rows of a panel of f32 are 32 KiB with AVX-512, and fit the first cache.
 pub(crate) const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
+/// Tiles up to which reading a weight from memory takes about as long as multiplying by it.
+const STREAMED_TILES: usize = 3;
 /// Panels of a task of many rows: their outputs, too, are visited block after block and should stay in the cache.
 const PANELS: usize = 6;
 /// Bytes between the weights that are multiplied and those that are asked for, when each is used once: hardware
@@ -110,10 +113,10 @@ struct Block<'a, P: Source> {
     x: &'a [f32],
     woven: Option<&'a Aligned<f32>>,
     rows: usize,
-    row_range: std::ops::Range<usize>,
+    row_range: Range<usize>,
     depth: usize,
     weights: &'a P,
-    panels: std::ops::Range<usize>,
+    panels: Range<usize>,
     output: Output<'a>,
 }
 
@@ -138,8 +141,13 @@ impl<P: Source> Kernel for Block<'_, P> {
             return;
         }
         match self.woven {
-            Some(woven) if S::ROWS == 12 => self.many::<S, 12>(s, woven.as_slice()),
-            Some(woven) => self.many::<S, 6>(s, woven.as_slice()),
+            // A few tiles: memory decides, so each panel is streamed from first to last byte.
+            Some(woven) if self.streams::<S>() => {
+                for panel in self.panels.clone() {
+                    self.many::<S>(s, woven.as_slice(), panel..panel + 1);
+                }
+            }
+            Some(woven) => self.many::<S>(s, woven.as_slice(), self.panels.clone()),
             None => match self.rows {
                 1 => self.few::<S, 1>(s),
                 2 => self.few::<S, 2>(s),
@@ -188,9 +196,25 @@ impl<P: Source> Block<'_, P> {
         }
     }
 
+    /// Whether weights are used so few times that reading them takes as long as multiplying.
+    #[inline(always)]
+    fn streams<S: Simd>(&self) -> bool {
+        self.row_range.len() <= STREAMED_TILES * S::ROWS
+    }
+
+    /// As [`Block::many_of`], by tiles as large as the level has them.
+    #[inline(always)]
+    fn many<S: Simd>(&self, s: S, woven: &[f32], panels: Range<usize>) {
+        if S::ROWS == 12 {
+            self.many_of::<S, 12>(s, woven, panels);
+        } else {
+            self.many_of::<S, 6>(s, woven, panels);
+        }
+    }
+
     /// Woven rows: block by block, so that panel block and woven block stay in their caches.
     #[inline(always)]
-    fn many<S: Simd, const M: usize>(&self, s: S, woven: &[f32]) {
+    fn many_of<S: Simd, const M: usize>(&self, s: S, woven: &[f32], panels: Range<usize>) {
         let width = 2 * S::LANES;
         let padded = self.rows.next_multiple_of(M);
         let mut sums = [0.0_f32; TILE];
@@ -199,19 +223,24 @@ impl<P: Source> Block<'_, P> {
         while start < self.depth {
             let block = DEPTH.min(self.depth - start);
             let last = start + block == self.depth;
-            for panel in self.panels.clone() {
+            for panel in panels.clone() {
                 // What is not f32 is widened once for all rows.
+                let mut ahead = 0;
                 let elements: *const f32 = match self.weights.elements(panel, start) {
-                    Some(elements) if P::Element::IS_F32 => elements.cast(),
+                    Some(elements) if P::Element::IS_F32 => {
+                        ahead = if self.streams::<S>() { AHEAD / size_of::<f32>() } else { 0 };
+                        elements.cast()
+                    }
                     _ => {
                         // SAFETY: the panel has the places start..start + block, at most DEPTH.
                         unsafe { self.weights.widen(s, panel, start, block, &mut wide) };
                         wide.0.as_ptr()
                     }
                 };
-                // While this block is multiplied, the next one is fetched, some lines with each tile.
-                let next = self.next_block(panel, start, block);
-                let lines = self.weights.bytes(block) / 64;
+                // While this block is multiplied, the next one is fetched, some lines with each tile; or what comes next
+                // by the first tile, as it goes.
+                let next = self.next_block(&panels, panel, start, block);
+                let lines = if ahead == 0 { self.weights.bytes(block) / 64 } else { 0 };
                 let tiles = self.row_range.len().div_ceil(M);
                 let full_width = (panel + 1) * width <= self.output.outputs;
                 for (i, row) in self.row_range.clone().step_by(M).enumerate() {
@@ -219,6 +248,7 @@ impl<P: Source> Block<'_, P> {
                         s.prefetch_far(next.wrapping_byte_add(line * 64));
                     }
                     let rows = row..self.row_range.end.min(row + M);
+                    let ahead = if i == 0 { ahead } else { 0 };
                     // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this
                     // panel exist and belong to this task alone. A tile that reaches past them goes by way of `sums`.
                     unsafe {
@@ -229,13 +259,13 @@ impl<P: Source> Block<'_, P> {
                                 start: self.output.target(s, row, panel).0,
                                 stride: self.output.outputs,
                             };
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, ahead);
                         } else {
                             let out = At { start: sums.as_mut_ptr(), stride: width };
                             if start > 0 {
                                 self.output.copy_in(s, &mut sums, rows.clone(), panel);
                             }
-                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, f32, _, M, 2>(s, block, a, b, out, start > 0, ahead);
                             self.output.copy_out(s, &sums, rows.clone(), panel);
                         }
                         if last {
@@ -248,11 +278,11 @@ impl<P: Source> Block<'_, P> {
         }
     }
 
-    /// The block that `many` comes to after this one; any address will do where there is none.
+    /// The block of `panels` that comes after this one; any address will do where there is none.
     #[inline(always)]
-    fn next_block(&self, panel: usize, start: usize, block: usize) -> *const u8 {
+    fn next_block(&self, panels: &Range<usize>, panel: usize, start: usize, block: usize) -> *const u8 {
         let (panel, start) =
-            if panel + 1 < self.panels.end { (panel + 1, start) } else { (self.panels.start, start + block) };
+            if panel + 1 < panels.end { (panel + 1, start) } else { (panels.start, start + block) };
         self.weights.address(panel, start)
     }
 }
