@@ -8,25 +8,12 @@
 use criterion::{
     BatchSize, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use opt_benches::{ids, load, opt_125m, random};
+use opt_benches::{caches, ids, load, opt_125m, random, step};
 use opt_core::{
-    CacheDType, Opt,
+    Opt,
     backends::{self, BackendOptions},
-    engine::{Forward, KvCache, Sequence, Want},
 };
 use std::time::Duration;
-
-/// Runs `tokens` behind each cache and reads the most probable next token of each.
-fn step(opt: &Opt, caches: &mut [KvCache], tokens: &[u32]) {
-    let sequence =
-        |cache| Sequence { cache: Some(cache), ..Sequence::new(tokens).want(Want::TopK { rows: 1, k: 1 }) };
-    let sequences = caches.iter_mut().map(sequence).collect();
-    opt.engine().forward_blocking(Forward { sequences, ..Forward::default() }).expect("forward");
-}
-
-fn caches(opt: &Opt, batch: usize) -> Vec<KvCache> {
-    (0..batch).map(|_| opt.engine().new_cache(CacheDType::F32).expect("cache")).collect()
-}
 
 /// Adds one backend's figures to the groups that all share.
 fn measure(c: &mut Criterion, name: &str, make: &dyn Fn() -> Opt) {
@@ -47,18 +34,18 @@ fn measure(c: &mut Criterion, name: &str, make: &dyn Fn() -> Opt) {
         in_group(group, counted, &mut |b| {
             let prompt = ids(tokens, opt.config());
             b.iter_batched_ref(
-                || caches(&opt, 1),
-                |caches| step(&opt, caches, &prompt),
+                || caches(&opt, 1).expect("cache"),
+                |caches| step(&opt, caches, &prompt).expect("forward"),
                 BatchSize::PerIteration,
             );
         });
     }
     for batch in [1, 8] {
         in_group(&format!("decode, batch {batch}"), Some(batch), &mut |b| {
-            let mut caches = caches(&opt, batch);
-            step(&opt, &mut caches, &ids(32, opt.config()));
+            let mut caches = caches(&opt, batch).expect("cache");
+            step(&opt, &mut caches, &ids(32, opt.config())).expect("forward");
             b.iter(|| {
-                step(&opt, &mut caches, &[7]);
+                step(&opt, &mut caches, &[7]).expect("forward");
                 // Every step is the 33rd, however many there are.
                 caches.iter_mut().for_each(|cache| cache.truncate(32).expect("truncate"));
             });

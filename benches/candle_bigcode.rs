@@ -16,7 +16,7 @@ use candle_core::{D, DType as CandleDType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bigcode::{Config, GPTBigCode};
 use opt_backend_candle::Candle;
-use opt_benches::{ids, load, opt_125m, random};
+use opt_benches::{ids, load, median, opt_125m, random};
 use opt_core::{
     CacheDType, DType, Load, Opt,
     config::OptConfig,
@@ -96,11 +96,6 @@ fn main() {
             println!("  {name:32} {:8.2} ms   ratio {:.2}", median(own.clone()), median(ratios));
         }
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn ours(opt: &Opt, config: &OptConfig, work: Work) -> Duration {

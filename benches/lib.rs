@@ -1,11 +1,14 @@
-//! Models of random weights that the benchmarks run on: speed does not depend on the values.
+//! What the benchmarks share: models of random weights (speed does not depend on the values), the work they are given,
+//! and what is said of the machine.
 
 use opt_core::{
-    Load, Opt, Result,
+    CacheDType, Load, Opt, Result,
     backends::{self, BackendOptions},
     checkpoint::Checkpoint,
     config::OptConfig,
+    engine::{Forward, KvCache, Sequence, Want},
 };
+use std::{fs, hint::black_box, path::Path, sync::Barrier, thread, time::Instant};
 
 /// The shape of facebook/opt-125m.
 ///
@@ -65,4 +68,98 @@ pub fn load(checkpoint: &Checkpoint, backend: &str, dtype: opt_core::DType) -> R
 /// `rows` token ids that mean nothing.
 pub fn ids(rows: usize, config: &OptConfig) -> Vec<u32> {
     (0..rows).map(|i| (4 + i * 7919 % (config.vocab_size - 4)) as u32).collect()
+}
+
+/// Empty caches of so many sequences.
+///
+/// # Errors
+/// Those of the backend.
+pub fn caches(opt: &Opt, batch: usize) -> Result<Vec<KvCache>> {
+    (0..batch).map(|_| opt.engine().new_cache(CacheDType::F32)).collect()
+}
+
+/// Runs `tokens` behind each cache and reads the most probable next token of each.
+///
+/// # Errors
+/// Those of the engine.
+pub fn step(opt: &Opt, caches: &mut [KvCache], tokens: &[u32]) -> Result<()> {
+    let sequence =
+        |cache| Sequence { cache: Some(cache), ..Sequence::new(tokens).want(Want::TopK { rows: 1, k: 1 }) };
+    let sequences = caches.iter_mut().map(sequence).collect();
+    opt.engine().forward_blocking(Forward { sequences, ..Forward::default() })?;
+    Ok(())
+}
+
+/// The middle one, the upper of two; NaN of none.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Threads that this machine runs at once.
+pub fn threads() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Bytes a second that all cores together read from memory, the best of some runs: the limit of decoding.
+pub fn bandwidth() -> f64 {
+    /// Numbers each thread reads: more than any cache holds.
+    const NUMBERS: usize = 32 << 20;
+    const RUNS: usize = 7;
+
+    let threads = threads();
+    let barrier = Barrier::new(threads);
+    // The threads read a memory area each, a run at a time; the slowest ends a run.
+    let read = || {
+        let numbers: Vec<u64> = (0..NUMBERS as u64).collect();
+        let mut seconds = Vec::new();
+        for _ in 0..RUNS {
+            barrier.wait();
+            let started = Instant::now();
+            // Several chains, so that additions do not limit the reading.
+            let mut sums = [0_u64; 32];
+            for chunk in numbers.chunks_exact(sums.len()) {
+                sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum = sum.wrapping_add(*x));
+            }
+            black_box(sums);
+            barrier.wait();
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+        seconds
+    };
+    let best = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(read)).collect();
+        let seconds: Vec<Vec<f64>> = workers.into_iter().filter_map(|worker| worker.join().ok()).collect();
+        let slowest = |run: usize| seconds.iter().filter_map(|s| s.get(run)).fold(0.0, |a: f64, b| a.max(*b));
+        (1..RUNS).map(slowest).fold(f64::INFINITY, f64::min)
+    });
+    (threads * NUMBERS * size_of::<u64>()) as f64 / best
+}
+
+/// Processor, cores, memory and system, as far as this system says.
+pub fn machine() -> String {
+    let field = |file: &str, key: &str| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+        line.split_once(':').map(|(_, value)| value.trim().to_owned()).filter(|value| !value.is_empty())
+    };
+    let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "an unnamed processor".to_owned());
+    let kib: Option<f64> =
+        field("/proc/meminfo", "MemTotal").and_then(|text| text.split(' ').next()?.parse().ok());
+    let memory = kib.map_or_else(String::new, |kib| format!(", {:.0} GiB", kib / f64::from(1 << 20)));
+    format!("{processor}, {} threads{memory}, {}", threads(), std::env::consts::OS)
+}
+
+/// Writes a file under another name and renames it then, so that it is whole or not there.
+///
+/// # Errors
+/// One line that names the file.
+pub fn save(file: &Path, text: &str) -> std::result::Result<(), String> {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    let part = file.with_file_name(name);
+    fs::write(&part, text).and_then(|()| fs::rename(&part, file)).map_err(|e| {
+        let _ = fs::remove_file(&part);
+        format!("{}: {e}", file.display())
+    })
 }

@@ -7,6 +7,7 @@
 //!
 //! Peers are measured here and now (`peers.py`): run both commands on the same idle machine, one after the other.
 
+use opt_benches::{machine, save};
 use plotters::{
     prelude::*,
     style::text_anchor::{HPos, Pos, VPos},
@@ -62,8 +63,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let table = table(&figures, &machine());
     print!("{table}");
-    fs::write(benches.join("results.md"), table)?;
-    plot(&figures, &benches.join("results.svg"))
+    save(&benches.join("results.md"), &table)?;
+    let file = benches.join("results.svg");
+    save(&file, &plot(&figures)?)?;
+    println!("\n{}", file.display());
+    Ok(())
 }
 
 /// What the last run of criterion left: `GROUP/NAME/new/{benchmark,estimates}.json`.
@@ -126,21 +130,6 @@ fn peers(script: &Path, environment: &Path) -> Result<Vec<Figure>, Box<dyn Error
     Ok(lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
 }
 
-/// Processor, cores, memory and system, as far as this system says.
-fn machine() -> String {
-    let field = |file: &str, key: &str| {
-        let text = fs::read_to_string(file).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
-        line.split_once(':').map(|(_, value)| value.trim().to_owned()).filter(|value| !value.is_empty())
-    };
-    let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "an unnamed processor".to_owned());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let kib: Option<f64> =
-        field("/proc/meminfo", "MemTotal").and_then(|text| text.split(' ').next()?.parse().ok());
-    let memory = kib.map_or_else(String::new, |kib| format!(", {:.0} GiB", kib / f64::from(1 << 20)));
-    format!("{processor}, {cores} threads{memory}, {}", std::env::consts::OS)
-}
-
 /// Names in the order of the build, ours before peers.
 fn names(figures: &[Figure]) -> Vec<&str> {
     let rank = |name: &str| {
@@ -177,11 +166,12 @@ fn table(figures: &[Figure], machine: &str) -> String {
     text
 }
 
-/// One panel a group, one bar a name.
-fn plot(figures: &[Figure], file: &Path) -> Result<(), Box<dyn Error>> {
+/// One panel a group, one bar a name, as SVG.
+fn plot(figures: &[Figure]) -> Result<String, Box<dyn Error>> {
     let names = names(figures);
     let height = 60 + 22 * names.len() as u32;
-    let root = SVGBackend::new(file, (1000, 3 * height)).into_drawing_area();
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1000, 3 * height)).into_drawing_area();
     root.fill(&WHITE)?;
     for ((group, unit), area) in GROUPS.iter().zip(root.split_evenly((3, 2))) {
         let values: Vec<Option<f64>> =
@@ -202,6 +192,6 @@ fn plot(figures: &[Figure], file: &Path) -> Result<(), Box<dyn Error>> {
         }
     }
     root.present()?;
-    println!("\n{}", file.display());
-    Ok(())
+    drop(root);
+    Ok(svg)
 }

@@ -204,6 +204,7 @@ fn main() -> Result<()> {
     };
     print("decode, batch 1", &|| model.decode(1, 64))?;
     print("decode, batch 8", &|| model.decode(8, 32))?;
+    print("decode, batch 16", &|| model.decode(16, 16))?;
     print("prefill 128, all logits", &|| model.prefill(128, true))?;
     print("prefill 512, all logits", &|| model.prefill(512, true))?;
     print("prefill 512, last logits", &|| model.prefill(512, false))?;

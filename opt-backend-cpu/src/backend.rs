@@ -191,7 +191,7 @@ impl Backend for Cpu {
         info.memory = opt_backend::host_memory();
         info.deterministic = true;
         info.details.push(("quantized weights".to_owned(), format!("multiplied in {}", self.compute)));
-        let bf16 = if self.machine().rounds_to_bf16() { "bf16" } else { "f32" };
+        let bf16 = if self.machine().multiplies_bf16() { "bf16" } else { "f32" };
         info.details.push(("bf16 weights".to_owned(), format!("multiplied in {bf16}")));
         info
     }

@@ -12,16 +12,19 @@ use crate::{
     Machine,
     memory::{Aligned, Shared},
     output::{Output, Product, TILE},
-    pack::{Packed, Source, for_each_packed},
-    simd::{Factor, Kernel, Simd, Weight},
+    pack::{Packed, Source},
+    simd::{Kernel, Operand, Simd, Weight},
     tile::{Apart, At, Woven, tile},
 };
 use opt_backend::Result;
+use std::ops::Range;
 
-/// Depth of a block: this many places of a panel of f32 or pairs are 32 KiB with AVX-512, and fit the first cache.
+/// Depth of a block: this many places of a panel of f32 or [`Bf16x2`](crate::simd::Bf16x2) are 32 KiB with AVX-512, and fit the first cache.
 pub(crate) const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
+/// Tiles up to which reading a weight from memory takes about as long as multiplying by it.
+const STREAMED_TILES: usize = 3;
 /// Panels of a task of many rows: their outputs, too, are visited block after block and should stay in the cache.
 const PANELS: usize = 6;
 /// Bytes between the weights that are multiplied and those that are asked for, when each is used once: hardware
@@ -38,28 +41,32 @@ const TASK_BYTES: usize = 96 << 10;
 pub(crate) unsafe fn multiply(
     machine: Machine<'_>,
     x: &[f32],
-    [rows, depth]: [usize; 2],
+    shape: [usize; 2],
     products: &[&Product<'_>],
 ) -> Result<()> {
-    let products: Vec<_> = products.iter().map(|product| (*product, product.weights)).collect();
     let level = machine.level;
-    let run = |task: Task<'_, f32>, weights: &Packed| {
-        for_each_packed!(weights, weights => level.run(Block { task, weights }));
+    let products: Vec<_> = products.iter().map(|&product| (product, product.weights)).collect();
+    let run = |block: Block<'_, f32, &Packed>| match block.weights {
+        Packed::F32(panels) => level.run(block.with(panels)),
+        Packed::F16(panels) => level.run(block.with(panels)),
+        Packed::BF16(panels) => level.run(block.with(panels)),
+        Packed::Codes(codes) => level.run(block.with(&**codes)),
+        Packed::Bf16x2(_) => unreachable!("pairs of bf16 times f32"),
     };
     // SAFETY: the caller's promise.
-    unsafe { multiply_by(machine, x, [rows, depth], &products, run) }
+    unsafe { multiply_by(machine, x, shape, &products, run) }
 }
 
-/// Hands the products of `x`, `[rows, depth]`, and weights of `depth` places out to `run` in one parallel region.
+/// Shares the products of `x`, `[rows, depth]`, out in blocks, which `run` computes, in one parallel region.
 ///
 /// # Safety
-/// As that of [`multiply`], where `run` runs the [`Block`] it is given.
-pub(crate) unsafe fn multiply_by<X: Factor, W: Copy + Sync>(
+/// As that of [`multiply`], for the weights as `run` takes them.
+pub(crate) unsafe fn multiply_by<X: Operand, W: Copy + Sync>(
     machine: Machine<'_>,
     x: &[X],
     [rows, depth]: [usize; 2],
     products: &[(&Product<'_>, W)],
-    run: impl Fn(Task<'_, X>, W) + Sync,
+    run: impl Fn(Block<'_, X, W>) + Sync,
 ) -> Result<()> {
     let Machine { pool, level, .. } = machine;
     let sizes = level.sizes();
@@ -85,7 +92,7 @@ pub(crate) unsafe fn multiply_by<X: Factor, W: Copy + Sync>(
         let output = Output { product, outputs: product.weights.shape()[0], level };
         let row_range = group * group_rows..rows.min((group + 1) * group_rows);
         let panels = first..product.weights.panels().min(first + share);
-        run(Task { x, woven: woven.as_ref(), rows, row_range, depth, panels, output }, weights);
+        run(Block { x, woven: woven.as_ref(), rows, row_range, depth, weights, panels, output });
     };
     // A region costs more than a product this small.
     if rows * depth * panels < 1 << 12 {
@@ -97,7 +104,7 @@ pub(crate) unsafe fn multiply_by<X: Factor, W: Copy + Sync>(
 
 /// Interleaves rows by tiles: for each block of [`DEPTH`], for each tile, `[block depth, tile rows]`. Missing rows of
 /// the last tile are zeros.
-fn weave<X: Factor>(machine: Machine<'_>, x: &[X], [rows, depth]: [usize; 2]) -> Result<Aligned<X>> {
+fn weave<X: Operand>(machine: Machine<'_>, x: &[X], [rows, depth]: [usize; 2]) -> Result<Aligned<X>> {
     let Machine { pool, guards, level, .. } = machine;
     let tile_rows = level.sizes().rows;
     let tiles = rows.div_ceil(tile_rows);
@@ -124,72 +131,77 @@ fn weave<X: Factor>(machine: Machine<'_>, x: &[X], [rows, depth]: [usize; 2]) ->
 }
 
 /// Some panels times some rows.
-pub(crate) struct Task<'a, X: Factor> {
+pub(crate) struct Block<'a, X: Operand, W> {
     x: &'a [X],
     woven: Option<&'a Aligned<X>>,
     rows: usize,
-    row_range: std::ops::Range<usize>,
+    row_range: Range<usize>,
     depth: usize,
-    panels: std::ops::Range<usize>,
+    pub(crate) weights: W,
+    panels: Range<usize>,
     output: Output<'a>,
 }
 
-/// A task and the weights whose panels it is about.
-pub(crate) struct Block<'a, P: Source> {
-    pub(crate) task: Task<'a, FactorOf<P>>,
-    pub(crate) weights: &'a P,
+impl<'a, X: Operand, W> Block<'a, X, W> {
+    /// The same with `weights`, of which those of this block are a view.
+    pub(crate) fn with<V>(self, weights: V) -> Block<'a, X, V> {
+        let Self { x, woven, rows, row_range, depth, weights: _, panels, output } = self;
+        Block { x, woven, rows, row_range, depth, weights, panels, output }
+    }
 }
 
-type FactorOf<P> = <<P as Source>::Element as Weight>::Factor;
-
-impl<P: Source> Kernel for Block<'_, P> {
+impl<X: Operand, P: Source<Operand = X>> Kernel for Block<'_, X, &P> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if self.task.depth == 0 {
-            for panel in self.task.panels.clone() {
+        if self.depth == 0 {
+            for panel in self.panels.clone() {
                 // SAFETY: as in `few`.
                 unsafe {
-                    for row in self.task.row_range.clone() {
-                        let (out, columns) = self.task.output.target(s, row, panel);
+                    for row in self.row_range.clone() {
+                        let (out, columns) = self.output.target(s, row, panel);
                         for column in 0..columns {
                             *out.add(column) = 0.0;
                         }
                     }
-                    self.task.output.finish(s, self.task.row_range.clone(), panel);
+                    self.output.finish(s, self.row_range.clone(), panel);
                 }
             }
             return;
         }
-        match self.task.woven {
-            Some(woven) if S::ROWS == 12 => self.many::<S, 12>(s, woven.as_slice()),
-            Some(woven) => self.many::<S, 6>(s, woven.as_slice()),
-            None => match self.task.rows {
+        match self.woven {
+            // A few tiles: memory decides, so each panel is streamed from first to last byte.
+            Some(woven) if self.streams::<S>() => {
+                for panel in self.panels.clone() {
+                    self.many::<S>(s, woven.as_slice(), panel..panel + 1);
+                }
+            }
+            Some(woven) => self.many::<S>(s, woven.as_slice(), self.panels.clone()),
+            None => match self.rows {
                 1 => self.few::<S, 1>(s),
                 2 => self.few::<S, 2>(s),
-                _ if S::FEW == 4 || self.task.rows <= 4 => self.few::<S, 4>(s),
+                _ if S::FEW == 4 || self.rows <= 4 => self.few::<S, 4>(s),
                 _ => self.few::<S, 8>(s),
             },
         }
     }
 }
 
-impl<P: Source> Block<'_, P> {
+impl<X: Operand, P: Source<Operand = X>> Block<'_, X, &P> {
     /// At most `M` rows, read where they lie: each panel is streamed once.
     #[inline(always)]
     fn few<S: Simd, const M: usize>(&self, s: S) {
         let width = 2 * S::LANES;
         let mut sums = [0.0_f32; TILE];
         let mut wide = Wide::new();
-        for panel in self.task.panels.clone() {
+        for panel in self.panels.clone() {
             let mut start = 0;
-            while start < self.task.depth {
-                let block = DEPTH.min(self.task.depth - start);
+            while start < self.depth {
+                let block = DEPTH.min(self.depth - start);
                 // SAFETY: x has `rows` rows of `depth`, the panel `depth` rows of two vectors, `sums` at least M.
                 unsafe {
-                    let a =
-                        Apart::<_, M>::new(self.task.x.as_ptr().add(start), self.task.depth, self.task.rows);
+                    let a = Apart::<X, M>::new(self.x.as_ptr().add(start), self.depth, self.rows);
                     let out = At { start: sums.as_mut_ptr(), stride: width };
                     match self.weights.elements(panel, start) {
                         Some(elements) => {
@@ -200,7 +212,7 @@ impl<P: Source> Block<'_, P> {
                         None => {
                             self.weights.widen(s, panel, start, block, &mut wide);
                             let b = At { start: wide.0.as_ptr(), stride: width };
-                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, X, _, M, 2>(s, block, a, b, out, start > 0, 0);
                         }
                     }
                 }
@@ -208,43 +220,65 @@ impl<P: Source> Block<'_, P> {
             }
             // SAFETY: each row and column of this panel belongs to this task alone.
             unsafe {
-                self.task.output.copy_out(s, &sums, 0..self.task.rows, panel);
-                self.task.output.finish(s, 0..self.task.rows, panel);
+                self.output.copy_out(s, &sums, 0..self.rows, panel);
+                self.output.finish(s, 0..self.rows, panel);
             }
+        }
+    }
+
+    /// Whether weights are used so few times that reading them takes as long as multiplying.
+    #[inline(always)]
+    fn streams<S: Simd>(&self) -> bool {
+        self.row_range.len() <= STREAMED_TILES * S::ROWS
+    }
+
+    /// As [`Block::many_of`], by tiles as large as the level has them.
+    #[inline(always)]
+    fn many<S: Simd>(&self, s: S, woven: &[X], panels: Range<usize>) {
+        if S::ROWS == 12 {
+            self.many_of::<S, 12>(s, woven, panels);
+        } else {
+            self.many_of::<S, 6>(s, woven, panels);
         }
     }
 
     /// Woven rows: block by block, so that panel block and woven block stay in their caches.
     #[inline(always)]
-    fn many<S: Simd, const M: usize>(&self, s: S, woven: &[FactorOf<P>]) {
+    fn many_of<S: Simd, const M: usize>(&self, s: S, woven: &[X], panels: Range<usize>) {
         let width = 2 * S::LANES;
-        let padded = self.task.rows.next_multiple_of(M);
+        let padded = self.rows.next_multiple_of(M);
         let mut sums = [0.0_f32; TILE];
         let mut wide = Wide::new();
         let mut start = 0;
-        while start < self.task.depth {
-            let block = DEPTH.min(self.task.depth - start);
-            let last = start + block == self.task.depth;
-            for panel in self.task.panels.clone() {
-                // What is no factor is widened once for all rows.
-                let elements: *const FactorOf<P> = match self.weights.elements(panel, start) {
-                    Some(elements) if P::Element::IS_FACTOR => elements.cast(),
+        while start < self.depth {
+            let block = DEPTH.min(self.depth - start);
+            let last = start + block == self.depth;
+            for panel in panels.clone() {
+                // What is no operand as it lies is widened once for all rows.
+                let mut ahead = 0;
+                let elements: *const X = match self.weights.elements(panel, start) {
+                    Some(elements) if P::Element::IS_OPERAND => {
+                        ahead = if self.streams::<S>() { AHEAD / size_of::<X>() } else { 0 };
+                        elements.cast()
+                    }
                     _ => {
                         // SAFETY: the panel has the places start..start + block, at most DEPTH.
                         unsafe { self.weights.widen(s, panel, start, block, &mut wide) };
                         wide.0.as_ptr()
                     }
                 };
-                // While this block is multiplied, the next one is fetched, some lines with each tile.
-                let next = self.next_block(panel, start, block);
-                let lines = self.weights.bytes(block) / 64;
-                let tiles = self.task.row_range.len().div_ceil(M);
-                let full_width = (panel + 1) * width <= self.task.output.outputs;
-                for (i, row) in self.task.row_range.clone().step_by(M).enumerate() {
+                // While this block is multiplied, the next one is fetched, some lines with each tile; or what comes next
+                // by the first tile, as it goes.
+                let next = self.next_block(&panels, panel, start, block);
+                let lines = if ahead == 0 { self.weights.bytes(block) / 64 } else { 0 };
+                let tiles = self.row_range.len().div_ceil(M);
+                let full_width = (panel + 1) * width <= self.output.outputs;
+                for (i, row) in self.row_range.clone().step_by(M).enumerate() {
                     for line in lines * i / tiles..lines * (i + 1) / tiles {
                         s.prefetch_far(next.wrapping_byte_add(line * 64));
                     }
-                    let rows = row..self.task.row_range.end.min(row + M);
+                    let rows = row..self.row_range.end.min(row + M);
+                    let ahead = if i == 0 { ahead } else { 0 };
                     // SAFETY: the woven block of this tile has M rows of `block`; the outputs of these rows and this
                     // panel exist and belong to this task alone. A tile that reaches past them goes by way of `sums`.
                     unsafe {
@@ -252,20 +286,20 @@ impl<P: Source> Block<'_, P> {
                         let b = At { start: elements, stride: width };
                         if rows.len() == M && full_width {
                             let out = At {
-                                start: self.task.output.target(s, row, panel).0,
-                                stride: self.task.output.outputs,
+                                start: self.output.target(s, row, panel).0,
+                                stride: self.output.outputs,
                             };
-                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
+                            tile::<S, X, _, M, 2>(s, block, a, b, out, start > 0, ahead);
                         } else {
                             let out = At { start: sums.as_mut_ptr(), stride: width };
                             if start > 0 {
-                                self.task.output.copy_in(s, &mut sums, rows.clone(), panel);
+                                self.output.copy_in(s, &mut sums, rows.clone(), panel);
                             }
-                            tile::<S, FactorOf<P>, _, M, 2>(s, block, a, b, out, start > 0, 0);
-                            self.task.output.copy_out(s, &sums, rows.clone(), panel);
+                            tile::<S, X, _, M, 2>(s, block, a, b, out, start > 0, ahead);
+                            self.output.copy_out(s, &sums, rows.clone(), panel);
                         }
                         if last {
-                            self.task.output.finish(s, rows, panel);
+                            self.output.finish(s, rows, panel);
                         }
                     }
                 }
@@ -274,14 +308,11 @@ impl<P: Source> Block<'_, P> {
         }
     }
 
-    /// The block that `many` comes to after this one; any address will do where there is none.
+    /// The block of `panels` that comes after this one; any address will do where there is none.
     #[inline(always)]
-    fn next_block(&self, panel: usize, start: usize, block: usize) -> *const u8 {
-        let (panel, start) = if panel + 1 < self.task.panels.end {
-            (panel + 1, start)
-        } else {
-            (self.task.panels.start, start + block)
-        };
+    fn next_block(&self, panels: &Range<usize>, panel: usize, start: usize, block: usize) -> *const u8 {
+        let (panel, start) =
+            if panel + 1 < panels.end { (panel + 1, start) } else { (panels.start, start + block) };
         self.weights.address(panel, start)
     }
 }
@@ -290,7 +321,7 @@ impl<P: Source> Block<'_, P> {
 #[repr(align(64))]
 pub struct Wide<X>(pub(crate) [X; DEPTH * 32]);
 
-impl<X: Factor> Wide<X> {
+impl<X: Operand> Wide<X> {
     #[inline(always)]
     fn new() -> Self {
         Self([X::default(); DEPTH * 32])

@@ -10,7 +10,7 @@
 //! | [`pool`] | threads, parallel regions |
 //! | [`memory`], [`pack`] | aligned buffers, weights as column panels |
 //! | [`tile`], `gemm` | the register tile, products of rows and panels |
-//! | `pairs` | products with weights and activations of bf16 |
+//! | `bf16` | products with weights and activations of bf16 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
 //! | [`host`], [`rows`] | quantized weights of backends whose tensors belong to a library: in main memory, on its devices |
@@ -18,12 +18,12 @@
 // An internal crate: what a name says by itself is not said again.
 #![allow(missing_docs)]
 
+mod bf16;
 mod gemm;
 pub mod host;
 pub mod memory;
 pub mod output;
 pub mod pack;
-mod pairs;
 pub mod pool;
 pub mod product;
 pub mod quant;
@@ -47,8 +47,8 @@ pub struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Whether activations are rounded to bf16 as they meet weights of bf16.
-    pub fn rounds_to_bf16(self) -> bool {
+    /// Whether weights of bf16 are multiplied by dot products of bf16, for which activations are rounded to bf16.
+    pub fn multiplies_bf16(self) -> bool {
         self.level.bf16_dot() && self.compute != Compute::F32
     }
 }

@@ -4,6 +4,7 @@
 //! goes through here, so that running out of memory is an error and not an abort. For tests, [`Guards`] surround what
 //! kernels write through pointers by zones that tell of writes outside.
 
+use crate::Machine;
 use opt_backend::{Error, ErrorKind, Result};
 use std::{
     alloc::{self, Layout},
@@ -178,6 +179,42 @@ impl<T: Copy> Aligned<T> {
     where
         T: Number,
     {
+        let array = Self::unwritten(guards, len, what)?;
+        // SAFETY: there is room for `len` elements, for which zero bits are a value.
+        unsafe { array.start.write_bytes(0, len) };
+        Ok(array)
+    }
+
+    /// `count` chunks of `size` elements of zero bits, each then handed to `fill` with its number.
+    ///
+    /// Each chunk is first touched by the thread that fills it: the system's clearing of pages, most of the time that
+    /// loading takes, is shared out too.
+    pub fn filled(
+        machine: Machine<'_>,
+        [count, size]: [usize; 2],
+        what: &'static str,
+        fill: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) -> Result<Self>
+    where
+        T: Number + Send,
+    {
+        let len = count.checked_mul(size).ok_or_else(|| out_of_memory(what, usize::MAX))?;
+        let array = Self::unwritten(machine.guards, len, what)?;
+        let start = Shared(array.start.as_ptr());
+        machine.pool.run(if size == 0 { 0 } else { count }, &|chunk| {
+            // SAFETY: a chunk of the array, which belongs to this task alone and is written before it is borrowed.
+            let elements = unsafe {
+                let first = start.at(chunk * size);
+                first.write_bytes(0, size);
+                slice::from_raw_parts_mut(first, size)
+            };
+            fill(chunk, elements);
+        })?;
+        Ok(array)
+    }
+
+    /// Room for `len` elements, which the caller writes before any is read.
+    fn unwritten(guards: &Guards, len: usize, what: &'static str) -> Result<Self> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(what, len))?;
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { CACHE_LINE };
         let zone = guards.zone();
@@ -194,9 +231,7 @@ impl<T: Copy> Aligned<T> {
             if zone > 0 {
                 start.as_ptr().write_bytes(PATTERN, room);
             }
-            let start = start.add(zone);
-            start.as_ptr().write_bytes(0, bytes);
-            start
+            start.add(zone)
         };
         Ok(Self { start: start.cast(), len, layout, what, guards: guards.clone(), owns: PhantomData })
     }

@@ -5,23 +5,25 @@
 //! happens once, panel by panel from the caller's view: no second copy of the matrix exists at any time. Outputs past
 //! the last are zeros.
 //!
-//! Where the level has dot products of bf16, these lie in pairs, `[in / 2, width, 2]`: a place of a panel is then a pair
-//! of inputs, the last of which may be missing and is 0.
+//! Where weights of bf16 are multiplied by dot products of bf16, the bf16 of two neighbouring inputs lie side by side,
+//! `[in / 2, width, 2]`: a place of a panel is then two inputs, the last of which is 0 where their number is odd.
 
 use crate::{
     Machine,
     gemm::Wide,
-    memory::{Aligned, Shared},
+    memory::Aligned,
     quant::Codes,
-    simd::{Pair, Simd, Stored, Weight},
+    simd::{Bf16x2, Operand, Simd, Weight},
 };
 use half::{bf16, f16};
 use opt_backend::{DType, Error, ErrorKind, HostMatrix, Result, quant::Quantized};
 
 /// Column panels, however their elements are held.
 pub trait Source: Sync {
+    /// What rows consist of that are multiplied by these panels.
+    type Operand: Operand;
     /// What elements are held as, where kernels can load them one after the other.
-    type Element: Weight;
+    type Element: Weight<Operand = Self::Operand>;
     /// Number of panels.
     fn count(&self) -> usize;
     /// Bytes of `places` places of a panel.
@@ -30,23 +32,22 @@ pub trait Source: Sync {
     fn address(&self, panel: usize, start: usize) -> *const u8;
     /// The elements of a panel from place `start` on, `[places, width]`, if they can be loaded as they lie.
     fn elements(&self, panel: usize, start: usize) -> Option<*const Self::Element>;
-    /// Writes the places `start..start + block` of a panel as factors, `[block, width]`.
+    /// Writes the places `start..start + block` of a panel as operands, `[block, width]`.
     ///
     /// # Safety
-    /// The panel has these places, no more than `wide` has room for; `start` is even, and `S` is the level it was
-    /// packed for.
+    /// The panel has these places, no more than `wide` has room for, and `S` is the level it was packed for.
     unsafe fn widen<S: Simd>(
         &self,
         s: S,
         panel: usize,
         start: usize,
         block: usize,
-        wide: &mut Wide<<Self::Element as Weight>::Factor>,
+        wide: &mut Wide<Self::Operand>,
     );
 }
 
 /// A packed matrix of one element type.
-pub struct Panels<W: Stored> {
+pub struct Panels<W: Weight> {
     /// `[panel, places, width]`
     data: Aligned<W>,
     outputs: usize,
@@ -55,27 +56,22 @@ pub struct Panels<W: Stored> {
     width: usize,
 }
 
-impl<W: Stored> Panels<W> {
+impl<W: Weight> Panels<W> {
     fn new(machine: Machine<'_>, weight: HostMatrix<'_>, what: &'static str) -> Result<Self> {
-        let Machine { pool, guards, level, .. } = machine;
-        let width = level.sizes().panel;
+        let width = machine.level.sizes().panel;
         let [outputs, depth] = weight.shape();
-        let (panels, places) = (outputs.div_ceil(width), depth.div_ceil(W::INPUTS));
-        let size = panels.checked_mul(width).and_then(|n| n.checked_mul(places));
-        let size = size.ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
-        let mut data = Aligned::<W>::zeroed(guards, size, what)?;
-        let target = Shared(data.as_mut_slice().as_mut_ptr());
-        pool.run(if depth == 0 { 0 } else { panels }, &|panel| {
-            let rows = panel * width..outputs.min((panel + 1) * width);
-            let mut row = vec![0.0; depth];
-            for (column, j) in rows.enumerate() {
-                weight.row_f32(j, &mut row);
-                for (k, numbers) in row.chunks(W::INPUTS).enumerate() {
-                    // SAFETY: within this task's own panel of places * width elements.
-                    unsafe { *target.at((panel * places + k) * width + column) = W::pack(numbers) };
+        let places = depth.div_ceil(W::INPUTS);
+        let size = width.checked_mul(places).ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
+        let data =
+            Aligned::<W>::filled(machine, [outputs.div_ceil(width), size], what, &|panel, elements| {
+                let rows = panel * width..outputs.min((panel + 1) * width);
+                let mut row = vec![0.0; depth];
+                for (column, j) in rows.enumerate() {
+                    weight.row_f32(j, &mut row);
+                    let inputs = row.chunks(W::INPUTS);
+                    elements.chunks_exact_mut(width).zip(inputs).for_each(|(p, x)| p[column] = W::pack(x));
                 }
-            }
-        })?;
+            })?;
         Ok(Self { data, outputs, depth, places, width })
     }
 
@@ -85,23 +81,24 @@ impl<W: Stored> Panels<W> {
         &self.data.as_slice()[panel * size..(panel + 1) * size]
     }
 
-    pub(crate) fn shape(&self) -> [usize; 2] {
+    fn shape(&self) -> [usize; 2] {
         [self.outputs, self.depth]
     }
 
-    pub(crate) fn places(&self) -> usize {
+    fn places(&self) -> usize {
         self.places
     }
 
     /// Writes row `output` of the matrix, `depth` elements, to `row`.
-    pub(crate) fn read_row(&self, output: usize, row: &mut [f32]) {
+    fn read_row(&self, output: usize, row: &mut [f32]) {
         let column = output % self.width;
         let elements = self.panel(output / self.width).chunks_exact(self.width);
-        row.chunks_mut(W::INPUTS).zip(elements).for_each(|(numbers, k)| k[column].unpack(numbers));
+        row.chunks_mut(W::INPUTS).zip(elements).for_each(|(x, place)| place[column].unpack(x));
     }
 }
 
-impl<W: Stored> Source for Panels<W> {
+impl<W: Weight> Source for Panels<W> {
+    type Operand = W::Operand;
     type Element = W;
 
     fn count(&self) -> usize {
@@ -129,7 +126,7 @@ impl<W: Stored> Source for Panels<W> {
         panel: usize,
         start: usize,
         block: usize,
-        wide: &mut Wide<W::Factor>,
+        wide: &mut Wide<W::Operand>,
     ) {
         let elements = &self.panel(panel)[start * self.width..][..block * self.width];
         for i in (0..elements.len()).step_by(S::LANES) {
@@ -144,22 +141,18 @@ pub enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
     BF16(Panels<bf16>),
-    /// Of bf16, in pairs.
-    Pairs(Panels<Pair>),
+    Bf16x2(Panels<Bf16x2>),
     Codes(Box<Codes>),
 }
 
-/// Calls `$body` with `$panels` bound to the panels of whatever type, as such to be multiplied by f32.
+/// Calls `$body` with `$panels` bound to the panels of whatever type.
 macro_rules! for_each_packed {
     ($packed:expr, $panels:ident => $body:expr) => {
         match $packed {
             $crate::pack::Packed::F32($panels) => $body,
             $crate::pack::Packed::F16($panels) => $body,
             $crate::pack::Packed::BF16($panels) => $body,
-            $crate::pack::Packed::Pairs(pairs) => {
-                let $panels = &$crate::pairs::Split(pairs);
-                $body
-            }
+            $crate::pack::Packed::Bf16x2($panels) => $body,
             $crate::pack::Packed::Codes(boxed) => {
                 let $panels = &**boxed;
                 $body
@@ -167,7 +160,6 @@ macro_rules! for_each_packed {
         }
     };
 }
-pub(crate) use for_each_packed;
 
 impl Packed {
     /// Packs `weight` as `dtype` into panels as wide as the machine's level wants them.
@@ -180,7 +172,7 @@ impl Packed {
         Ok(match dtype {
             DType::F32 => Packed::F32(Panels::new(machine, weight, what)?),
             DType::F16 => Packed::F16(Panels::new(machine, weight, what)?),
-            DType::BF16 if machine.level.bf16_dot() => Packed::Pairs(Panels::new(machine, weight, what)?),
+            DType::BF16 if machine.multiplies_bf16() => Packed::Bf16x2(Panels::new(machine, weight, what)?),
             DType::BF16 => Packed::BF16(Panels::new(machine, weight, what)?),
             other => {
                 let message = format_args!("expected f32, f16 or bf16, found {other}");

@@ -1,12 +1,6 @@
 //! The one entrance to products: rows times weights, however these are held.
 
-use crate::{
-    Machine, gemm,
-    output::Product,
-    pack::Packed,
-    pairs,
-    quant::{self, Compute},
-};
+use crate::{Machine, bf16, gemm, output::Product, pack::Packed, quant};
 use opt_backend::Result;
 
 /// Computes the products of `x`, `[rows, inputs]`.
@@ -24,14 +18,12 @@ pub unsafe fn multiply(
         return Ok(());
     }
     // Those that read the same numbers in the same order go together.
-    let (mut dense, mut paired, mut coded, mut apart) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut dense, mut pairs, mut coded, mut apart) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for product in products {
         match product.weights {
             Packed::Codes(codes) if codes.order().is_some() => apart.push((product, &**codes)),
-            Packed::Codes(codes) if machine.compute != Compute::F32 && codes.places() > 0 => {
-                coded.push((product, &**codes))
-            }
-            Packed::Pairs(weights) if machine.rounds_to_bf16() => paired.push((product, weights)),
+            Packed::Codes(codes) if codes.as_integers(machine.compute) => coded.push((product, &**codes)),
+            Packed::Bf16x2(panels) => pairs.push((product, panels)),
             _ => dense.push(product),
         }
     }
@@ -40,17 +32,17 @@ pub unsafe fn multiply(
         if !dense.is_empty() {
             gemm::multiply(machine, x, [rows, inputs], &dense)?;
         }
-        if !paired.is_empty() {
-            pairs::multiply(machine, x, [rows, inputs], &paired)?;
+        if !pairs.is_empty() {
+            bf16::multiply(machine, x, [rows, inputs], &pairs)?;
         }
         if !coded.is_empty() {
             quant::multiply(machine, x, [rows, inputs], &coded)?;
         }
         for (product, codes) in apart {
             let x = codes.in_order(machine, x, [rows, inputs])?;
-            match machine.compute {
-                Compute::F32 => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
-                _ => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
+            match codes.as_integers(machine.compute) {
+                false => gemm::multiply(machine, &x, [rows, codes.places()], &[product])?,
+                true => quant::multiply(machine, &x, [rows, codes.places()], &[(product, codes)])?,
             }
         }
     }

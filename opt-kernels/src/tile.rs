@@ -2,19 +2,18 @@
 //!
 //! A tile multiplies `M` rows by `N` vectors of columns and holds all products in registers. Every output element is
 //! one chain of fused multiply-adds in ascending depth, whatever the tile, the row count or the vector width; that is
-//! why a row's result does not depend on the batch it is computed in. Where factors are pairs of bf16, a step of the
+//! why a row's result does not depend on the batch it is computed in. Where operands are pairs of bf16, a step of the
 //! chain is a dot product of two, and a place of the depth is a pair.
 
-use crate::simd::{Factor, Simd, Weight};
+use crate::simd::{Operand, Simd, Weight};
 
 /// Where a tile finds the left-hand elements.
-pub trait Rows<const M: usize>: Copy {
-    type Factor;
+pub trait Rows<X, const M: usize>: Copy {
     /// Element `k` of row `r`.
     ///
     /// # Safety
     /// The element exists.
-    unsafe fn at(self, r: usize, k: usize) -> Self::Factor;
+    unsafe fn at(self, r: usize, k: usize) -> X;
 }
 
 /// Rows where they lie, each with its own pointer.
@@ -44,9 +43,7 @@ impl<X, const M: usize> Apart<X, M> {
     }
 }
 
-impl<X: Factor, const M: usize> Rows<M> for Apart<X, M> {
-    type Factor = X;
-
+impl<X: Operand, const M: usize> Rows<X, M> for Apart<X, M> {
     #[inline(always)]
     unsafe fn at(self, r: usize, k: usize) -> X {
         // SAFETY: the caller's promise.
@@ -54,9 +51,7 @@ impl<X: Factor, const M: usize> Rows<M> for Apart<X, M> {
     }
 }
 
-impl<X: Factor, const M: usize> Rows<M> for Woven<X> {
-    type Factor = X;
-
+impl<X: Operand, const M: usize> Rows<X, M> for Woven<X> {
     #[inline(always)]
     unsafe fn at(self, r: usize, k: usize) -> X {
         // SAFETY: the caller's promise.
@@ -75,9 +70,9 @@ pub struct At<P> {
 /// `ahead` elements early, unless that is 0.
 ///
 /// # Safety
-/// `a` has `M` rows of `depth`, `b` has `depth / W::STEPS` rows, rounded up, and `out` has `M` rows, each of `N * LANES` elements.
+/// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
 #[inline(always)]
-pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M, Factor = W::Factor>, const M: usize, const N: usize>(
+pub unsafe fn tile<S: Simd, W: Weight, A: Rows<W::Operand, M>, const M: usize, const N: usize>(
     s: S,
     depth: usize,
     a: A,
@@ -95,28 +90,21 @@ pub unsafe fn tile<S: Simd, W: Weight, A: Rows<M, Factor = W::Factor>, const M: 
             }
         }
     }
-    // Whole elements of `b`, then what the last one holds of the depth.
-    for place in 0..depth.div_ceil(W::STEPS) {
-        let steps = if W::STEPS == 1 { 1 } else { W::STEPS.min(depth - place * W::STEPS) };
-        for step in 0..W::STEPS {
-            if step >= steps {
-                break;
-            }
-            // SAFETY: the place and the step exist, r < M, and so do the N vectors of a row by the caller's promise.
-            unsafe {
-                let row = b.start.add(place * b.stride);
-                let mut columns = [s.splat(0.0); N];
-                for (n, column) in columns.iter_mut().enumerate() {
-                    if ahead > 0 && step == 0 {
-                        s.prefetch(row.wrapping_add(ahead + n * S::LANES));
-                    }
-                    *column = W::load_step(s, row.add(n * S::LANES), step);
+    for k in 0..depth {
+        // SAFETY: k < depth, r < M and the N vectors of a row exist by the caller's promise.
+        unsafe {
+            let row = b.start.add(k * b.stride);
+            let mut columns = [s.splat(0.0); N];
+            for (n, column) in columns.iter_mut().enumerate() {
+                if ahead > 0 {
+                    s.prefetch(row.wrapping_add(ahead + n * S::LANES));
                 }
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = a.at(r, place * W::STEPS + step).splat(s);
-                    for (sum, column) in sums.iter_mut().zip(columns) {
-                        *sum = W::Factor::multiply_add(s, x, column, *sum);
-                    }
+                *column = W::load(s, row.add(n * S::LANES));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = a.at(r, k).splat(s);
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = W::Operand::multiply_add(s, x, column, *sum);
                 }
             }
         }

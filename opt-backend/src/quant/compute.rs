@@ -10,7 +10,7 @@ use std::{fmt, str::FromStr};
 #[non_exhaustive]
 pub enum Compute {
     /// Activations are quantized to 15 bits and a sign, per row and run of 32 inputs; sums of 32 products are exact. As
-    /// good as f32, and where memory limits as fast as int8.
+    /// good as f32, and where memory limits as fast as int8. Where levels are no integers (NF4, FP4) it is f32.
     #[default]
     Int16,
     /// Activations are quantized to int8, per row and run of 32 inputs; sums of 32 products are exact.

@@ -1,20 +1,23 @@
 //! Quantizing the weights of a whole checkpoint.
 
 #[cfg(feature = "quantize")]
-use super::{GptqOptions, gptq, walk::LINEARS, work::Work};
 use super::{
-    Gram, QuantSpec, QuantizedWeights, WalkJob,
-    walk::{Visitor, names},
+    GptqOptions, Gram, WalkJob, gptq,
+    walk::{LINEARS, Visitor, names},
+    work::Work,
 };
+use super::{QuantSpec, QuantizedWeights};
 use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
     backends::{self, BackendOptions, Chosen},
     checkpoint::Checkpoint,
-    config::is_linear,
-    decoder::Reads,
 };
+#[cfg(feature = "quantize")]
+use crate::{config::is_linear, decoder::Reads};
 use opt_backend::MaybeSend;
-use std::{collections::BTreeMap, ops::ControlFlow, path::PathBuf, sync::Arc};
+#[cfg(feature = "quantize")]
+use std::{collections::BTreeMap, sync::Arc};
+use std::{ops::ControlFlow, path::PathBuf};
 
 /// How codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

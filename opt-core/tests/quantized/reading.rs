@@ -52,7 +52,7 @@ fn models_compute_what_transformers_does_with_the_same_weights() {
         assert_close(opt.logits(&ids).unwrap().view(), arrays.matrix("logits").view(), name);
         let opt = Opt::load(fixture(name), backend::load_exact().dtype(DType::F32)).unwrap();
         assert_close(opt.logits(&ids).unwrap().view(), arrays.matrix("logits").view(), name);
-        // With activations rounded to eight bits, where the backend does that.
+        // With activations rounded to sixteen bits, where the backend does that.
         let opt = Opt::load(fixture(name), backend::load().dtype(DType::F32)).unwrap();
         let rounded = Tolerance::INT16_ACTIVATIONS;
         assert_within(rounded, opt.logits(&ids).unwrap().view(), arrays.matrix("logits").view(), name);

@@ -4,7 +4,7 @@
 //! bytes take them: quad `k` of a panel is `[width, 4]`. Codes of four bits (and of fewer) are two to a byte, quads
 //! `2 k` in the lower halves and `2 k + 1` in the upper. Scales and zero points lie beside them, `[group, width]`.
 
-use super::RUN;
+use super::{Compute, RUN};
 use crate::{
     Machine,
     gemm::Wide,
@@ -67,21 +67,18 @@ impl Table {
 
 impl Codes {
     pub(crate) fn new(machine: Machine<'_>, weight: &Quantized, what: &'static str) -> Result<Self> {
-        let Machine { pool, guards, level, .. } = machine;
+        let Machine { guards, level, .. } = machine;
         let width = level.sizes().panel;
         let Regular { inputs, codes, scales, zeros, levels, group, .. } = weight.regular(RUN);
         let (outputs, places) = codes.dim();
         let (panels, groups) = (outputs.div_ceil(width), places / group);
         let nibbles = !matches!(levels, Levels::Integers { bits: 8 });
-        let bytes = panels * width * places / if nibbles { 2 } else { 1 };
-        let mut packed = Aligned::<u8>::zeroed(guards, bytes, what)?;
-        let target = Shared(packed.as_mut_slice().as_mut_ptr());
-        pool.run(panels, &|panel| {
+        let size = width * places / if nibbles { 2 } else { 1 };
+        let packed = Aligned::<u8>::filled(machine, [panels, size], what, &|panel, elements| {
             for (column, output) in (panel * width..outputs.min((panel + 1) * width)).enumerate() {
                 for (place, &code) in codes.row(output).iter().enumerate() {
                     let (at, shift) = locate(nibbles, width, column, place);
-                    // SAFETY: within this task's own panel.
-                    unsafe { *target.at(panel * (bytes / panels) + at) |= code << shift };
+                    elements[at] |= code << shift;
                 }
             }
         })?;
@@ -148,6 +145,19 @@ impl Codes {
     /// The input that each place reads, if they are not in order; [`Regular::PADDING`] reads 0.
     pub(crate) fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
+    }
+
+    /// Whether its products are sums of integers.
+    ///
+    /// The levels of a table are made bytes for that, which costs them what one byte costs activations: where two bytes
+    /// keep these as good as f32, levels stay as they are.
+    pub(crate) fn as_integers(&self, compute: Compute) -> bool {
+        let levels = match compute {
+            Compute::Int8 => true,
+            Compute::Int16 => self.table.is_none(),
+            _ => false,
+        };
+        levels && self.places > 0
     }
 
     /// The codes of a panel.
@@ -225,6 +235,7 @@ fn locate(nibbles: bool, width: usize, column: usize, place: usize) -> (usize, u
 }
 
 impl Source for Codes {
+    type Operand = f32;
     type Element = f32;
 
     fn count(&self) -> usize {

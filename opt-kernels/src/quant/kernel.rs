@@ -239,41 +239,43 @@ impl Block<'_> {
             // SAFETY: by the caller's promise there are `runs` runs of codes, and of everything beside them.
             unsafe {
                 let mut dots = [[s.splat_int(0); 2]; M];
-                let start = codes;
-                for byte in 0..self.x.bytes {
-                    codes = start;
-                    let last = byte + 1 == self.x.bytes;
-                    for (r, dots) in dots.iter_mut().enumerate() {
-                        if byte > 0 {
-                            *dots = dots.map(|dot| s.mul_int(dot, s.splat_int(FINE)));
-                        }
-                        if last && zeros.is_none() {
-                            let zero = s.mul_int(zero, s.load_int(x_sums.add(r)));
-                            *dots = dots.map(|dot| s.add_int(dot, zero));
+                if self.x.bytes == 1 {
+                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
+                        x = x.add(4 * M);
+                    });
+                } else if 2 * M <= S::ROWS {
+                    // There are registers for the sums of both bytes: codes are read once.
+                    let mut fine = [[s.splat_int(0); 2]; M];
+                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
+                        add_quad::<S, M, FORM>(s, &mut fine, quad, x.add(RUN * M));
+                        x = x.add(4 * M);
+                    });
+                    x = x.add(RUN * M);
+                    for (dots, fine) in dots.iter_mut().zip(fine) {
+                        for (dot, fine) in dots.iter_mut().zip(fine) {
+                            *dot = s.add_int(s.mul_int(*dot, s.splat_int(FINE)), fine);
                         }
                     }
-                    // Two quads to a load where two codes share a byte.
-                    let quads = if packed { 2 } else { 1 };
-                    for _ in 0..RUN / (4 * quads) {
-                        if M <= 2 {
-                            s.prefetch(codes.wrapping_add(AHEAD));
-                            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
-                        }
-                        let both = [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))];
-                        codes = codes.add(4 * width);
-                        if packed {
-                            let halves = [both.map(|b| s.low_nibbles(b)), both.map(|b| s.high_nibbles(b))];
-                            for mut half in halves {
-                                if FORM == Form::Table as u8 {
-                                    half = half.map(|b| s.lookup_bytes(&table, b));
-                                }
-                                add_quad::<S, M>(s, &mut dots, half, x, bytes);
-                                x = x.add(4 * M);
-                            }
-                        } else {
-                            add_quad::<S, M>(s, &mut dots, both, x, bytes);
-                            x = x.add(4 * M);
-                        }
+                } else {
+                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
+                        x = x.add(4 * M);
+                    });
+                    for dots in &mut dots {
+                        *dots = dots.map(|dot| s.mul_int(dot, s.splat_int(FINE)));
+                    }
+                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
+                        x = x.add(4 * M);
+                    });
+                }
+                codes = codes.add(RUN * width / if packed { 2 } else { 1 });
+                if zeros.is_none() {
+                    for (r, dots) in dots.iter_mut().enumerate() {
+                        let zero = s.mul_int(zero, s.load_int(x_sums.add(r)));
+                        *dots = dots.map(|dot| s.add_int(dot, zero));
                     }
                 }
                 for n in 0..2 {
@@ -321,18 +323,52 @@ impl Block<'_> {
     }
 }
 
-/// Adds the products of one quad of codes of two vectors, which are `bytes` or below 16, and of each of `M` rows.
+/// Calls `add` with the codes of each quad of a run, two vectors of them.
+///
+/// # Safety
+/// There is a run of codes.
+#[inline(always)]
+unsafe fn each_quad<S: Simd, const M: usize, const FORM: u8>(
+    s: S,
+    mut codes: *const u8,
+    table: &[u8; 16],
+    mut add: impl FnMut([S::B; 2]),
+) {
+    let packed = FORM == Form::Nibbles as u8 || FORM == Form::Table as u8;
+    // Two quads to a load where two codes share a byte.
+    for _ in 0..RUN / if packed { 8 } else { 4 } {
+        if M <= 2 {
+            s.prefetch(codes.wrapping_add(AHEAD));
+            s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
+        }
+        // SAFETY: the caller's promise.
+        let both = unsafe { [s.load_bytes(codes), s.load_bytes(codes.add(4 * S::LANES))] };
+        codes = codes.wrapping_add(8 * S::LANES);
+        if packed {
+            for mut half in [both.map(|b| s.low_nibbles(b)), both.map(|b| s.high_nibbles(b))] {
+                if FORM == Form::Table as u8 {
+                    half = half.map(|b| s.lookup_bytes(table, b));
+                }
+                add(half);
+            }
+        } else {
+            add(both);
+        }
+    }
+}
+
+/// Adds the products of one quad of codes of two vectors and of each of `M` rows.
 ///
 /// # Safety
 /// `x` has a quad of each row.
 #[inline(always)]
-unsafe fn add_quad<S: Simd, const M: usize>(
+unsafe fn add_quad<S: Simd, const M: usize, const FORM: u8>(
     s: S,
     dots: &mut [[S::I; 2]; M],
     codes: [S::B; 2],
     x: *const i8,
-    bytes: bool,
 ) {
+    let bytes = FORM == Form::Bytes as u8 || FORM == Form::Table as u8;
     for (r, dots) in dots.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         let x = unsafe { s.splat_quad(x.add(4 * r)) };

@@ -145,14 +145,6 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         }
         unsafe { _mm512_dpbf16_ps(sums, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b)) }
     }
-    #[inline(always)]
-    fn halves(self, pairs: __m512) -> [__m512; 2] {
-        unsafe {
-            let pairs = _mm512_castps_si512(pairs);
-            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
-            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
-        }
-    }
 
     type B = __m512i;
     type I = __m512i;

@@ -20,7 +20,7 @@ mod weight;
 
 use half::{bf16, f16};
 use std::{fmt, str::FromStr};
-pub use weight::{Factor, Halves, Pair, Stored, Weight};
+pub use weight::{Bf16x2, Operand, Weight};
 
 /// A vector instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -262,11 +262,11 @@ pub trait Simd: Copy {
     /// The largest element.
     fn largest(self, a: Self::V) -> f32;
 
-    /// Whether [`Simd::dot_bf16`] and [`Simd::halves`] are instructions: then weights of bf16 are packed for them. The
-    /// default bodies are what they are tested against.
+    /// Whether [`Simd::dot_bf16`] is an instruction: then weights of bf16 are packed for it. The default body is what it
+    /// is tested against.
     const BF16_DOT: bool = false;
 
-    /// `sums` plus, for each lane, the two products of a [`Pair`] of `a` and one of `b`.
+    /// `sums` plus, for each lane, the two products of a [`Bf16x2`] of `a` and one of `b`.
     ///
     /// A product of two bf16 is exact in f32. Each of the two is added with one rounding, to the nearest and of two as
     /// near to the even one; which comes first is the instruction set's choice. What is smaller than 2^-126, in the
@@ -274,11 +274,6 @@ pub trait Simd: Copy {
     #[inline(always)]
     fn dot_bf16(self, sums: Self::V, a: Self::V, b: Self::V) -> Self::V {
         weight::dot_by_lanes(self, sums, a, b)
-    }
-    /// The first and the second number of each lane's [`Pair`], as f32.
-    #[inline(always)]
-    fn halves(self, pairs: Self::V) -> [Self::V; 2] {
-        weight::halves_by_lanes(self, pairs)
     }
 
     /// As many quads of bytes as a vector has lanes.

@@ -1,4 +1,4 @@
-//! What lies in memory to be multiplied: weights, and what they are multiplied by.
+//! What lies in memory to be multiplied: weights, and the operands they are multiplied by.
 
 use super::Simd;
 use crate::memory::Number;
@@ -6,40 +6,25 @@ use half::{bf16, f16};
 
 /// How weights lie in memory.
 pub trait Weight: Number + Send + Sync + 'static {
-    /// What they are multiplied by.
-    type Factor: Factor;
-    /// Whether this is its own factor, and needs no widening.
-    const IS_FACTOR: bool = false;
-    /// As many factors as a vector has lanes.
+    /// What they are loaded as, and rows that meet them consist of.
+    type Operand: Operand;
+    /// Whether weights are operands as they lie.
+    const IS_OPERAND: bool = false;
+    /// Inputs of an output that one of these holds.
+    const INPUTS: usize = 1;
+    /// As many operands as a vector has lanes.
     ///
     /// # Safety
     /// [`Simd::LANES`] elements can be read at `p`.
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
-    /// Factors of a row that one of these meets, one after the other.
-    const STEPS: usize = 1;
-    /// [`Weight::load`] for the factor `step`, which is below [`Weight::STEPS`].
-    ///
-    /// # Safety
-    /// As that of [`Weight::load`].
-    #[inline(always)]
-    unsafe fn load_step<S: Simd>(s: S, p: *const Self, _step: usize) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { Self::load(s, p) }
-    }
-}
-
-/// What a packed matrix consists of.
-pub trait Stored: Weight {
-    /// Inputs of an output that one of these holds.
-    const INPUTS: usize = 1;
-    /// Holds up to [`Stored::INPUTS`] numbers, rounded; those missing are 0.
+    /// Holds up to [`Weight::INPUTS`] numbers, rounded; those missing are 0.
     fn pack(numbers: &[f32]) -> Self;
-    /// Writes up to [`Stored::INPUTS`] numbers.
+    /// Writes up to [`Weight::INPUTS`] numbers.
     fn unpack(self, numbers: &mut [f32]);
 }
 
-/// What rows consist of while they are multiplied: a number, or two at once.
-pub trait Factor: Weight<Factor = Self> + Default {
+/// What is multiplied and added lane by lane: a number, or two at once.
+pub trait Operand: Weight<Operand = Self> + Default {
     fn splat<S: Simd>(self, s: S) -> S::V;
     /// `sum` plus the products of `x` and `column`.
     fn multiply_add<S: Simd>(s: S, x: S::V, column: S::V, sum: S::V) -> S::V;
@@ -48,21 +33,16 @@ pub trait Factor: Weight<Factor = Self> + Default {
 /// Two bf16 of neighbouring inputs, the first in the lower half: what [`Simd::dot_bf16`] takes in each lane.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
-pub struct Pair(u32);
+pub struct Bf16x2(u32);
 
-/// A [`Pair`] whose numbers are multiplied one after the other, as f32.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub struct Halves(Pair);
+impl Number for Bf16x2 {}
 
-impl Number for Pair {}
-impl Number for Halves {}
-
-impl Pair {
-    /// To the nearest, of two as near to the even one; infinities and NaN stay what they are.
+impl Bf16x2 {
+    /// Rounds to the nearest, of two as near to the even one; infinities and NaN stay what they are.
+    ///
+    /// In plain integers and without branches, unlike [`bf16::from_f32`]: loops over rows become vectors.
     #[inline(always)]
-    pub fn round(first: f32, second: f32) -> Self {
-        // Plain integers, and no branches: loops over rows become vectors.
+    pub fn new(first: f32, second: f32) -> Self {
         let round = |x: f32| {
             let bits = x.to_bits();
             let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
@@ -78,16 +58,13 @@ impl Pair {
 }
 
 impl Weight for f32 {
-    type Factor = f32;
-    const IS_FACTOR: bool = true;
+    type Operand = f32;
+    const IS_OPERAND: bool = true;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load(p) }
     }
-}
-
-impl Stored for f32 {
     fn pack(numbers: &[f32]) -> f32 {
         numbers.first().copied().unwrap_or_default()
     }
@@ -97,15 +74,12 @@ impl Stored for f32 {
 }
 
 impl Weight for f16 {
-    type Factor = f32;
+    type Operand = f32;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const f16) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load_f16(p) }
     }
-}
-
-impl Stored for f16 {
     fn pack(numbers: &[f32]) -> f16 {
         f16::from_f32(f32::pack(numbers))
     }
@@ -115,15 +89,12 @@ impl Stored for f16 {
 }
 
 impl Weight for bf16 {
-    type Factor = f32;
+    type Operand = f32;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const bf16) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load_bf16(p) }
     }
-}
-
-impl Stored for bf16 {
     fn pack(numbers: &[f32]) -> bf16 {
         bf16::from_f32(f32::pack(numbers))
     }
@@ -132,44 +103,25 @@ impl Stored for bf16 {
     }
 }
 
-impl Weight for Pair {
-    type Factor = Pair;
-    const IS_FACTOR: bool = true;
+impl Weight for Bf16x2 {
+    type Operand = Bf16x2;
+    const IS_OPERAND: bool = true;
+    const INPUTS: usize = 2;
     #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Pair) -> S::V {
+    unsafe fn load<S: Simd>(s: S, p: *const Bf16x2) -> S::V {
         // SAFETY: the caller's promise; vectors are only bits until something is computed from them.
         unsafe { s.load(p.cast()) }
     }
-}
-
-impl Stored for Pair {
-    const INPUTS: usize = 2;
-    fn pack(numbers: &[f32]) -> Pair {
+    fn pack(numbers: &[f32]) -> Bf16x2 {
         let number = |i: usize| numbers.get(i).copied().unwrap_or_default();
-        Pair::round(number(0), number(1))
+        Bf16x2::new(number(0), number(1))
     }
     fn unpack(self, numbers: &mut [f32]) {
         numbers.iter_mut().zip(self.numbers()).for_each(|(to, number)| *to = number);
     }
 }
 
-impl Weight for Halves {
-    type Factor = f32;
-    const STEPS: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Halves) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { Self::load_step(s, p, 0) }
-    }
-    #[inline(always)]
-    unsafe fn load_step<S: Simd>(s: S, p: *const Halves, step: usize) -> S::V {
-        // SAFETY: the caller's promise.
-        let [first, second] = s.halves(unsafe { s.load(p.cast()) });
-        if step == 0 { first } else { second }
-    }
-}
-
-impl Factor for f32 {
+impl Operand for f32 {
     #[inline(always)]
     fn splat<S: Simd>(self, s: S) -> S::V {
         s.splat(self)
@@ -180,7 +132,7 @@ impl Factor for f32 {
     }
 }
 
-impl Factor for Pair {
+impl Operand for Bf16x2 {
     #[inline(always)]
     fn splat<S: Simd>(self, s: S) -> S::V {
         s.splat(f32::from_bits(self.0))
@@ -191,33 +143,22 @@ impl Factor for Pair {
     }
 }
 
-/// The elements of a vector, in the first of sixteen places, the most lanes there are.
-#[inline(always)]
-fn lanes<S: Simd>(s: S, v: S::V) -> [f32; 16] {
-    let mut lanes = [0.0; 16];
-    // SAFETY: there is room for as many lanes as a vector has.
-    unsafe { s.store(lanes.as_mut_ptr(), v) };
-    lanes
-}
-
 /// [`Simd::dot_bf16`] in plain Rust.
 #[inline(always)]
 pub(super) fn dot_by_lanes<S: Simd>(s: S, sums: S::V, a: S::V, b: S::V) -> S::V {
-    let (mut sums, a, b) = (lanes(s, sums), lanes(s, a), lanes(s, b));
+    // Sixteen are the most lanes there are.
+    let [mut sums, a, b] = [sums, a, b].map(|v| {
+        let mut lanes = [0.0_f32; 16];
+        // SAFETY: there is room for as many lanes as a vector has.
+        unsafe { s.store(lanes.as_mut_ptr(), v) };
+        lanes
+    });
     for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-        let [a, b] = [a, b].map(|lane| Pair(lane.to_bits()).numbers());
+        let [a, b] = [a, b].map(|lane| Bf16x2(lane.to_bits()).numbers());
         *sum = a[0] * b[0] + (a[1] * b[1] + *sum);
     }
     // SAFETY: there are as many elements as a vector has.
     unsafe { s.load(sums.as_ptr()) }
-}
-
-/// [`Simd::halves`] in plain Rust.
-#[inline(always)]
-pub(super) fn halves_by_lanes<S: Simd>(s: S, pairs: S::V) -> [S::V; 2] {
-    let numbers = lanes(s, pairs).map(|lane| Pair(lane.to_bits()).numbers());
-    // SAFETY: there are as many elements as a vector has.
-    [0, 1].map(|i| unsafe { s.load(numbers.map(|pair| pair[i]).as_ptr()) })
 }
 
 #[cfg(test)]
@@ -253,7 +194,7 @@ mod tests {
         let signed = awkward.into_iter().flat_map(|bits| [bits, bits | 1 << 31]);
         for x in signed.chain((0..10_000).map(|_| next())).map(f32::from_bits) {
             let expected = bf16::from_f32(x).to_f32();
-            for found in [Pair::round(x, 1.0).numbers()[0], Pair::round(1.0, x).numbers()[1]] {
+            for found in [Bf16x2::new(x, 1.0).numbers()[0], Bf16x2::new(1.0, x).numbers()[1]] {
                 assert!(
                     found.to_bits() == expected.to_bits() || found.is_nan() && x.is_nan(),
                     "{x:e}: {found}"
@@ -262,29 +203,26 @@ mod tests {
         }
     }
 
-    /// Dot products and halves of as many lanes as any level has.
+    /// Dot products of as many lanes as any level has.
     struct Dot<'a> {
         sums: &'a [f32; 16],
-        a: &'a [Pair; 16],
-        b: &'a [Pair; 16],
+        a: &'a [Bf16x2; 16],
+        b: &'a [Bf16x2; 16],
     }
 
     impl Kernel for Dot<'_> {
-        type Output = [[f32; 16]; 3];
+        type Output = [f32; 16];
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let mut out = [[0.0; 16]; 3];
+            let mut out = [0.0; 16];
             for at in (0..16).step_by(S::LANES) {
                 // SAFETY: sixteen is a multiple of every level's lanes.
                 unsafe {
                     let (a, b) =
-                        (Pair::load(s, self.a.as_ptr().add(at)), Pair::load(s, self.b.as_ptr().add(at)));
-                    let [first, second] = s.halves(a);
-                    let dot = s.dot_bf16(s.load(self.sums.as_ptr().add(at)), a, b);
-                    for (out, v) in out.iter_mut().zip([dot, first, second]) {
-                        s.store(out.as_mut_ptr().add(at), v);
-                    }
+                        (Bf16x2::load(s, self.a.as_ptr().add(at)), Bf16x2::load(s, self.b.as_ptr().add(at)));
+                    let dots = s.dot_bf16(s.load(self.sums.as_ptr().add(at)), a, b);
+                    s.store(out.as_mut_ptr().add(at), dots);
                 }
             }
             out
@@ -303,7 +241,7 @@ mod tests {
                 bits if bits % 4 == 0 => f32::from_bits(special[bits as usize / 4 % special.len()]),
                 bits => f32::from_bits(bits & 0xffff_0000),
             };
-            let [a, b] = [(); 2].map(|()| [(); 16].map(|()| Pair::round(number(), number())));
+            let [a, b] = [(); 2].map(|()| [(); 16].map(|()| Bf16x2::new(number(), number())));
             let sums = [(); 16].map(|()| number());
             let run = |level: SimdLevel| level.run(Dot { sums: &sums, a: &a, b: &b });
             let twin = run(SimdLevel::Scalar);
@@ -311,10 +249,8 @@ mod tests {
                 let found = run(level);
                 for i in 0..16 {
                     let (a, b) = (a[i].numbers(), b[i].numbers());
-                    let halves = [found[1][i], found[2][i]].map(f32::to_bits);
-                    assert_eq!(halves, a.map(f32::to_bits), "{level}");
                     let products = [0, 1].map(|n| f64::from(a[n]) * f64::from(b[n]));
-                    let (sum, f) = (f64::from(sums[i]), found[0][i]);
+                    let (sum, f) = (f64::from(sums[i]), found[i]);
                     let (exact, size) =
                         (sum + products[0] + products[1], sum.abs() + products[0].abs() + products[1].abs());
                     if size < 1e38 {
@@ -334,7 +270,7 @@ mod tests {
                         // An infinity times a denormal is one, unless that counts as 0: then NaN, too.
                         let flushed = a.iter().chain(&b).any(|x| x.is_subnormal());
                         assert!(f.is_nan() || flushed, "{level}: {f:e}, not NaN");
-                        assert!(twin[0][i].is_nan() || flushed);
+                        assert!(twin[i].is_nan() || flushed);
                     }
                 }
             }

@@ -1,18 +1,18 @@
-//! Products of bf16: weights lie in pairs, activations are rounded to pairs, and one instruction multiplies and adds two
-//! numbers a lane.
+//! Products of bf16: weights are packed in pairs, activations are rounded and paired, and one instruction multiplies and
+//! adds two numbers a lane.
 //!
 //! That is twice the products of an FMA, and half the loads. It is also what is commonly understood by computing in
 //! bf16: LibTorch rounds activations before they meet weights of bf16, too. Sums are f32 from the first to the last.
-//! Whoever wants activations as they are asks for [`Compute::F32`](crate::Compute::F32): then [`Split`] reads the same
-//! weights as f32.
+//! Whoever wants activations as they are asks for [`Compute::F32`](crate::Compute::F32); then weights of bf16 are not
+//! packed in pairs.
 
 use crate::{
     Machine,
-    gemm::{self, Block, Task, Wide},
+    gemm::{self, Block},
     memory::{Shared, reserve},
     output::Product,
-    pack::{Panels, Source},
-    simd::{Halves, Kernel, Pair, Simd},
+    pack::Panels,
+    simd::{Bf16x2, Kernel, Simd},
 };
 use opt_backend::Result;
 
@@ -28,19 +28,19 @@ pub(crate) unsafe fn multiply(
     machine: Machine<'_>,
     x: &[f32],
     [rows, depth]: [usize; 2],
-    products: &[(&Product<'_>, &Panels<Pair>)],
+    products: &[(&Product<'_>, &Panels<Bf16x2>)],
 ) -> Result<()> {
     let pairs = round(machine, x, [rows, depth])?;
-    let run = |task: Task<'_, Pair>, weights: &Panels<Pair>| machine.level.run(Block { task, weights });
+    let run = |block: Block<'_, Bf16x2, &Panels<Bf16x2>>| machine.level.run(block);
     // SAFETY: the caller's promise; a row has one place for each pair.
     unsafe { gemm::multiply_by(machine, &pairs, [rows, depth.div_ceil(2)], products, run) }
 }
 
 /// Rows `[rows, depth]` as `[rows, depth / 2]` pairs; where the depth is odd, the last of a row ends with a 0.
-fn round(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Vec<Pair>> {
+fn round(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<Vec<Bf16x2>> {
     let places = depth.div_ceil(2);
     let mut pairs = reserve("linear", rows * places)?;
-    pairs.resize(rows * places, Pair::default());
+    pairs.resize(rows * places, Bf16x2::default());
     let target = Shared(pairs.as_mut_ptr());
     let share = (ELEMENTS / depth.max(1)).max(1);
     let body = |task: usize| {
@@ -61,7 +61,7 @@ fn round(machine: Machine<'_>, x: &[f32], [rows, depth]: [usize; 2]) -> Result<V
 /// One row.
 struct Round<'a> {
     x: &'a [f32],
-    pairs: &'a mut [Pair],
+    pairs: &'a mut [Bf16x2],
 }
 
 impl Kernel for Round<'_> {
@@ -71,68 +71,10 @@ impl Kernel for Round<'_> {
     fn run<S: Simd>(self, _: S) {
         let (whole, rest) = self.x.as_chunks::<2>();
         for (pair, x) in self.pairs.iter_mut().zip(whole) {
-            *pair = Pair::round(x[0], x[1]);
+            *pair = Bf16x2::new(x[0], x[1]);
         }
         if let (Some(pair), [x]) = (self.pairs.last_mut(), rest) {
-            *pair = Pair::round(*x, 0.0);
-        }
-    }
-}
-
-/// Panels of pairs whose numbers are multiplied one after the other, as f32.
-pub(crate) struct Split<'a>(pub(crate) &'a Panels<Pair>);
-
-impl Split<'_> {
-    pub(crate) fn shape(&self) -> [usize; 2] {
-        self.0.shape()
-    }
-
-    pub(crate) fn places(&self) -> usize {
-        self.shape()[1]
-    }
-
-    pub(crate) fn read_row(&self, output: usize, row: &mut [f32]) {
-        self.0.read_row(output, row);
-    }
-}
-
-impl Source for Split<'_> {
-    type Element = Halves;
-
-    fn count(&self) -> usize {
-        self.0.count()
-    }
-
-    fn bytes(&self, places: usize) -> usize {
-        self.0.bytes(places.div_ceil(2))
-    }
-
-    #[inline(always)]
-    fn address(&self, panel: usize, start: usize) -> *const u8 {
-        self.0.address(panel, start / 2)
-    }
-
-    #[inline(always)]
-    fn elements(&self, panel: usize, start: usize) -> Option<*const Halves> {
-        Some(self.0.address(panel, start / 2).cast())
-    }
-
-    #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, panel: usize, start: usize, block: usize, wide: &mut Wide<f32>) {
-        let width = 2 * S::LANES;
-        let pairs = &self.0.panel(panel)[start / 2 * width..][..block.div_ceil(2) * width];
-        for (i, pairs) in pairs.chunks_exact(width).enumerate() {
-            for n in [0, S::LANES] {
-                // SAFETY: two vectors of pairs become two rows of two vectors. Where the depth is odd, there is room for
-                // one more row: that of a whole block is even.
-                unsafe {
-                    let from = pairs.as_ptr().add(n);
-                    let to = wide.0.as_mut_ptr().add(2 * i * width + n);
-                    let [first, second] = s.halves(s.load(from.cast()));
-                    s.store(to, first);
-                    s.store(to.add(width), second);
-                }
-            }
+            *pair = Bf16x2::new(*x, 0.0);
         }
     }
 }
@@ -141,9 +83,12 @@ impl Source for Split<'_> {
 mod tests {
     use super::*;
     use crate::{Compute, memory::Guards, output::After, pack::Packed, pool::Pool, product, simd::SimdLevel};
-    use opt_backend::{DType, HostMatrix, ndarray::Array2};
+    use opt_backend::{
+        DType, HostMatrix,
+        ndarray::{Array2, s},
+    };
 
-    /// The levels of this machine that multiply pairs.
+    /// The levels of this machine with dot products of bf16.
     fn levels() -> impl Iterator<Item = SimdLevel> {
         SimdLevel::ALL.into_iter().filter(|level| level.is_available() && level.bf16_dot())
     }
@@ -206,20 +151,18 @@ mod tests {
                 (777, 33),
                 (1025, 31),
             ] {
-                let (x, w) = (random(20, depth, 3), random(outputs, depth, 4));
-                let mut whole = Vec::new();
-                for rows in (1..=20).rev() {
-                    let part = x.slice(opt_backend::ndarray::s![..rows, ..]).to_owned();
+                // Rows where they lie, tiles that stream their weights, and more of them.
+                let (x, w) = (random(50, depth, 3), random(outputs, depth, 4));
+                let whole = product(level, Compute::Int16, 2, &x, &w);
+                for rows in (1..=20).chain([36, 37, 49]) {
+                    let part = x.slice(s![..rows, ..]).to_owned();
                     let found = product(level, Compute::Int16, 1 + rows % 3, &part, &w);
-                    if rows == 20 {
-                        whole = found.clone();
-                    }
                     assert_eq!(bits(&found), bits(&whole[..rows * outputs]), "{rows} x {depth} x {outputs}");
-                    // With activations as they are, it is what a level without pairs computes.
-                    let single = product(level, Compute::F32, 2, &part, &w);
-                    let expected = product(SimdLevel::Avx512Vnni, Compute::Int16, 1, &part, &w);
-                    assert_eq!(bits(&single), bits(&expected), "{rows} x {depth} x {outputs}");
                 }
+                // With activations as they are, it is what a level without dot products of bf16 computes.
+                let found = product(level, Compute::F32, 2, &x, &w);
+                let expected = product(SimdLevel::Avx512Vnni, Compute::Int16, 1, &x, &w);
+                assert_eq!(bits(&found), bits(&expected), "{depth} x {outputs}");
                 for (i, found) in whole.into_iter().enumerate() {
                     let terms = x.row(i / outputs).into_iter().zip(w.row(i % outputs));
                     let terms = terms.map(|(x, w)| [x, w].map(|x| f64::from(DType::BF16.round(*x))));
@@ -259,7 +202,7 @@ mod tests {
                     _ => y.is_finite(),
                 };
                 assert!(found.iter().all(|y| fits(*y)), "row {row}: {found:?}");
-                let alone = x.slice(opt_backend::ndarray::s![row..row + 1, ..]).to_owned();
+                let alone = x.slice(s![row..row + 1, ..]).to_owned();
                 let alone = product(level, Compute::Int16, 1, &alone, &w);
                 assert!(
                     found
