@@ -16,11 +16,6 @@ fn suite(make: impl Fn() -> Cpu + 'static) -> Suite<Cpu> {
     if quick() { suite.quick() } else { suite }
 }
 
-/// How close products with weights of bf16 are: with activations as they are unless there are instructions for bf16.
-fn bf16(level: SimdLevel) -> Tolerance {
-    if level.bf16_dot() { Tolerance::BF16_ACTIVATIONS } else { Tolerance::of(DType::F32) }
-}
-
 /// What to test: everything this machine has; the best alone if it is to be quick.
 fn levels() -> Vec<SimdLevel> {
     let levels = SimdLevel::ALL.into_iter().filter(|level| level.is_available());
@@ -31,7 +26,8 @@ fn levels() -> Vec<SimdLevel> {
 fn conformance() {
     for level in levels() {
         let make = move || Cpu::builder().threads(2).simd(Some(level)).build().expect("the level is there");
-        let suite = suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).bf16_tolerance(bf16(level));
+        let suite =
+            suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).bf16_activations(level.bf16_dot());
         println!("{level}: {}", suite.run());
     }
 }
@@ -80,7 +76,7 @@ fn nothing_is_written_outside_buffers() {
             "{level}, guarded: {}",
             suite(make)
                 .quantized_tolerance(Tolerance::INT16_ACTIVATIONS)
-                .bf16_tolerance(bf16(level))
+                .bf16_activations(level.bf16_dot())
                 .quick()
                 .guards(guards)
                 .run()

@@ -1,5 +1,5 @@
-//! Products of bf16: weights are packed in pairs, activations are rounded and paired, and one instruction multiplies and
-//! adds two numbers a lane.
+//! Products of bf16: weights are packed in pairs, activations are rounded and paired, and one instruction multiplies
+//! and adds two numbers a lane.
 //!
 //! That is twice the products of an FMA, and half the loads. It is also what is commonly understood by computing in
 //! bf16: LibTorch rounds activations before they meet weights of bf16, too. Sums are f32 from the first to the last.

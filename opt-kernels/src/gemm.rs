@@ -19,7 +19,8 @@ use crate::{
 use opt_backend::Result;
 use std::ops::Range;
 
-/// Depth of a block: this many places of a panel of f32 or [`Bf16x2`](crate::simd::Bf16x2) are 32 KiB with AVX-512, and fit the first cache.
+/// Depth of a block: this many places of a panel of f32, or of pairs of bf16, are 32 KiB with AVX-512 and fit the first
+/// cache.
 pub(crate) const DEPTH: usize = 256;
 /// Rows whose woven block of [`DEPTH`] should stay in the second cache.
 const ROW_GROUP: usize = 516;
@@ -36,8 +37,8 @@ const TASK_BYTES: usize = 96 << 10;
 /// Computes the products of `x`, `[rows, depth]`, in f32 and in one parallel region.
 ///
 /// # Safety
-/// Every weight has `depth` places a row and panels as wide as the level's; bias, residual and output have the fitting
-/// sizes, and nobody else accesses the outputs.
+/// Every weight has `depth` places a row and panels as wide as the level's, and none is [`Packed::Bf16x2`]; bias,
+/// residual and output have the fitting sizes, and nobody else accesses the outputs.
 pub(crate) unsafe fn multiply(
     machine: Machine<'_>,
     x: &[f32],
@@ -51,16 +52,16 @@ pub(crate) unsafe fn multiply(
         Packed::F16(panels) => level.run(block.with(panels)),
         Packed::BF16(panels) => level.run(block.with(panels)),
         Packed::Codes(codes) => level.run(block.with(&**codes)),
-        Packed::Bf16x2(_) => unreachable!("pairs of bf16 times f32"),
+        Packed::Bf16x2(_) => unreachable!("pairs of bf16 are multiplied by such"),
     };
     // SAFETY: the caller's promise.
     unsafe { multiply_by(machine, x, shape, &products, run) }
 }
 
-/// Shares the products of `x`, `[rows, depth]`, out in blocks, which `run` computes, in one parallel region.
+/// Computes the products of `x`, `[rows, depth]`, in one parallel region: `run` is called for each block of them.
 ///
 /// # Safety
-/// As that of [`multiply`], for the weights as `run` takes them.
+/// As that of [`multiply`], but for how weights are packed: `run` is the one to know.
 pub(crate) unsafe fn multiply_by<X: Operand, W: Copy + Sync>(
     machine: Machine<'_>,
     x: &[X],
@@ -137,14 +138,14 @@ pub(crate) struct Block<'a, X: Operand, W> {
     rows: usize,
     row_range: Range<usize>,
     depth: usize,
-    pub(crate) weights: W,
+    weights: W,
     panels: Range<usize>,
     output: Output<'a>,
 }
 
 impl<'a, X: Operand, W> Block<'a, X, W> {
-    /// The same with `weights`, of which those of this block are a view.
-    pub(crate) fn with<V>(self, weights: V) -> Block<'a, X, V> {
+    /// The same block of `weights`, whose type is known now.
+    fn with<V>(self, weights: V) -> Block<'a, X, V> {
         let Self { x, woven, rows, row_range, depth, weights: _, panels, output } = self;
         Block { x, woven, rows, row_range, depth, weights, panels, output }
     }

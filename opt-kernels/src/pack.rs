@@ -52,7 +52,6 @@ pub struct Panels<W: Weight> {
     data: Aligned<W>,
     outputs: usize,
     depth: usize,
-    places: usize,
     width: usize,
 }
 
@@ -60,8 +59,9 @@ impl<W: Weight> Panels<W> {
     fn new(machine: Machine<'_>, weight: HostMatrix<'_>, what: &'static str) -> Result<Self> {
         let width = machine.level.sizes().panel;
         let [outputs, depth] = weight.shape();
-        let places = depth.div_ceil(W::INPUTS);
-        let size = width.checked_mul(places).ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
+        let size = width
+            .checked_mul(depth.div_ceil(W::INPUTS))
+            .ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
         let data =
             Aligned::<W>::filled(machine, [outputs.div_ceil(width), size], what, &|panel, elements| {
                 let rows = panel * width..outputs.min((panel + 1) * width);
@@ -72,12 +72,12 @@ impl<W: Weight> Panels<W> {
                     elements.chunks_exact_mut(width).zip(inputs).for_each(|(p, x)| p[column] = W::pack(x));
                 }
             })?;
-        Ok(Self { data, outputs, depth, places, width })
+        Ok(Self { data, outputs, depth, width })
     }
 
     /// The elements of panel `panel`, `[places, width]`.
     pub fn panel(&self, panel: usize) -> &[W] {
-        let size = self.places * self.width;
+        let size = self.places() * self.width;
         &self.data.as_slice()[panel * size..(panel + 1) * size]
     }
 
@@ -86,7 +86,7 @@ impl<W: Weight> Panels<W> {
     }
 
     fn places(&self) -> usize {
-        self.places
+        self.depth.div_ceil(W::INPUTS)
     }
 
     /// Writes row `output` of the matrix, `depth` elements, to `row`.
@@ -141,6 +141,7 @@ pub enum Packed {
     F32(Panels<f32>),
     F16(Panels<f16>),
     BF16(Panels<bf16>),
+    /// Of bf16, to be multiplied by dot products of bf16.
     Bf16x2(Panels<Bf16x2>),
     Codes(Box<Codes>),
 }

@@ -21,9 +21,9 @@ impl Data {
         self.kit.tolerance
     }
 
-    /// The tolerance for products with weights held as `dtype`.
-    pub(super) fn tolerance_of(&self, dtype: DType) -> Tolerance {
-        self.kit.tolerance_of(dtype)
+    /// `x` as it is when it meets weights that are held as `dtype`.
+    pub(super) fn met(&self, x: &Array2<f32>, dtype: DType) -> Array2<f32> {
+        if self.kit.rounds_for(dtype) { x.mapv(|v| dtype.round(v)) } else { x.clone() }
     }
 
     /// The tolerance for products with quantized weights.

@@ -48,9 +48,9 @@ fn check_head<B: Backend>(
     };
     let x = data.matrix(rows, width);
     let tensor = b.upload(x.view())?;
-    let logits = oracle::linear(x.view(), held.view(), None, None);
+    let logits = oracle::linear(data.met(&x, dtype).view(), held.view(), None, None);
     let found = read(b, &b.logits(&tensor, &table)?)?;
-    data.tolerance_of(dtype).compare("logits", found.view(), logits.view())?;
+    data.tolerance().compare("logits", found.view(), logits.view())?;
 
     let mut targets: Vec<u32> = (0..rows).map(|_| data.below(entries) as u32).collect();
     // Some rows get the most probable token as their target.
@@ -61,10 +61,9 @@ fn check_head<B: Backend>(
     let expected: Vec<_> =
         logits.outer_iter().zip(&targets).map(|(row, &t)| oracle::target_score(row, t)).collect();
     let [f, e] = [&found, &expected].map(|scores| scores.iter().map(|s| s.log_prob).collect::<Vec<_>>());
-    data.tolerance_of(dtype).compare_slices("log_probs", &f, &e)?;
+    data.tolerance().compare_slices("log_probs", &f, &e)?;
     // Whether the target wins is only asked where no rounding can decide it.
-    let close =
-        4.0 * data.tolerance_of(dtype).max * logits.iter().fold(1.0, |max, &v| f64::from(v.abs()).max(max));
+    let close = 4.0 * data.tolerance().max * logits.iter().fold(1.0, |max, &v| f64::from(v.abs()).max(max));
     for (row, ((found, expected), &target)) in found.iter().zip(&expected).zip(&targets).enumerate() {
         let own = logits[[row, target as usize]];
         let others = logits.row(row).into_iter().enumerate().filter(|(id, _)| *id != target as usize);

@@ -87,7 +87,7 @@ pub struct Suite<B: Backend> {
     activations: DType,
     tolerance: Option<Tolerance>,
     quantized: Option<Tolerance>,
-    bf16: Option<Tolerance>,
+    bf16: bool,
     dtypes: Option<Vec<DType>>,
     heavy: bool,
     only: Vec<String>,
@@ -104,7 +104,7 @@ impl<B: Backend> Suite<B> {
             activations: DType::F32,
             tolerance: None,
             quantized: None,
-            bf16: None,
+            bf16: false,
             dtypes: None,
             heavy: true,
             only: Vec::new(),
@@ -134,10 +134,11 @@ impl<B: Backend> Suite<B> {
         self
     }
 
-    /// Sets how close results must be where weights are bf16: [`Tolerance::BF16_ACTIVATIONS`] for a backend that rounds
-    /// activations to bf16 for these products alone. As for other weights unless said otherwise.
-    pub fn bf16_tolerance(mut self, tolerance: Tolerance) -> Self {
-        self.bf16 = Some(tolerance);
+    /// Says whether the backend rounds activations to bf16 as they meet weights of bf16. Products are then expected to be
+    /// those of rounded activations, as exact as any; whole models with such weights may be off by
+    /// [`Tolerance::BF16_ACTIVATIONS`].
+    pub fn bf16_activations(mut self, rounds: bool) -> Self {
+        self.bf16 = rounds;
         self
     }
 
@@ -200,7 +201,7 @@ impl<B: Backend> Suite<B> {
             kit: Kit {
                 activations: self.activations,
                 tolerance: self.tolerance.unwrap_or(Tolerance::of(self.activations)),
-                bf16: self.bf16.or(self.tolerance).unwrap_or(Tolerance::of(self.activations)),
+                bf16: self.bf16,
                 quantized: self.quantized.or(self.tolerance).unwrap_or(Tolerance::of(self.activations)),
             },
             dtypes: match &self.dtypes {
@@ -301,15 +302,16 @@ fn ensure(holds: bool, message: impl fmt::Display) -> Outcome {
 #[derive(Clone, Copy)]
 struct Kit {
     activations: DType,
+    /// Whether activations are rounded to bf16 as they meet weights of bf16.
+    bf16: bool,
     tolerance: Tolerance,
-    bf16: Tolerance,
     quantized: Tolerance,
 }
 
 impl Kit {
-    /// The tolerance for products with weights held as `dtype`.
-    fn tolerance_of(&self, dtype: DType) -> Tolerance {
-        if dtype == DType::BF16 { self.bf16 } else { self.tolerance }
+    /// Whether activations are rounded as they meet weights that are held as `dtype`.
+    fn rounds_for(&self, dtype: DType) -> bool {
+        self.bf16 && dtype == DType::BF16
     }
 }
 

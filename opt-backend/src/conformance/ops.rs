@@ -255,19 +255,19 @@ fn check_linear<B: Backend>(
     activations: &[Option<Activation>],
 ) -> Outcome {
     let (linear, held) = data.linear(b, [x.ncols(), out], bias, dtype)?;
-    let tensor = b.upload(x.view())?;
+    let (tensor, met) = (b.upload(x.view())?, data.met(x, dtype));
     for &activation in [None].iter().chain(activations) {
-        let expected = oracle::linear(x.view(), held.weight.view(), held.bias_view(), activation);
+        let expected = oracle::linear(met.view(), held.weight.view(), held.bias_view(), activation);
         let then = activation.map_or(Then::Nothing, Then::Activate);
         let found = read(b, &b.linear(&tensor, &linear, then)?)?;
         let name = activation.map_or("then nothing".to_owned(), |a| format!("then {a}"));
-        data.tolerance_of(dtype).compare(&name, found.view(), expected.view())?;
+        data.tolerance().compare(&name, found.view(), expected.view())?;
     }
     let residual = data.matrix(x.nrows(), out);
-    let plain = oracle::linear(x.view(), held.weight.view(), held.bias_view(), None);
+    let plain = oracle::linear(met.view(), held.weight.view(), held.bias_view(), None);
     let then = Then::Add(b.upload(residual.view())?);
     let found = read(b, &b.linear(&tensor, &linear, then)?)?;
-    data.tolerance_of(dtype).compare("then add", found.view(), (plain + residual).view())
+    data.tolerance().compare("then add", found.view(), (plain + residual).view())
 }
 
 fn qkv<B: Backend>(run: &mut Run<'_, B>) {
@@ -279,13 +279,13 @@ fn qkv<B: Backend>(run: &mut Run<'_, B>) {
                     let x = data.matrix(rows, width);
                     let [q, k, v] = biases.map(|bias| data.linear(b, [width, width], bias, dtype));
                     let (q, k, v) = (q?, k?, v?);
-                    let found = b.qkv(&b.upload(x.view())?, &q.0, &k.0, &v.0)?;
+                    let (found, met) = (b.qkv(&b.upload(x.view())?, &q.0, &k.0, &v.0)?, data.met(&x, dtype));
                     for (name, (found, held)) in
                         ["q", "k", "v"].iter().zip(found.iter().zip([&q.1, &k.1, &v.1]))
                     {
                         let bias: Option<ArrayView1<'_, f32>> = held.bias_view();
-                        let expected = oracle::linear(x.view(), held.weight.view(), bias, None);
-                        data.tolerance_of(dtype).compare(name, read(b, found)?.view(), expected.view())?;
+                        let expected = oracle::linear(met.view(), held.weight.view(), bias, None);
+                        data.tolerance().compare(name, read(b, found)?.view(), expected.view())?;
                     }
                     Ok(())
                 });

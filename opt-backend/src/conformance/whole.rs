@@ -20,9 +20,11 @@ pub(super) fn run<B: Backend>(run: &mut Run<'_, B>) {
             let expected = reference(shape, dtype, kit);
             let case = |b: &B, body: &dyn Fn(&Model<B>, &Expected) -> Outcome| -> Outcome {
                 let expected = expected.as_ref().map_err(|error| super::Verdict::Failed(error.clone()))?;
+                let tolerance =
+                    if kit.rounds_for(dtype) { Tolerance::BF16_ACTIVATIONS } else { kit.tolerance };
                 body(
                     &Model::new(b, shape, dtype, kit)?,
-                    &Expected { tolerance: kit.tolerance_of(dtype), deterministic, sequences: expected },
+                    &Expected { tolerance, deterministic, sequences: expected },
                 )
             };
             run.case("model", name("prefill without cache"), |b, _| case(b, &|m, e| no_cache(b, m, e)));
