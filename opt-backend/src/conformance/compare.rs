@@ -11,7 +11,7 @@ use ndarray::{ArrayView, Dimension};
 /// | f32 | 2e-5 | 1e-10 |
 /// | f32 on a GPU, [`Tolerance::GPU_F32`] | 6e-5 | 1e-9 |
 /// | int16 activations, [`Tolerance::INT16_ACTIVATIONS`] | 1e-2 | 5e-5 |
-/// | models with bf16 activations, [`Tolerance::BF16_ACTIVATIONS`] | 1e-2 | 2e-5 |
+/// | models with bf16 activations, [`Tolerance::BF16_ACTIVATIONS`] | 6e-3 | 1.5e-5 |
 /// | int8 activations, [`Tolerance::INT8_ACTIVATIONS`] | 5e-2 | 1e-3 |
 /// | f16 | 5e-3 | 1e-5 |
 /// | bf16 | 4e-2 | 5e-4 |
@@ -37,8 +37,9 @@ impl Tolerance {
     pub const INT16_ACTIVATIONS: Self = Self { max: 1e-2, nmse: 5e-5 };
 
     /// For whole models whose activations are rounded to bf16 as they meet weights of bf16, and whose sums are f32. Half
-    /// a unit in the last of eight bits gives an NMSE of 3e-6 for one product, and 7e-6 has been seen for models.
-    pub const BF16_ACTIVATIONS: Self = Self { max: 1e-2, nmse: 2e-5 };
+    /// a unit in the last of eight bits gives an NMSE of 3e-6 for one product; the suite's models have been seen with
+    /// 7.4e-6 and 2.9e-3, and the bounds are twice that.
+    pub const BF16_ACTIVATIONS: Self = Self { max: 6e-3, nmse: 1.5e-5 };
 
     /// For products whose activations are rounded to int8, per row and group of at most 32.
     pub const INT8_ACTIVATIONS: Self = Self { max: 5e-2, nmse: 1e-3 };
