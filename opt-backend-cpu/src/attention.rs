@@ -115,15 +115,13 @@ impl Heads<'_> {
         let blocks = &blocks[..seen.div_ceil(BLOCK)];
         let queries = &self.q[rows.start * width + self.head * head_dim..];
         for (i, (keys, _)) in blocks.iter().enumerate() {
-            for column in (0..BLOCK).step_by(2 * S::LANES) {
-                // SAFETY: the queries' rows have head_dim elements from here on, keys are [head_dim, BLOCK], scores
-                // [M, stride], and columns end within the block.
-                unsafe {
-                    let a = Apart::<_, M>::new(queries.as_ptr(), width, rows.len());
-                    let b = At { start: keys.as_ptr().add(column), stride: BLOCK };
-                    let out = At { start: scores.as_mut_ptr().add(i * BLOCK + column), stride };
-                    tile::<S, f32, _, M, 2>(s, head_dim, a, b, out, false, 0);
-                }
+            // SAFETY: the queries' rows have head_dim elements from here on, keys are [head_dim, BLOCK], scores
+            // [M, stride].
+            unsafe {
+                let a = Apart::<_, M>::new(queries.as_ptr(), width, rows.len());
+                let b = At { start: keys.as_ptr(), stride: BLOCK };
+                let out = At { start: scores.as_mut_ptr().add(i * BLOCK), stride };
+                product(s, [head_dim, BLOCK], a, b, out, false);
             }
         }
         let mut sums = [1.0_f32; M];
@@ -132,22 +130,12 @@ impl Heads<'_> {
         }
         for (i, (_, values)) in blocks.iter().enumerate() {
             let depth = BLOCK.min(seen - i * BLOCK);
-            let mut column = 0;
-            while column < value_stride {
-                // SAFETY: scores are [M, stride], values [BLOCK, value_stride], mixed [M, value_stride]; the
-                // columns end within value_stride, a multiple of LANES.
-                unsafe {
-                    let a = Apart::<_, M>::new(scores.as_ptr().add(i * BLOCK), stride, M);
-                    let b = At { start: values.as_ptr().add(column), stride: value_stride };
-                    let out = At { start: mixed.as_mut_ptr().add(column), stride: value_stride };
-                    if column + 2 * S::LANES <= value_stride {
-                        tile::<S, f32, _, M, 2>(s, depth, a, b, out, i > 0, 0);
-                        column += 2 * S::LANES;
-                    } else {
-                        tile::<S, f32, _, M, 1>(s, depth, a, b, out, i > 0, 0);
-                        column += S::LANES;
-                    }
-                }
+            // SAFETY: scores are [M, stride], values [BLOCK, value_stride], mixed [M, value_stride].
+            unsafe {
+                let a = Apart::<_, M>::new(scores.as_ptr().add(i * BLOCK), stride, M);
+                let b = At { start: values.as_ptr(), stride: value_stride };
+                let out = At { start: mixed.as_mut_ptr(), stride: value_stride };
+                product(s, [depth, value_stride], a, b, out, i > 0);
             }
         }
         for (r, row) in rows.enumerate() {
@@ -187,5 +175,41 @@ impl Heads<'_> {
             }
         }
         s.sum(sum)
+    }
+}
+
+/// `M` rows times all `columns`, a multiple of LANES.
+///
+/// # Safety
+/// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `columns`.
+#[inline(always)]
+unsafe fn product<S: Simd, const M: usize>(
+    s: S,
+    [depth, columns]: [usize; 2],
+    a: Apart<f32, M>,
+    b: At<*const f32>,
+    out: At<*mut f32>,
+    add: bool,
+) {
+    let mut column = 0;
+    while column < columns {
+        let left = (columns - column) / S::LANES;
+        // SAFETY: the caller's promise; a tile is no wider than what is left.
+        unsafe {
+            let b = At { start: b.start.add(column), stride: b.stride };
+            let out = At { start: out.start.add(column), stride: out.stride };
+            // One row has few sums under way at a time: more columns make up for it.
+            column += S::LANES
+                * if M == 1 && left >= 4 {
+                    tile::<S, f32, _, M, 4>(s, depth, a, b, out, add, 0);
+                    4
+                } else if left >= 2 {
+                    tile::<S, f32, _, M, 2>(s, depth, a, b, out, add, 0);
+                    2
+                } else {
+                    tile::<S, f32, _, M, 1>(s, depth, a, b, out, add, 0);
+                    1
+                };
+        }
     }
 }

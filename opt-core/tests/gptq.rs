@@ -237,37 +237,91 @@ fn novel(name: &str) -> Option<String> {
     Some(paragraphs.join("\n\n"))
 }
 
+/// Novels that opt-novels was neither trained nor calibrated on.
+const HELD_OUT: [&str; 3] = ["Burnett_Garden_1911", "Doyle_Hound_1902", "Forster_Angels_1905"];
+
+/// What quantization costs opt-novels, by texts that it does not know.
+struct Judge {
+    base: Opt,
+    checkpoint: Checkpoint,
+    /// Of each text, a thousand tokens from its midst.
+    texts: Vec<Vec<u32>>,
+    calibration: Vec<Vec<u32>>,
+}
+
+#[derive(Debug)]
+struct Verdict {
+    /// By how much the perplexity grows, of 1, the mean over the texts.
+    loss: f64,
+    kl: f64,
+    error: f64,
+}
+
+impl Judge {
+    fn new() -> Option<Self> {
+        let base = Opt::open(novels()).unwrap();
+        let ids = |text: &str, count: usize| {
+            let text: String = text.chars().skip(30_000).take(8 * count).collect();
+            let mut ids = base.require_tokenizer().unwrap().encode(&text, Bos::Model).unwrap();
+            ids.truncate(count);
+            ids
+        };
+        let texts = HELD_OUT.iter().map(|name| Some(ids(&novel(name)?, 1024))).collect::<Option<_>>()?;
+        let calibration = calibration_sequences(&ids(&novel("Hardy_Jude_1895")?, 4096), 512, 32).unwrap();
+        Some(Self { checkpoint: Checkpoint::open(novels()).unwrap(), texts, calibration, base })
+    }
+
+    fn of(&self, spec: &QuantSpec, method: Method) -> Verdict {
+        let cancel = CancelToken::new();
+        let options = QuantizeOptions::default().method(method).calibration(self.calibration.clone());
+        let weights = quantize_weights(&self.checkpoint, spec, options).unwrap();
+        let sequences: Vec<Vec<u32>> = self.texts[0].chunks(512).map(<[u32]>::to_vec).collect();
+        let errors = layer_errors(&self.checkpoint, &weights, &sequences, None, &cancel).unwrap();
+        let error = errors.iter().map(|e| e.relative_error).sum::<f64>() / errors.len() as f64;
+        let other = Opt::load(novels(), Load::default().replace(Arc::new(weights))).unwrap();
+        let mut verdict = Verdict { loss: 0.0, kl: 0.0, error };
+        for text in &self.texts {
+            let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
+            let found = compare(&self.base, &other, CacheDType::F32, text, 512, &cancel, &mut quiet).unwrap();
+            verdict.loss += (found.perplexity / found.base_perplexity - 1.0) / self.texts.len() as f64;
+            verdict.kl += found.kl / self.texts.len() as f64;
+        }
+        verdict
+    }
+}
+
+/// The bounds are what torch measured on this model for the same roundings, over whole texts; what is left to chance in
+/// three thousand tokens is added.
+#[test]
+fn rounding_costs_a_trained_model_no_more_than_in_torch() {
+    let Some(judge) = Judge::new() else { return };
+    let row = |format| QuantSpec::new(format).per_row().zero_points(true).table(TableFormat::Keep);
+    for (spec, most, chance) in [
+        (QuantSpec::int8(), 0.0001, 0.0005),
+        (QuantSpec::int4(), 0.011, 0.0),
+        (QuantSpec::int4().zero_points(true), 0.004, 0.004),
+        (row(QuantFormat::Int4), 0.010, 0.003),
+        (row(QuantFormat::Int3), 0.044, 0.01),
+        (row(QuantFormat::Int2), 0.49, 0.05),
+    ] {
+        let found = judge.of(&spec, Method::Rtn);
+        println!("{spec:?}: {found:?}");
+        assert!(found.loss <= most + chance, "{spec:?}: {found:?}, expected {most}");
+    }
+}
+
 #[test]
 fn a_trained_model_loses_less_than_by_rounding() {
-    let (Some(held_out), Some(text)) = (novel("Burnett_Garden_1911"), novel("Hardy_Jude_1895")) else {
-        return;
-    };
-    let base = Opt::open(novels()).unwrap();
-    let ids = |text: &str, from: usize, count: usize| {
-        let text: String = text.chars().skip(from).take(8 * count).collect();
-        let mut ids = base.require_tokenizer().unwrap().encode(&text, Bos::Model).unwrap();
-        ids.truncate(count);
-        ids
-    };
-    let eval = ids(&held_out, 30_000, 1024);
-    let calibration = calibration_sequences(&ids(&text, 30_000, 4096), 512, 32).unwrap();
-    let checkpoint = Checkpoint::open(novels()).unwrap();
-    let cancel = CancelToken::new();
-    for (format, taken_away) in [(QuantFormat::Int3, 0.4), (QuantFormat::Int2, 0.4)] {
+    let Some(judge) = Judge::new() else { return };
+    for format in [QuantFormat::Int4, QuantFormat::Int3, QuantFormat::Int2] {
         let spec = QuantSpec::new(format).per_row().zero_points(true).table(TableFormat::Keep);
-        let [nearest, ours] = [Method::Rtn, Method::Gptq(GptqOptions::default())].map(|method| {
-            let options = QuantizeOptions::default().method(method).calibration(calibration.clone());
-            let weights = quantize_weights(&checkpoint, &spec, options).unwrap();
-            let sequences: Vec<Vec<u32>> = eval.chunks(512).map(<[u32]>::to_vec).collect();
-            let errors = layer_errors(&checkpoint, &weights, &sequences, None, &cancel).unwrap();
-            let error = errors.iter().map(|e| e.relative_error).sum::<f64>() / errors.len() as f64;
-            let other = Opt::load(novels(), Load::default().replace(Arc::new(weights))).unwrap();
-            let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
-            let found = compare(&base, &other, CacheDType::F32, &eval, 512, &cancel, &mut quiet).unwrap();
-            (found.perplexity / found.base_perplexity - 1.0, found.kl, error)
-        });
-        println!("{format}: loss, KL and mean error {nearest:?} by rounding, {ours:?} by GPTQ");
-        assert!(ours.0 <= (1.0 - taken_away) * nearest.0, "{format}: {ours:?}, rounded {nearest:?}");
-        assert!(ours.1 < nearest.1 && ours.2 < nearest.2, "{format}: {ours:?}, rounded {nearest:?}");
+        let [nearest, ours] =
+            [Method::Rtn, Method::Gptq(GptqOptions::default())].map(|method| judge.of(&spec, method));
+        println!("{format}: {nearest:?} by rounding, {ours:?} by GPTQ");
+        assert!(ours.loss <= 0.6 * nearest.loss, "{format}: {ours:?}, rounded {nearest:?}");
+        assert!(
+            ours.kl < nearest.kl && ours.error < nearest.error,
+            "{format}: {ours:?}, rounded {nearest:?}"
+        );
     }
 }

@@ -107,19 +107,23 @@ impl Kernel for Quantize<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let Self { lane, tile, bytes, .. } = self;
         let runs = self.codes.chunks_exact_mut(RUN * tile * bytes).zip(self.scales.chunks_exact_mut(tile));
         for (i, ((codes, scales), sums)) in runs.zip(self.sums.chunks_exact_mut(tile)).enumerate() {
-            let mut x = [0.0; RUN];
-            let part = &self.x[(i * RUN).min(self.x.len())..self.x.len().min((i + 1) * RUN)];
-            x[..part.len()].copy_from_slice(part);
+            let mut copy = [0.0; RUN];
+            let x: &[f32; RUN] = match self.x.get(i * RUN..).and_then(<[f32]>::first_chunk) {
+                Some(x) if self.threshold.is_infinite() => x,
+                _ => {
+                    for (to, &x) in copy.iter_mut().zip(&self.x[i * RUN..]) {
+                        *to = if x.abs() >= self.threshold { 0.0 } else { x };
+                    }
+                    &copy
+                }
+            };
             // As integers, magnitudes keep their order, and NaN is the largest: it must not get lost.
             let mut largest = 0;
-            for x in &mut x {
-                if self.threshold.is_finite() && x.abs() >= self.threshold {
-                    *x = 0.0;
-                }
+            for x in x {
                 largest = largest.max(x.to_bits() & 0x7fff_ffff);
             }
             let largest = f32::from_bits(largest);
@@ -131,24 +135,40 @@ impl Kernel for Quantize<'_> {
             if inverse == 0.0 {
                 continue;
             }
-            const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23: there the spacing of f32 is 1
-            let integer = |x: f32| (x + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
-            let first = x.map(|x| integer(x * inverse));
-            let mut put = |byte: usize, numbers: &[i32; RUN]| {
-                let to = codes[byte * RUN * tile..][..RUN * tile].chunks_exact_mut(4 * tile);
-                for (to, quad) in to.zip(numbers.map(|number| number as i8).chunks_exact(4)) {
-                    to[4 * lane..4 * lane + 4].copy_from_slice(quad);
+            let mut integers = [0.0; RUN];
+            for byte in 0..bytes {
+                let mut sum = s.splat(0.0);
+                // SAFETY: a run is a whole number of vectors.
+                unsafe {
+                    for at in (0..RUN).step_by(S::LANES) {
+                        let mut x = s.mul(s.load(x.as_ptr().add(at)), s.splat(inverse));
+                        if byte == 1 {
+                            let first = s.load(integers.as_ptr().add(at));
+                            x = s.mul(s.sub(x, first), s.splat(FINE as f32));
+                        }
+                        let integer = s.round(x);
+                        s.store(integers.as_mut_ptr().add(at), integer);
+                        sum = s.add(sum, integer);
+                    }
                 }
-            };
-            put(0, &first);
-            sums[lane] = first.iter().sum();
-            if bytes == 2 {
-                let rest: [f32; RUN] = std::array::from_fn(|i| x[i] * inverse - first[i] as f32);
-                let second = rest.map(|rest| integer(rest * FINE as f32));
-                put(1, &second);
-                sums[lane] = FINE * sums[lane] + second.iter().sum::<i32>();
+                let unit = if byte == 0 && bytes == 2 { FINE } else { 1 };
+                sums[lane] += unit * s.sum(sum) as i32;
+                put(&integers, &mut codes[byte * RUN * tile..], lane, tile);
             }
         }
+    }
+}
+
+/// Puts integers within -127..=127 into lane `lane` of `codes`, `[RUN / 4, tile, 4]`.
+#[inline(always)]
+fn put(integers: &[f32; RUN], codes: &mut [i8], lane: usize, tile: usize) {
+    let mut bytes = [0; RUN];
+    for (byte, x) in bytes.iter_mut().zip(integers) {
+        // SAFETY: integers of this size are an i32.
+        *byte = unsafe { x.to_int_unchecked::<i32>() } as i8;
+    }
+    for (to, quad) in codes.chunks_exact_mut(4 * tile).zip(bytes.chunks_exact(4)) {
+        to[4 * lane..4 * lane + 4].copy_from_slice(quad);
     }
 }
 

@@ -238,46 +238,38 @@ impl Block<'_> {
             left -= 1;
             // SAFETY: by the caller's promise there are `runs` runs of codes, and of everything beside them.
             unsafe {
-                let mut dots = [[s.splat_int(0); 2]; M];
-                if self.x.bytes == 1 {
-                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
-                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
-                        x = x.add(4 * M);
-                    });
-                } else if 2 * M <= S::ROWS {
+                // Where sums start: what zero points take off.
+                let mut start = [[s.splat_int(0); 2]; M];
+                if zeros.is_none() {
+                    for (r, start) in start.iter_mut().enumerate() {
+                        *start = [s.mul_int(zero, s.load_int(x_sums.add(r))); 2];
+                    }
+                }
+                let mut dots = if self.x.bytes == 1 { start } else { [[s.splat_int(0); 2]; M] };
+                if self.x.bytes == 2 && 2 * M <= S::ROWS {
                     // There are registers for the sums of both bytes: codes are read once.
-                    let mut fine = [[s.splat_int(0); 2]; M];
+                    let mut fine = start;
                     each_quad::<S, M, FORM>(s, codes, &table, |quad| {
                         add_quad::<S, M, FORM>(s, &mut dots, quad, x);
                         add_quad::<S, M, FORM>(s, &mut fine, quad, x.add(RUN * M));
                         x = x.add(4 * M);
                     });
                     x = x.add(RUN * M);
-                    for (dots, fine) in dots.iter_mut().zip(fine) {
-                        for (dot, fine) in dots.iter_mut().zip(fine) {
-                            *dot = s.add_int(s.mul_int(*dot, s.splat_int(FINE)), fine);
-                        }
-                    }
+                    scale_and_add(s, &mut dots, &fine);
                 } else {
                     each_quad::<S, M, FORM>(s, codes, &table, |quad| {
                         add_quad::<S, M, FORM>(s, &mut dots, quad, x);
                         x = x.add(4 * M);
                     });
-                    for dots in &mut dots {
-                        *dots = dots.map(|dot| s.mul_int(dot, s.splat_int(FINE)));
+                    if self.x.bytes == 2 {
+                        scale_and_add(s, &mut dots, &start);
+                        each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                            add_quad::<S, M, FORM>(s, &mut dots, quad, x);
+                            x = x.add(4 * M);
+                        });
                     }
-                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
-                        add_quad::<S, M, FORM>(s, &mut dots, quad, x);
-                        x = x.add(4 * M);
-                    });
                 }
                 codes = codes.add(RUN * width / if packed { 2 } else { 1 });
-                if zeros.is_none() {
-                    for (r, dots) in dots.iter_mut().enumerate() {
-                        let zero = s.mul_int(zero, s.load_int(x_sums.add(r)));
-                        *dots = dots.map(|dot| s.add_int(dot, zero));
-                    }
-                }
                 for n in 0..2 {
                     let at = beside + n * S::LANES;
                     let mut scale = W::load(s, scales.as_ptr().add(at));
@@ -353,6 +345,16 @@ unsafe fn each_quad<S: Simd, const M: usize, const FORM: u8>(
             }
         } else {
             add(both);
+        }
+    }
+}
+
+/// First bytes' sums in units of the second, and `more`.
+#[inline(always)]
+fn scale_and_add<S: Simd, const M: usize>(s: S, dots: &mut [[S::I; 2]; M], more: &[[S::I; 2]; M]) {
+    for (dots, more) in dots.iter_mut().zip(more) {
+        for (dot, more) in dots.iter_mut().zip(more) {
+            *dot = s.add_int(s.mul_int(*dot, s.splat_int(FINE)), *more);
         }
     }
 }
