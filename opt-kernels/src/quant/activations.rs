@@ -116,7 +116,9 @@ impl Kernel for Quantize<'_> {
                 Some(x) if self.threshold.is_infinite() => x,
                 _ => {
                     for (to, &x) in copy.iter_mut().zip(&self.x[i * RUN..]) {
-                        *to = if x.abs() >= self.threshold { 0.0 } else { x };
+                        // An infinity is no outlier where there are none.
+                        let outlier = self.threshold.is_finite() && x.abs() >= self.threshold;
+                        *to = if outlier { 0.0 } else { x };
                     }
                     &copy
                 }
@@ -183,6 +185,7 @@ mod tests {
         let mut x: Vec<f32> = (0..4 * 70).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.37).collect();
         x[3] = 0.0;
         x[40..70].fill(0.0);
+        x[66] = f32::INFINITY;
         x[71] = 1e30;
         x[150] = f32::NAN;
         x[250] = 1e-41;
@@ -221,6 +224,8 @@ mod tests {
         }
         // x[150] is in row 2, run 0.
         assert!(expected.scales[2].is_nan());
+        // x[66] is in row 0, run 2, which is not whole.
+        assert!(expected.scales[6].is_infinite());
         for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
             let found = quantize(level, Compute::Int8);
             assert_eq!(quantize(level, Compute::Int16).codes, fine.codes, "{level}");
