@@ -21,8 +21,10 @@ use opt_backend::Result;
 const TASK_BYTES: usize = 48 << 10;
 /// Rows that a task handles at most: their codes should stay in the second cache.
 const ROW_GROUP: usize = 192;
-/// Bytes between the codes that are multiplied and those that are asked for, when each is used once.
-const AHEAD: usize = 2048;
+/// Bytes between the codes that are multiplied and those that are asked for, when they come from memory.
+const AHEAD: usize = 4096;
+/// Rows up to which a panel's first tile waits for memory, and so should ask for codes early.
+const STREAMED: usize = 36;
 /// Rows from which on it pays to unpack a panel first.
 const UNPACK: usize = 12;
 
@@ -231,6 +233,8 @@ impl Block<'_> {
         let group_runs = self.codes.group / RUN;
         let mut left = group_runs;
         let mut totals = [[s.splat(0.0); 2]; M];
+        // Those behind the first tile find the codes in a cache.
+        let early = self.rows.len() <= STREAMED && tile * M == self.rows.start;
         for _ in 0..runs {
             if left == 0 {
                 (beside, left) = (beside + width, group_runs);
@@ -249,7 +253,7 @@ impl Block<'_> {
                 if self.x.bytes == 2 && 2 * M <= S::ROWS {
                     // There are registers for the sums of both bytes: codes are read once.
                     let mut fine = start;
-                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                    each_quad::<S, FORM>(s, codes, early, &table, |quad| {
                         add_quad::<S, M, FORM>(s, &mut dots, quad, x);
                         add_quad::<S, M, FORM>(s, &mut fine, quad, x.add(RUN * M));
                         x = x.add(4 * M);
@@ -257,13 +261,13 @@ impl Block<'_> {
                     x = x.add(RUN * M);
                     scale_and_add(s, &mut dots, &fine);
                 } else {
-                    each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                    each_quad::<S, FORM>(s, codes, early, &table, |quad| {
                         add_quad::<S, M, FORM>(s, &mut dots, quad, x);
                         x = x.add(4 * M);
                     });
                     if self.x.bytes == 2 {
                         scale_and_add(s, &mut dots, &start);
-                        each_quad::<S, M, FORM>(s, codes, &table, |quad| {
+                        each_quad::<S, FORM>(s, codes, false, &table, |quad| {
                             add_quad::<S, M, FORM>(s, &mut dots, quad, x);
                             x = x.add(4 * M);
                         });
@@ -315,21 +319,22 @@ impl Block<'_> {
     }
 }
 
-/// Calls `add` with the codes of each quad of a run, two vectors of them.
+/// Calls `add` with the codes of each quad of a run, two vectors of them; `early` asks for those of later runs.
 ///
 /// # Safety
 /// There is a run of codes.
 #[inline(always)]
-unsafe fn each_quad<S: Simd, const M: usize, const FORM: u8>(
+unsafe fn each_quad<S: Simd, const FORM: u8>(
     s: S,
     mut codes: *const u8,
+    early: bool,
     table: &[u8; 16],
     mut add: impl FnMut([S::B; 2]),
 ) {
     let packed = FORM == Form::Nibbles as u8 || FORM == Form::Table as u8;
     // Two quads to a load where two codes share a byte.
     for _ in 0..RUN / if packed { 8 } else { 4 } {
-        if M <= 2 {
+        if early {
             s.prefetch(codes.wrapping_add(AHEAD));
             s.prefetch(codes.wrapping_add(AHEAD + 4 * S::LANES));
         }
