@@ -62,8 +62,8 @@ pub(crate) struct PlaceArgs {
     pub(crate) device: Option<String>,
 
     /// Multiply by quantized weights with activations in this number format; from the fastest to the most exact: int8,
-    /// int16, f32. With f32, activations are not rounded to bf16 for weights of bf16 either, as the cpu backend does on
-    /// processors with instructions for it.
+    /// int16, f32. On processors with instructions for bf16, the cpu backend also rounds activations to bf16 for weights
+    /// of bf16; not with f32.
     #[arg(long, value_name = "FORMAT", default_value = "int16", help_heading = "Model")]
     pub(crate) compute: ComputeFormat,
 
@@ -122,7 +122,7 @@ impl BackendName {
     }
 }
 
-/// Number formats of products with quantized weights, and of f32 with weights of bf16.
+/// Number formats of activations as they meet quantized weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeFormat {
     /// Activations are quantized to eight bits, per row and run of 32.

@@ -64,6 +64,10 @@ pub(crate) trait MakeEngine: MaybeSend {
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>>;
 
+    /// What it computes with.
+    #[cfg(feature = "quantize")]
+    fn info(&self) -> Info;
+
     /// Runs a checkpoint layer by layer.
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()>;
 }
@@ -77,6 +81,11 @@ impl<B: Backend> MakeEngine for B {
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>> {
         Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?))
+    }
+
+    #[cfg(feature = "quantize")]
+    fn info(&self) -> Info {
+        Backend::info(self)
     }
 
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()> {

@@ -10,6 +10,7 @@ use opt_backend::{
 };
 use opt_core::{
     CacheDType, CancelToken, ErrorKind, Load, Opt,
+    backends::{self, BackendOptions, Compute},
     checkpoint::Checkpoint,
     generation::Random,
     quantize::{
@@ -198,6 +199,26 @@ fn a_cancelled_run_goes_on_behind_its_finished_layers() {
     });
     assert_ne!(quantize_weights(&checkpoint, &spec.group_size(8), other).unwrap(), whole);
     assert!(items.iter().any(|item| item == "layers.0.fc1.weight"), "{items:?}");
+    // With other arithmetic, too.
+    let mut exact = BackendOptions::default();
+    exact.compute = Compute::F32;
+    let mut items = Vec::new();
+    let other = options().backend(backends::choose("cpu", &exact).unwrap()).progress(|at| {
+        items.push(at.item.to_owned());
+        ControlFlow::Continue(())
+    });
+    quantize_weights(&checkpoint, &spec.group_size(8), other).unwrap();
+    assert!(items.iter().any(|item| item == "layers.0.fc1.weight"), "{items:?}");
+    // What can only fail leaves no directory behind.
+    std::fs::remove_dir_all(&work).unwrap();
+    let hopeless = options().calibration(vec![vec![1; 97]]);
+    assert_eq!(quantize_weights(&checkpoint, &spec, hopeless).unwrap_err().kind(), ErrorKind::Prompt);
+    let cancelled = options().progress(|at| match at.item {
+        "layers.0.fc1.weight" => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert_eq!(quantize_weights(&checkpoint, &spec, cancelled).unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(!work.exists());
     // A directory of somebody else's is left alone.
     let theirs = parent.path().join("theirs");
     std::fs::create_dir(&theirs).unwrap();

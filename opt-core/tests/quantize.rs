@@ -139,6 +139,18 @@ fn refusals_name_tensor_expected_and_found() {
         assert!(spec.validate().unwrap_err().to_string().contains(part));
     }
     let tiny = Tiny::default();
+    // What is not quantized itself must be finite, too.
+    let mut file = tiny.weights();
+    let header = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+    let (_, read) = safetensors::SafeTensors::read_metadata(&file).unwrap();
+    let start = read.info("model.decoder.layers.1.fc2.bias").unwrap().data_offsets.0;
+    file[header + start + 8..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    let checkpoint = Checkpoint::from_bytes(&tiny.config(), vec![file]).unwrap();
+    let error = quantize_weights(&checkpoint, &QuantSpec::nf4().group_size(32), QuantizeOptions::default())
+        .unwrap_err();
+    let expected = "tensor layers.1.fc2.bias: expected finite numbers, found inf at 2";
+    assert_eq!((error.kind(), error.to_string()), (ErrorKind::Checkpoint, expected.to_owned()));
+
     let checkpoint = Checkpoint::from_bytes(&tiny.config(), vec![tiny.weights()]).unwrap();
     let load = Load::default().quantize(QuantSpec::int4().group_size(24));
     let error = Opt::assemble(&checkpoint, None, None, load).err().unwrap();

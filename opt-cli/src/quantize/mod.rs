@@ -179,6 +179,14 @@ impl Quantize {
             None => Vec::new(),
             Some(file) => {
                 let length = self.calibration_tokens.unwrap_or(context.min(2048));
+                if length == 0 || length > context {
+                    return Err(Failure::usage(format!(
+                        "--calibration-tokens: expected 1 to {context} (the context), found {length}"
+                    )));
+                }
+                if self.calibration_sequences == 0 {
+                    return Err(Failure::usage("--calibration-sequences: expected at least 1, found 0"));
+                }
                 let sequences = calibration_sequences(&texts.ids(file)?, length, self.calibration_sequences);
                 sequences.map_err(|e| e.at(file.display()))?
             }
@@ -194,12 +202,15 @@ impl Quantize {
             return Err(Failure::failed(message));
         }
         let vocabulary = checkpoint.config().vocab_size;
-        if let (Some(id), Some(file)) =
-            (eval.iter().flatten().find(|id| **id as usize >= vocabulary), &self.eval)
-        {
-            let message = format!("{}: expected ids below {vocabulary}, found {id}", file.display());
-            return Err(Failure::failed(message));
-        }
+        let known = |file: &Option<PathBuf>, largest: Option<&u32>| match (file, largest) {
+            (Some(file), Some(id)) if *id as usize >= vocabulary => Err(Failure::failed(format!(
+                "{}: expected ids below {vocabulary}, found {id}",
+                file.display()
+            ))),
+            _ => Ok(()),
+        };
+        known(&self.calibration, calibration.iter().flatten().max())?;
+        known(&self.eval, eval.iter().flatten().max())?;
         console.catch_interrupts();
 
         let started = Instant::now();
@@ -350,10 +361,14 @@ impl Quantize {
             (self.static_groups, "--static-groups"),
             (self.true_sequential, "--true-sequential"),
             (self.calibration.is_some(), "--calibration"),
+            (self.calibration_tokens.is_some(), "--calibration-tokens"),
         ] {
             if given && !gptq {
                 console.warn(&format!("{flag} has no effect without --method gptq"));
             }
+        }
+        if self.eval_tokens.is_some() && self.eval.is_none() {
+            console.warn("--eval-tokens has no effect without --eval");
         }
     }
 
@@ -368,9 +383,12 @@ impl Quantize {
         let place = self.output.display();
         if let Some(file) = &self.report {
             let parent = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if !parent.is_dir() && parent != self.output {
-                let message = format!("{}: no such directory to write --report into", parent.display());
-                return Err(Failure::failed(message));
+            if parent != self.output {
+                if !parent.is_dir() {
+                    let message = format!("{}: no such directory to write --report into", parent.display());
+                    return Err(Failure::failed(message));
+                }
+                report::probe(file)?;
             }
         }
         let is_empty = |dir: &Path| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());

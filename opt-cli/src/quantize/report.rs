@@ -3,7 +3,10 @@
 use crate::out::{Failure, bytes};
 use opt_core::quantize::{Comparison, LayerError, QuantSpec};
 use serde::Serialize;
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// The report, as report.json has it.
 #[derive(Debug, Serialize)]
@@ -55,14 +58,12 @@ pub(crate) struct CacheLine {
 impl Report {
     /// Writes it under another name and renames it then.
     pub(crate) fn save(&self, file: &Path) -> Result<(), Failure> {
-        let fail = |e: &dyn std::fmt::Display| Failure::failed(format!("{}: {e}", file.display()));
-        let json = serde_json::to_string_pretty(self).map_err(|e| fail(&e))?;
-        let mut name = file.file_name().unwrap_or_default().to_owned();
-        name.push(".part");
-        let part = file.with_file_name(name);
+        let json = serde_json::to_string_pretty(self)
+            .map_err(|e| Failure::failed(format!("{}: {e}", file.display())))?;
+        let part = part(file);
         fs::write(&part, json + "\n").and_then(|()| fs::rename(&part, file)).map_err(|e| {
             let _ = fs::remove_file(&part);
-            fail(&e)
+            unwritable(file, &e)
         })
     }
 
@@ -120,4 +121,27 @@ impl Report {
         table.push_str(&format!(" mean{:>10.4}\n", 100.0 * mean));
         table
     }
+}
+
+/// What a report is called until it is whole.
+fn part(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    file.with_file_name(name)
+}
+
+fn unwritable(file: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("{}: the report cannot be written: {error}", file.display()))
+}
+
+/// Whether a report could be saved as `file`.
+pub(crate) fn probe(file: &Path) -> Result<(), Failure> {
+    if file.is_dir() {
+        return Err(Failure::usage(format!(
+            "--report: expected a file, found the directory {}",
+            file.display()
+        )));
+    }
+    let part = part(file);
+    fs::write(&part, "").and_then(|()| fs::remove_file(&part)).map_err(|e| unwritable(file, &e))
 }

@@ -6,7 +6,7 @@ use super::{
     walk::{LINEARS, Visitor, names},
     work::Work,
 };
-use super::{QuantSpec, QuantizedWeights};
+use super::{QuantSpec, QuantizedWeights, round::finite_row};
 use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
     backends::{self, BackendOptions, Chosen},
@@ -141,6 +141,7 @@ pub fn quantize_weights(
     let holding = super::Holding { spec: Some(*spec), ..super::Holding::default() };
     holding.check(checkpoint)?;
     checkpoint.validate()?;
+    check_finite(checkpoint)?;
     let QuantizeOptions { method, calibration, backend, work, progress, cancel } = options;
     let mut watch = Watch { progress, cancel, work: "quantizing", done: 0, total: 0 };
     let planned: Vec<(String, [usize; 2], QuantSpec)> = checkpoint
@@ -183,9 +184,14 @@ pub fn quantize_weights(
             let layers = checkpoint.config().num_hidden_layers as u64;
             let per_layer = (parts.len() + 1) * calibration.len() + 6;
             watch.total = tables.len() as u64 + layers * per_layer as u64;
+            super::walk::check_sequences(checkpoint.config(), &calibration)?;
+            let backend = started(backend)?.0;
             let work = match work {
                 None => None,
-                Some(dir) => Some(Work::open(&dir, &settings(checkpoint, spec, &options, &calibration)?)?),
+                Some(dir) => {
+                    let info = backend.info();
+                    Some(Work::open(&dir, &settings(checkpoint, spec, &options, &calibration, &info)?)?)
+                }
             };
             let outside = Arc::new(round(&mut watch, &tables)?);
             let first = watch.done;
@@ -202,9 +208,11 @@ pub fn quantize_weights(
             };
             let mut job =
                 WalkJob { checkpoint, sequences: &calibration, parts, outside, visitor: &mut visitor };
-            started(backend)?.0.walk(&mut job)?;
-            visitor.watch.tick("")?;
-            Ok(visitor.result)
+            let walked = backend.walk(&mut job).and_then(|()| visitor.watch.tick(""));
+            if let (Err(_), Some(work)) = (&walked, &visitor.work) {
+                work.remove_if_idle()?;
+            }
+            walked.map(|()| visitor.result)
         }
     }
 }
@@ -216,6 +224,26 @@ pub(super) fn started(backend: Option<Chosen>) -> Result<Chosen> {
     }
 }
 
+/// Whatever is quantized, numbers that are not finite make the whole model worthless.
+fn check_finite(checkpoint: &Checkpoint) -> Result<()> {
+    for (name, shape) in checkpoint.config().tensor_shapes() {
+        let at = |e: Error| e.at(format_args!("tensor {name}"));
+        let tensor = checkpoint.tensor(&name, &shape)?;
+        if shape.len() == 2 {
+            let weight = tensor.matrix()?;
+            let [rows, columns] = weight.shape();
+            let mut numbers = vec![0.0; columns];
+            (0..rows).try_for_each(|row| finite_row(&weight, row, &mut numbers)).map_err(at)?;
+        } else if let Some((place, found)) =
+            tensor.vector()?.to_f32().iter().enumerate().find(|(_, x)| !x.is_finite())
+        {
+            let message = format_args!("expected finite numbers, found {found} at {place}");
+            return Err(at(Error::new(ErrorKind::Checkpoint, message)));
+        }
+    }
+    Ok(())
+}
+
 /// What the finished layers in a work directory depend on, beside the weights of the layers themselves.
 #[cfg(feature = "quantize")]
 fn settings(
@@ -223,6 +251,7 @@ fn settings(
     spec: &QuantSpec,
     options: &GptqOptions,
     calibration: &[Vec<u32>],
+    info: &opt_backend::Info,
 ) -> Result<serde_json::Value> {
     let mut text = crc32fast::Hasher::new();
     for ids in calibration {
@@ -236,6 +265,7 @@ fn settings(
     Ok(serde_json::json!({
         "version": 1, "spec": spec, "gptq": options, "config": checkpoint.config(),
         "sequences": calibration.len(), "text": text.finalize(), "outside": outside.finalize(),
+        "backend": [&info.name, &info.device], "simd": info.simd, "details": info.details,
     }))
 }
 

@@ -4,6 +4,7 @@ use super::{Gram, Holding, QuantizedWeights};
 use crate::{
     Decoder, Error, ErrorKind, Result,
     checkpoint::Checkpoint,
+    config::OptConfig,
     decoder::{At, Inside, Layer, Reads, SeeInput, Style},
 };
 use ndarray::Array2;
@@ -44,7 +45,7 @@ impl WalkJob<'_> {
     /// Runs on this backend.
     pub(crate) fn run<B: Backend>(&mut self, backend: &B) -> Result<()> {
         let config = self.checkpoint.config();
-        self.check()?;
+        check_sequences(self.checkpoint.config(), self.sequences)?;
         let style = Style::new(config)?;
         let mut states = self.embed(backend)?;
         for index in 0..config.num_hidden_layers {
@@ -64,20 +65,6 @@ impl WalkJob<'_> {
                 self.visitor.tick()?;
                 *state = step(backend, &layer, style, index, state, None)?;
             }
-        }
-        Ok(())
-    }
-
-    fn check(&self) -> Result<()> {
-        let config = self.checkpoint.config();
-        let most = config.max_position_embeddings;
-        for (index, ids) in self.sequences.iter().enumerate() {
-            let place = format_args!("sequence {}", index + 1).to_string();
-            if ids.is_empty() || ids.len() > most {
-                let message = format!("expected 1 to {most} tokens (the context), found {}", ids.len());
-                return Err(Error::new(ErrorKind::Prompt, message).at(place));
-            }
-            crate::engine::check_vocabulary(ids, config.vocab_size).map_err(|e| e.at(place))?;
         }
         Ok(())
     }
@@ -152,4 +139,18 @@ pub(crate) fn names(layer: usize, reads: Reads) -> Vec<String> {
         Reads::Fc2 => &["fc2"],
     };
     parts.iter().map(|part| format!("layers.{layer}.{part}.weight")).collect()
+}
+
+/// Whether a model takes these sequences.
+pub(super) fn check_sequences(config: &OptConfig, sequences: &[Vec<u32>]) -> Result<()> {
+    let most = config.max_position_embeddings;
+    for (index, ids) in sequences.iter().enumerate() {
+        let place = format_args!("sequence {}", index + 1).to_string();
+        if ids.is_empty() || ids.len() > most {
+            let message = format!("expected 1 to {most} tokens (the context), found {}", ids.len());
+            return Err(Error::new(ErrorKind::Prompt, message).at(place));
+        }
+        crate::engine::check_vocabulary(ids, config.vocab_size).map_err(|e| e.at(place))?;
+    }
+    Ok(())
 }

@@ -147,6 +147,15 @@ impl Work {
         }
     }
 
+    /// Removes the directory if there is no finished layer in it.
+    pub(super) fn remove_if_idle(&self) -> Result<()> {
+        let mut entries =
+            fs::read_dir(&self.dir).map_err(|e| Error::because(ErrorKind::Io, self.dir.display(), e))?;
+        let layers =
+            entries.any(|entry| entry.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("layer-")));
+        if layers { Ok(()) } else { self.remove() }
+    }
+
     /// Removes the directory with what was put into it; with anything else in it, it stays and that is an error.
     fn remove(&self) -> Result<()> {
         let io = |e| Error::because(ErrorKind::Io, self.dir.display(), e);

@@ -81,6 +81,10 @@ fn native_configurations_that_are_not_read() {
             "group_size",
         ),
         (json!({"version": 1, "weights": {"a": {"bits": 4, "levels": "nf4", "more": 0}}}), "unknown field"),
+        (
+            json!({"version": 1, "weights": {"a": {"bits": 8, "levels": "integers", "outlier_threshold": -1e39}}}),
+            "outlier_threshold: expected a positive number, found -inf",
+        ),
     ] {
         parts.config["quantization_config"] = value;
         parts.config["quantization_config"]["quant_method"] = json!("opt-rs");
@@ -115,7 +119,13 @@ fn state(parts: &mut Parts, kind: &str, text: &str) {
 
 #[test]
 fn shapes_that_do_not_fit_are_faults() {
-    let cases: [Case; 14] = [
+    let cases: [Case; 15] = [
+        (
+            "gptq_3bit_act_order",
+            "g_idx",
+            |p| drop(p.tensors.remove(&format!("{FC1}.g_idx"))),
+            "layers.1.fc1.g_idx [64] is missing",
+        ),
         ("gptq_4bit", "qweight", |p| cut(p, "qweight", &[8, 95]), "expected shape [8, 96], found [8, 95]"),
         ("gptq_4bit", "qzeros", |p| cut(p, "qzeros", &[1, 12]), "expected shape [2, 12], found [1, 12]"),
         ("gptq_4bit", "g_idx", |p| cut(p, "g_idx", &[63]), "expected shape [64], found [63]"),

@@ -155,18 +155,22 @@ impl Kernel for Quantize<'_> {
                 }
                 let unit = if byte == 0 && bytes == 2 { FINE } else { 1 };
                 sums[lane] += unit * s.sum(sum) as i32;
-                put(&integers, &mut codes[byte * RUN * tile..], lane, tile);
+                // SAFETY: by the choice of `inverse`, no integer is larger than 127.
+                unsafe { put(&integers, &mut codes[byte * RUN * tile..], lane, tile) };
             }
         }
     }
 }
 
-/// Puts integers within -127..=127 into lane `lane` of `codes`, `[RUN / 4, tile, 4]`.
+/// Puts integers into lane `lane` of `codes`, `[RUN / 4, tile, 4]`.
+///
+/// # Safety
+/// They are within -127..=127.
 #[inline(always)]
-fn put(integers: &[f32; RUN], codes: &mut [i8], lane: usize, tile: usize) {
+unsafe fn put(integers: &[f32; RUN], codes: &mut [i8], lane: usize, tile: usize) {
     let mut bytes = [0; RUN];
     for (byte, x) in bytes.iter_mut().zip(integers) {
-        // SAFETY: integers of this size are an i32.
+        // SAFETY: the caller's promise.
         *byte = unsafe { x.to_int_unchecked::<i32>() } as i8;
     }
     for (to, quad) in codes.chunks_exact_mut(4 * tile).zip(bytes.chunks_exact(4)) {

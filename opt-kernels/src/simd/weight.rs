@@ -8,7 +8,7 @@ use half::{bf16, f16};
 pub trait Weight: Number + Send + Sync + 'static {
     /// What they are loaded as, and rows that meet them consist of.
     type Operand: Operand;
-    /// Whether weights are operands as they lie.
+    /// Whether weights are operands as they lie: `Self` is [`Weight::Operand`].
     const IS_OPERAND: bool = false;
     /// Inputs of an output that one of these holds.
     const INPUTS: usize = 1;

@@ -29,6 +29,8 @@ pub(super) struct Gptq {
     pub(super) group_size: Option<usize>,
     /// Zero points are stored as they are, not one less.
     pub(super) v2: bool,
+    /// Groups are not runs of inputs, so that g_idx must say what they are.
+    pub(super) scattered: bool,
 }
 
 impl Gptq {
@@ -49,7 +51,10 @@ impl Gptq {
             Some(Value::String(format)) if format == "gptq_v2" => true,
             Some(found) => return fail("checkpoint_format", "\"gptq\" or \"gptq_v2\"", found),
         };
-        Ok(Self { bits, group_size, v2 })
+        let says = |key: &str| config.get(key) == Some(&Value::Bool(true));
+        // Static groups are runs in whatever order columns were quantized; so is one group.
+        let scattered = says("desc_act") && !says("static_groups") && group_size.is_some();
+        Ok(Self { bits, group_size, v2, scattered })
     }
 
     pub(super) fn groups(self, input: usize) -> usize {
@@ -60,11 +65,12 @@ impl Gptq {
     pub(super) fn parts(self, [out, input]: [usize; 2]) -> Vec<Part> {
         let groups = self.groups(input);
         let packed = |n: usize| n / UNIT * self.bits as usize;
+        let g_idx = Part::new("g_idx", &[FileDType::I32], [input]);
         vec![
             Part::new("qweight", &[FileDType::I32], [packed(input), out]),
             Part::new("qzeros", &[FileDType::I32], [groups, packed(out)]),
             Part::new("scales", Part::FLOATS, [groups, out]),
-            Part::new("g_idx", &[FileDType::I32], [input]).optional(),
+            if self.scattered { g_idx } else { g_idx.optional() },
         ]
     }
 

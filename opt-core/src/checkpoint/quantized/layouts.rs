@@ -110,7 +110,7 @@ fn gptq_items(
         _ => false,
     });
     let desc_act = !all(&|weight| matches!(weight.groups(), Groups::Runs(_)));
-    let gptq = Gptq { bits, group_size, v2 };
+    let gptq = Gptq { bits, group_size, v2, scattered: desc_act };
     if v2 {
         let message = "zero points of 0 need the format gptq_v2, which GPTQModel reads and AutoGPTQ does not";
         warnings.push(Warning::Other(message.to_owned()));

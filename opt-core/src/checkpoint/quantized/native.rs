@@ -98,6 +98,12 @@ impl Description {
         if self.group_size == Some(0) {
             return Err(Error::new(ErrorKind::Unsupported, "group_size: expected at least 1, found 0"));
         }
+        if let Some(threshold) = self.outlier_threshold
+            && !(threshold > 0.0 && threshold.is_finite())
+        {
+            let message = format_args!("outlier_threshold: expected a positive number, found {threshold}");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         Ok(())
     }
 }
