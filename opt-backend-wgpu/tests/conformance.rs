@@ -15,7 +15,7 @@ use opt_backend_wgpu::Builder;
 
 fn run(what: &str, builder: Builder, quick: bool) {
     let suite = Suite::new(move || builder.clone().build().expect("the adapter was there a moment ago"));
-    let overridden: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
+    let overridden: Vec<Op> = Op::RUN.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
     let mut suite = suite.tolerance(Tolerance::GPU_F32).no_defaults(&overridden).reads_per_step(1);
     if quick || std::env::var_os("OPT_QUICK_TESTS").is_some() {
         suite = suite.quick();

@@ -97,6 +97,48 @@ impl Activation {
             Activation::Linear => x,
         }
     }
+
+    /// The derivative at `x`, in double precision. Where there is none it is what torch's autograd says.
+    #[allow(clippy::approx_constant)] // as in `apply`
+    pub fn slope(self, x: f64) -> f64 {
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        // Of x σ(k x).
+        let gated = |k: f64| sigmoid(k * x) * (1.0 + k * x * (1.0 - sigmoid(k * x)));
+        let density = |z: f64| (-0.5 * z * z).exp() / consts::TAU.sqrt();
+        let inside = |holds: bool| f64::from(u8::from(holds));
+        match self {
+            Activation::Relu => inside(x > 0.0),
+            Activation::Gelu => 0.5 * (1.0 + libm::erf(x * consts::FRAC_1_SQRT_2)) + x * density(x),
+            Activation::GeluTanh => {
+                let k = (2.0 / consts::PI).sqrt();
+                let t = (k * (x + 0.044715 * x * x * x)).tanh();
+                0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * k * (1.0 + 3.0 * 0.044715 * x * x)
+            }
+            Activation::Gelu10 => {
+                let y = Activation::Gelu.apply(x);
+                inside((-10.0..=10.0).contains(&y)) * Activation::Gelu.slope(x)
+            }
+            Activation::QuickGelu => gated(1.702),
+            Activation::Silu => gated(1.0),
+            Activation::Sigmoid => sigmoid(x) * (1.0 - sigmoid(x)),
+            Activation::Tanh => 1.0 - x.tanh() * x.tanh(),
+            Activation::Relu6 => inside(x > 0.0 && x < 6.0),
+            Activation::Relu2 => 2.0 * x.max(0.0),
+            Activation::LeakyRelu => {
+                if x > 0.0 {
+                    1.0
+                } else {
+                    0.01
+                }
+            }
+            Activation::Mish => {
+                let t = x.exp().ln_1p().min(f64::MAX).tanh();
+                t + x * (1.0 - t * t) * sigmoid(x)
+            }
+            Activation::Laplace => density((x - 0.707107) / 0.282095) / 0.282095,
+            Activation::Linear => 1.0,
+        }
+    }
 }
 
 impl fmt::Display for Activation {

@@ -3,7 +3,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// The ops of [`crate::Backend`] that have default bodies.
+/// The ops of [`crate::Backend`] and [`crate::Train`] that have default bodies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[allow(missing_docs)] // each is the method of that name
@@ -22,11 +22,35 @@ pub enum Op {
     TopK,
     NewQuantizedLinear,
     NewQuantizedTable,
+    LinearOf,
+    NormOf,
+    Copy,
+    Matmul,
+    LinearGrad,
+    LogitsGrad,
+    LayerNormGrad,
+    LayerNormGradParams,
+    AttendGrad,
+    Activate,
+    ActivateGrad,
+    CrossEntropy,
+    SoftTargets,
+    ScatterAdd,
+    Concat,
+    SumRows,
+    AddRow,
+    MulRow,
+    Mul,
+    Scale,
+    Dropout,
+    SumSquares,
+    AdamW,
+    Sgd,
 }
 
 impl Op {
-    /// Every op, in the order of declaration.
-    pub const ALL: [Op; 14] = [
+    /// The ops of [`crate::Backend`], in the order of declaration.
+    pub const RUN: [Op; 14] = [
         Op::Gather,
         Op::AddGathered,
         Op::LayerNorm,
@@ -42,6 +66,43 @@ impl Op {
         Op::NewQuantizedLinear,
         Op::NewQuantizedTable,
     ];
+
+    /// The ops of [`crate::Train`], in the order of declaration.
+    pub const TRAIN: [Op; 24] = [
+        Op::LinearOf,
+        Op::NormOf,
+        Op::Copy,
+        Op::Matmul,
+        Op::LinearGrad,
+        Op::LogitsGrad,
+        Op::LayerNormGrad,
+        Op::LayerNormGradParams,
+        Op::AttendGrad,
+        Op::Activate,
+        Op::ActivateGrad,
+        Op::CrossEntropy,
+        Op::SoftTargets,
+        Op::ScatterAdd,
+        Op::Concat,
+        Op::SumRows,
+        Op::AddRow,
+        Op::MulRow,
+        Op::Mul,
+        Op::Scale,
+        Op::Dropout,
+        Op::SumSquares,
+        Op::AdamW,
+        Op::Sgd,
+    ];
+
+    /// Every op, in the order of declaration.
+    pub const ALL: [Op; Self::RUN.len() + Self::TRAIN.len()] = {
+        let mut all = [Op::Gather; Self::RUN.len() + Self::TRAIN.len()];
+        let (run, train) = all.split_at_mut(Self::RUN.len());
+        run.copy_from_slice(&Self::RUN);
+        train.copy_from_slice(&Self::TRAIN);
+        all
+    };
 }
 
 /// Counts what should be rare: calls of default bodies, transfers between host and device, and, where there is a
@@ -50,7 +111,7 @@ impl Op {
 /// A backend holds one and hands it out through [`crate::Backend::counters`]; default bodies count themselves, and
 /// the backend counts its own uploads and reads. A backend that lives on defaults shows here. Dispatches, submissions
 /// and device memory stay 0 where they mean nothing.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Counters {
     defaults: [AtomicU64; Op::ALL.len()],
     uploads: AtomicU64,
@@ -63,7 +124,7 @@ pub struct Counters {
 }
 
 /// A reading of [`Counters`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counts {
     /// Calls of default bodies, in the order of [`Op::ALL`].
     pub defaults: [u64; Op::ALL.len()],
@@ -81,6 +142,27 @@ pub struct Counts {
     pub device_bytes: u64,
     /// The most that were held at once.
     pub device_peak: u64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            defaults: std::array::from_fn(|_| AtomicU64::new(0)),
+            uploads: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            dispatches: AtomicU64::new(0),
+            submissions: AtomicU64::new(0),
+            device_bytes: AtomicU64::new(0),
+            device_peak: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Counters::default().counts()
+    }
 }
 
 impl Counters {

@@ -5,6 +5,8 @@
 //! [`oracle`], so a new backend is correct from its first day and becomes fast one override at a time. The same
 //! default bodies are what the conformance suite (feature `conformance`) checks the overrides against.
 //!
+//! [`Train`] adds what training needs, the gradients of the ops and optimizers, in the same manner.
+//!
 //! This crate knows no files, no configurations and no text. Rows of a batch lie end to end in one
 //! `[rows, width]` tensor, and [`Span`]s say which rows belong to which sequence: nothing is ever padded.
 //!
@@ -30,6 +32,7 @@ pub mod oracle;
 pub mod quant;
 mod readback;
 mod reference;
+mod train;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -45,5 +48,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use info::{Info, host_memory};
 pub use readback::{BoxFuture, MaybeSend, MaybeSync, Readback, block_on, ready};
 pub use reference::{Reference, ReferenceCache};
+pub use train::{AdamW, Clip, Dropout, Layout, Sgd, Smoothing, Train};
 
 pub use {half, ndarray};

@@ -3,6 +3,8 @@
 //! These are the bodies that [`crate::Backend`]'s defaults call and that the conformance suite compares overrides
 //! to. They are written to be read, not to be fast.
 
+pub mod gradient;
+
 use crate::{Activation, TargetScore, TopK};
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Zip, s};
 

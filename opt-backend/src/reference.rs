@@ -1,6 +1,6 @@
 use crate::{
     Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm,
-    HostVector, Info, NormParams, Readback, Result, check, ready,
+    HostVector, Info, NormParams, Readback, Result, Train, check, ready,
 };
 use half::f16;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, Axis, s};
@@ -46,6 +46,8 @@ impl Reference {
         Self::default()
     }
 }
+
+impl Train for Reference {}
 
 impl Backend for Reference {
     type Tensor = Array2<f32>;
