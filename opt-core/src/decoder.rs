@@ -320,6 +320,7 @@ impl<B: Backend> Loader<'_, B> {
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {
         let width = config.hidden_size;
         let affine = config.layer_norm_elementwise_affine;
+        (self.taken)(&format!("{name}.weight"))?;
         let part = |part: &str| {
             affine.then(|| self.checkpoint.tensor(&format!("{name}.{part}"), &[width])).transpose()
         };
