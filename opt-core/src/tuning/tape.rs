@@ -264,9 +264,9 @@ impl<B: Train> Taped<B> {
         Ok(self.step(y.value, back))
     }
 
-    /// Lets [`Taped::backward`] start from `x` with the gradient that some loss has there.
-    pub(crate) fn start_from(&self, x: &Var<B>, gradient: B::Tensor) {
-        if let Some(node) = x.node {
+    /// Lets [`Taped::backward`] start from a node with the gradient that some loss has there.
+    pub(crate) fn start_from(&self, node: Option<usize>, gradient: B::Tensor) {
+        if let Some(node) = node {
             self.state().starts.push((node, gradient));
         }
     }

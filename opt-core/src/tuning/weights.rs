@@ -93,6 +93,17 @@ impl Default for Plan {
     }
 }
 
+impl Plan {
+    /// Positions that a trained prefix takes, of a model of `layers` layers.
+    pub(super) fn prefix_len(&self, layers: usize) -> usize {
+        match &self.tokens {
+            Some(VirtualStart::Prefix(rows)) => rows.nrows() / (2 * layers).max(1),
+            Some(VirtualStart::ProjectedPrefix { embedding, .. }) => embedding.nrows(),
+            Some(VirtualStart::Prompt(_)) | None => 0,
+        }
+    }
+}
+
 /// A matrix that is trained or as the backend holds it.
 pub(super) enum Weight<T> {
     Frozen(T),
