@@ -60,13 +60,11 @@ fn check<B: Train>(
     let (x, dy) = (data.held(x), data.matrix(rows, width));
     let mut vector = |wanted: bool| wanted.then(|| data.matrix(1, width).row(0).to_owned());
     let (weight, bias): (Option<Array1<f32>>, Option<Array1<f32>>) = (vector(weight), vector(bias));
-    let host = |v: &'_ Option<Array1<f32>>| v.clone();
-    let (w, c) = (host(&weight), host(&bias));
     let norm = b.new_norm(NormParams {
         width,
         eps,
-        weight: w.as_ref().map(|w| HostVector::F32(w.view())),
-        bias: c.as_ref().map(|c| HostVector::F32(c.view())),
+        weight: weight.as_ref().map(|w| HostVector::F32(w.view())),
+        bias: bias.as_ref().map(|c| HostVector::F32(c.view())),
     })?;
     let (dx, d_weight, d_bias) =
         gradient::layer_norm(x.view(), weight.as_ref().map(|w| w.view()), eps, dy.view());
