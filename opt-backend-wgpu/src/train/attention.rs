@@ -91,14 +91,14 @@ impl Gpu {
         }
         let [dq, dk, dv] = [dq, dk, dv].map(|x| x.slice(&rows));
         let (dq, dk, dv) = (bound(op, dq)?, bound(op, dk)?, bound(op, dv)?);
-        let head = head_dim.next_multiple_of(4) as u32;
+        let head = head_dim as u32;
+        let unit = if head.is_multiple_of(4) { 4 } else { 1 };
         let mut recorder = self.record(op, 2 * rows.len(), 2)?;
         let spans_at = recorder.data(of_rows.as_flattened());
         let uniforms = [
             rows.len() as u32,
             heads as u32,
-            head_dim as u32,
-            4 * operands[0].quads() as u32,
+            4 / unit * operands[0].quads() as u32,
             spans_at,
             (1.0 / (head_dim as f32).sqrt()).to_bits(),
         ];

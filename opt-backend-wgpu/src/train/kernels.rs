@@ -71,7 +71,7 @@ pub(crate) enum Training {
     Columns {
         norm: bool,
     },
-    /// Gradients of attention with heads of up to so many elements, of queries or of keys and values.
+    /// Gradients of attention with heads of so many elements, of queries or of keys and values.
     Attend {
         rows: bool,
         head: u32,
@@ -182,8 +182,15 @@ impl Training {
             Training::Columns { norm } => define("NORM", norm.into()),
             Training::Attend { rows, head } => {
                 define("ROWS", rows.into());
-                define("HEAD", head as usize);
+                let quads = head.is_multiple_of(4);
+                let units = if quads { head / 4 } else { head } as usize;
+                let shares = (ATTEND_THREADS / units.max(1)).max(1);
+                define("QUADS", quads.into());
+                define("HEAD", units);
+                define("SHARES", shares);
+                define("SUMS", units * shares);
                 define("THREADS", ATTEND_THREADS);
+                defines.insert("UNIT", if quads { "vec4<f32>" } else { "f32" }.into());
             }
             Training::AdamW { clip } => define("CLIP", clip.into()),
             Training::Sgd { velocity, clip } => {
@@ -212,7 +219,7 @@ impl Training {
             all.extend([64, 256].map(|threads| Training::LayerNorm { stats, threads }));
         }
         all.extend(both.map(|norm| Training::Columns { norm }));
-        for head in [4, 64, crate::kernels::HEAD_DIM_MOST as u32] {
+        for head in [1, 4, 64, 511, crate::kernels::HEAD_DIM_MOST as u32] {
             all.extend(both.map(|rows| Training::Attend { rows, head }));
         }
         all.extend(both.map(|clip| Training::AdamW { clip }));
