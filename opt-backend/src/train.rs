@@ -158,8 +158,15 @@ pub trait Train: Backend {
     fn norm_of(&self, weight: &Self::Tensor, bias: &Self::Tensor, eps: f32) -> Result<Self::Norm> {
         self.counters().default_body(Op::NormOf);
         let (weight, bias) = (host(self, weight)?, host(self, bias)?);
+        let width = weight.ncols();
         let [weight, bias] = [&weight, &bias].map(|v| Some(HostVector::F32(v.row(0))));
-        self.new_norm(NormParams { width: self_width(&weight), eps, weight, bias })
+        self.new_norm(NormParams { width, eps, weight, bias })
+    }
+
+    /// A tensor of zeros.
+    fn zeros(&self, shape: [usize; 2]) -> Result<Self::Tensor> {
+        self.counters().default_body(Op::Zeros);
+        self.upload(Array2::zeros(shape).view())
     }
 
     /// A copy that later ops on `x` leave as it is.
@@ -454,10 +461,6 @@ pub trait Train: Backend {
 
 fn host<B: Backend + ?Sized>(backend: &B, x: &B::Tensor) -> Result<Array2<f32>> {
     backend.block_on(backend.read(x))
-}
-
-fn self_width(vector: &Option<HostVector<'_>>) -> usize {
-    vector.as_ref().map_or(0, HostVector::len)
 }
 
 fn accumulated<B: Backend + ?Sized>(
