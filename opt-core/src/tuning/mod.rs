@@ -5,12 +5,12 @@ mod learner;
 mod ops;
 mod optimizer;
 mod tape;
-#[cfg(test)]
-mod tests;
+mod tuner;
 mod weights;
 
 pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
+pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;
 
 /// Token ids to learn from, and from which of them on to learn.
