@@ -73,7 +73,7 @@ impl Case {
     }
 
     fn tuner(&self, load: Load<'_>) -> Tuner {
-        Tuner::from_checkpoint(&self.base(), Method::full(), load).unwrap()
+        Tuner::from_checkpoint(self.base(), Method::full(), load).unwrap()
     }
 
     fn gradients(&self) -> BTreeMap<String, Array2<f32>> {
@@ -176,7 +176,7 @@ fn twenty_steps() {
 #[test]
 fn only_chosen_layers_have_gradients() {
     let case = cases("full_pre_ln").remove(0);
-    let mut tuner = Tuner::from_checkpoint(&case.base(), Method::layers([1]), backend::load()).unwrap();
+    let mut tuner = Tuner::from_checkpoint(case.base(), Method::layers([1]), backend::load()).unwrap();
     let (_, found) = tuner.gradients(&examples(&case.meta.batch), StepOptions::default()).unwrap();
     assert!(found.keys().all(|name| name.starts_with("layers.1.")));
     let expected = case.gradients();
@@ -185,7 +185,7 @@ fn only_chosen_layers_have_gradients() {
     for (name, expected) in layer {
         assert_near(found[name].view(), expected.view(), name);
     }
-    assert!(Tuner::from_checkpoint(&case.base(), Method::layers([2]), backend::load()).is_err());
+    assert!(Tuner::from_checkpoint(case.base(), Method::layers([2]), backend::load()).is_err());
 }
 
 #[test]
@@ -196,10 +196,11 @@ fn dropout_is_of_the_seed() {
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["dropout"] = 0.2.into();
     let weights = fs::read(dir.join("model.safetensors")).unwrap();
-    let base = Checkpoint::from_bytes(&config.to_string(), vec![weights]).unwrap();
+    let config = config.to_string();
+    let base = || Checkpoint::from_bytes(&config, vec![weights.clone()]).unwrap();
     let batch = examples(&case.meta.batch);
     let run = |seed: Option<u64>, again: bool| {
-        let mut tuner = Tuner::from_checkpoint(&base, Method::full(), backend::load()).unwrap();
+        let mut tuner = Tuner::from_checkpoint(base(), Method::full(), backend::load()).unwrap();
         let mut options = StepOptions::default();
         (options.seed, options.gradient_checkpointing) = (seed, again);
         tuner.gradients(&batch, options).unwrap()

@@ -4,12 +4,19 @@ mod backend;
 mod learner;
 mod ops;
 mod optimizer;
+mod options;
+pub mod schedule;
+mod store;
 mod tape;
+mod trainer;
 mod tuner;
 mod weights;
 
 pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
+pub use options::TrainOptions;
+pub use schedule::Schedule;
+pub use trainer::{Event, Source, StepReport, TrainReport, Trainer};
 pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;
 

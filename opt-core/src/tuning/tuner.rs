@@ -1,13 +1,13 @@
-use super::{Example, Learn, Optimizer, learner::Pass, optimizer::Rates, weights::Plan};
+use super::{Example, Learn, Optimizer, learner::Pass, optimizer::Rates, store::write_model, weights::Plan};
 use crate::{
     Error, ErrorKind, Load, Result,
     backends::{self, BackendOptions},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, model_files},
     config::OptConfig,
 };
 use ndarray::Array2;
 use opt_backend::{Counts, DType, Info};
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,6 +100,29 @@ pub struct StepResult {
 pub struct Tuner {
     learner: Box<dyn Learn>,
     config: OptConfig,
+    method: Method,
+    artifact: Artifact,
+}
+
+/// How what was trained becomes files that can be used.
+pub(super) enum Artifact {
+    /// A whole model: the weights it was made from, and the files beside them.
+    Model(Arc<Checkpoint>, Vec<(String, Vec<u8>)>),
+}
+
+impl Artifact {
+    pub(super) fn write(&self, inside: &Path, learner: &dyn Learn) -> Result<()> {
+        match self {
+            Self::Model(base, files) => write_model(inside, base, files, learner),
+        }
+    }
+
+    /// Whether the trained values cannot be read from the files again.
+    pub(super) fn keeps_values(&self) -> bool {
+        match self {
+            Self::Model(..) => false,
+        }
+    }
 }
 
 impl Tuner {
@@ -112,16 +135,16 @@ impl Tuner {
     /// Those of [`crate::Opt::load`]; [`ErrorKind::Option`] for a method that does not fit the model;
     /// [`ErrorKind::Unsupported`] for weights that are quantized and were to be trained themselves.
     pub fn load(path: impl AsRef<Path>, method: Method, load: Load<'_>) -> Result<Self> {
-        Self::from_checkpoint(&Checkpoint::open(path.as_ref())?, method, load)
+        Self::from_checkpoint(Checkpoint::open(path.as_ref())?, method, load)
     }
 
     /// Trains a checkpoint at hand; see [`Tuner::load`].
     ///
     /// # Errors
     /// Those of [`Tuner::load`].
-    pub fn from_checkpoint(checkpoint: &Checkpoint, method: Method, load: Load<'_>) -> Result<Self> {
+    pub fn from_checkpoint(checkpoint: Checkpoint, method: Method, load: Load<'_>) -> Result<Self> {
         checkpoint.validate()?;
-        load.holding.check(checkpoint)?;
+        load.holding.check(&checkpoint)?;
         let config = checkpoint.config().clone();
         let plan = Plan::new(&method, &config, load.holding.dtype)?;
         let backend = match load.engine {
@@ -129,8 +152,11 @@ impl Tuner {
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let cancel = load.cancel.unwrap_or_default();
-        let learner = backend.learn(checkpoint, &load.holding, plan, &cancel)?;
-        Ok(Self { learner, config })
+        let learner = backend.learn(&checkpoint, &load.holding, plan, &cancel)?;
+        let whole = learner.shapes().len() == config.tensor_shapes().len();
+        let files = model_files(&checkpoint, whole.then_some(DType::F32))?;
+        let artifact = Artifact::Model(Arc::new(checkpoint), files);
+        Ok(Self { learner, config, method, artifact })
     }
 
     /// The model's shape.
@@ -233,8 +259,31 @@ impl Tuner {
         Ok((targets as f32).recip())
     }
 
+    /// Writes what was trained into a directory that is there: a whole model, or an adapter.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn save(&self, directory: impl AsRef<Path>) -> Result<()> {
+        self.artifact.write(directory.as_ref(), &*self.learner)
+    }
+
     pub(super) fn learner(&mut self) -> &mut dyn Learn {
         &mut *self.learner
+    }
+
+    pub(super) fn learner_ref(&self) -> &dyn Learn {
+        &*self.learner
+    }
+
+    pub(super) fn artifact(&self) -> &Artifact {
+        &self.artifact
+    }
+
+    /// What must be the same for a training to be resumed.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        match &self.method {
+            Method::Full(full) => serde_json::json!({ "full": { "layers": full.layers } }),
+        }
     }
 }
 
