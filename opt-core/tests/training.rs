@@ -5,12 +5,21 @@ mod common;
 use common::{backend, fixtures};
 use opt_core::{
     ErrorKind, Opt,
-    tuning::{Event, Example, Method, Optimizer, Schedule, TrainOptions, TrainReport, Trainer, Tuner},
+    checkpoint::Checkpoint,
+    tuning::{
+        Event, Example, Method, Optimizer, Schedule, TrainOptions, TrainReport, Trainer, Tuner,
+        data::{DataOptions, Dataset},
+    },
 };
 use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
 
 /// Sequences with a pattern that can be learned.
-fn data(count: u32) -> Vec<Example> {
+fn data(count: u32) -> Dataset {
+    let config = Checkpoint::open(fixtures().join("models/pre_ln")).unwrap().config().clone();
+    Dataset::new(examples(count), &DataOptions::new(&config, None)).unwrap()
+}
+
+fn examples(count: u32) -> Vec<Example> {
     (0..count)
         .map(|i| Example::new((0..9).map(|j| 3 + (i % 5 * 7 + j * (1 + i % 3)) % 90).collect()))
         .collect()
@@ -128,7 +137,7 @@ fn the_best_model_is_the_result_and_can_be_loaded() {
     assert!(opt.warnings().is_empty(), "{:?}", opt.warnings());
     // What was written is what was evaluated.
     let mut tuned = Tuner::load(&output, Method::full(), backend::load()).unwrap();
-    assert!((tuned.loss(&data(5)).unwrap() - best).abs() < 1e-4);
+    assert!((tuned.loss(&examples(5)).unwrap() - best).abs() < 1e-4);
     let lines = fs::read_to_string(output.join("log.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), 36);
 }
@@ -184,10 +193,6 @@ fn output_directories() {
     assert!(error.contains("options.lr: expected 0.003, found 0.0001"), "{error}");
     // Nothing is left to do, and that is fine.
     assert_eq!(run(short, true).unwrap().steps, 2);
-    let error =
-        Trainer::new(tuner(Method::full()), Vec::new(), options()).run(dir.path().join("no")).unwrap_err();
-    assert!(error.to_string().contains("at least one example"), "{error}");
-    assert!(!dir.path().join("no").exists());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Fine-tuning.
 
 mod backend;
+pub mod data;
 mod learner;
 mod ops;
 mod optimizer;
@@ -16,15 +17,15 @@ pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
 pub use options::TrainOptions;
 pub use schedule::Schedule;
-pub use trainer::{Event, Source, StepReport, TrainReport, Trainer};
+pub use trainer::{Event, StepReport, TrainReport, Trainer};
 pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;
 
 /// Token ids to learn from, and from which of them on to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
-    ids: Vec<u32>,
-    from: usize,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) from: usize,
 }
 
 impl Example {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// ```
 /// use opt_core::tuning::{Schedule, TrainOptions};
 ///
-/// let options = TrainOptions::default().lr(1e-4).max_steps(200).warmup_steps(20).schedule(Schedule::Cosine { min: 0.0 });
+/// let options = TrainOptions::default().lr(1e-4).max_steps(200).warmup_steps(20).schedule(Schedule::Cosine);
 /// assert_eq!(options.batch_size, 8);
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 use super::{
     Example, StepOptions, TrainOptions, Tuner,
+    data::{Batches, Dataset},
     schedule::LearningRate,
     store::{Artifact, Log, State, Store},
 };
@@ -10,40 +11,6 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
-
-/// Something to learn from.
-pub trait Source: Send {
-    /// The number of examples.
-    fn len(&self) -> u64;
-
-    /// Whether there is none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Example `index` of the order in which `epoch` goes through them.
-    ///
-    /// # Errors
-    /// If it cannot be had, naming where it stands.
-    fn example(&self, epoch: u64, index: u64) -> Result<Example>;
-
-    /// What tells this source from another, for resuming.
-    fn name(&self) -> Value {
-        json!({ "examples": self.len() })
-    }
-}
-
-/// In the order in which they stand.
-impl Source for Vec<Example> {
-    fn len(&self) -> u64 {
-        self.as_slice().len() as u64
-    }
-
-    fn example(&self, _: u64, index: u64) -> Result<Example> {
-        let found = usize::try_from(index).ok().and_then(|index| self.get(index));
-        found.cloned().ok_or_else(|| Error::new(ErrorKind::Option, format_args!("no example {index}")))
-    }
-}
 
 /// What a training tells while it runs.
 #[derive(Debug, Clone, PartialEq)]
@@ -119,20 +86,20 @@ type Callback<'a> = Box<dyn FnMut(&Event) -> ControlFlow<()> + 'a>;
 pub struct Trainer<'a> {
     tuner: Tuner,
     options: TrainOptions,
-    data: Box<dyn Source + 'a>,
-    eval: Option<Box<dyn Source + 'a>>,
+    data: Dataset,
+    eval: Option<Dataset>,
     callbacks: Vec<Callback<'a>>,
     cancel: CancelToken,
     resume: bool,
 }
 
 impl<'a> Trainer<'a> {
-    /// A training of `tuner` on `data`.
-    pub fn new(tuner: Tuner, data: impl Source + 'a, options: TrainOptions) -> Self {
+    /// A training of `tuner` on `data`, in another order each epoch.
+    pub fn new(tuner: Tuner, data: Dataset, options: TrainOptions) -> Self {
         Self {
             tuner,
             options,
-            data: Box::new(data),
+            data,
             eval: None,
             callbacks: Vec::new(),
             cancel: CancelToken::new(),
@@ -142,8 +109,8 @@ impl<'a> Trainer<'a> {
 
     /// Evaluates on this; the best model is the result.
     #[must_use]
-    pub fn eval(mut self, data: impl Source + 'a) -> Self {
-        self.eval = Some(Box::new(data));
+    pub fn eval(mut self, data: Dataset) -> Self {
+        self.eval = Some(data);
         self
     }
 
@@ -178,13 +145,10 @@ impl<'a> Trainer<'a> {
     /// cannot be written, in which case the checkpoints so far are left.
     pub fn run(mut self, output: impl AsRef<Path>) -> Result<TrainReport> {
         self.options.validate()?;
-        if self.data.is_empty() || self.eval.as_ref().is_some_and(|eval| eval.is_empty()) {
-            return Err(Error::new(ErrorKind::Option, "data: expected at least one example, found none"));
-        }
-        let plan = Schedule::new(&self.options, self.data.len())?;
+        let plan = Steps::new(&self.options, &self.data)?;
         let settings = json!({
-            "options": self.options, "method": self.tuner.settings(), "data": self.data.name(),
-            "eval": self.eval.as_ref().map(|eval| eval.name()), "trainable": self.tuner.trainable(),
+            "options": self.options, "method": self.tuner.settings(), "data": about(&self.data),
+            "eval": self.eval.as_ref().map(about), "trainable": self.tuner.trainable(),
         });
         let store = Store::open(output.as_ref(), &settings, self.resume)?;
         let last = if self.resume { store.steps()?.last().copied() } else { None };
@@ -199,31 +163,36 @@ impl<'a> Trainer<'a> {
     }
 }
 
+/// What tells data from other data, for resuming.
+fn about(data: &Dataset) -> Value {
+    json!({ "examples": data.len(), "targets": data.targets() })
+}
+
 /// How many steps there are, and what each learns from.
-struct Schedule {
-    steps: u64,
-    per_epoch: u64,
+struct Steps {
+    count: u64,
+    batches: Batches,
     rate: LearningRate,
 }
 
-impl Schedule {
-    fn new(options: &TrainOptions, examples: u64) -> Result<Self> {
-        let per_step = (options.batch_size as u64).saturating_mul(options.grad_accum as u64).max(1);
-        let per_epoch = examples.div_ceil(per_step).max(1);
-        let steps = options.max_steps.unwrap_or_else(|| per_epoch.saturating_mul(options.epochs));
-        let rate = LearningRate::new(options.schedule, options.lr, options.warmup_steps, steps)?;
-        Ok(Self { steps, per_epoch, rate })
+impl Steps {
+    fn new(options: &TrainOptions, data: &Dataset) -> Result<Self> {
+        let batches =
+            Batches::new(data.clone(), options.batch_size, options.grad_accum)?.shuffled(options.seed);
+        let count = options.max_steps.unwrap_or_else(|| batches.per_epoch().saturating_mul(options.epochs));
+        let rate = LearningRate::new(options.schedule, options.lr, options.warmup_steps, count)?;
+        Ok(Self { count, batches, rate })
     }
 
     /// Whether something that happens every `every` steps, or at the end of each epoch, happens after `step`.
     fn is_due(&self, step: u64, every: Option<u64>) -> bool {
-        step.is_multiple_of(every.unwrap_or(self.per_epoch)) || step == self.steps
+        step.is_multiple_of(every.unwrap_or(self.batches.per_epoch()).max(1)) || step == self.count
     }
 }
 
 struct Run<'a> {
     trainer: Trainer<'a>,
-    plan: Schedule,
+    plan: Steps,
     store: Store,
     state: State,
     log: Log,
@@ -237,7 +206,7 @@ impl Run<'_> {
         let mut loss = None;
         let mut stopped_early = false;
         let mut saved = self.state.step;
-        while self.state.step < self.plan.steps && !stopped_early {
+        while self.state.step < self.plan.count && !stopped_early {
             let report = self.step()?;
             loss = Some(report.loss);
             let mut ends = self.tell(&Event::Step(report));
@@ -258,7 +227,7 @@ impl Run<'_> {
                 ends |= self.save()?;
                 saved = step;
             }
-            if ends && step < self.plan.steps {
+            if ends && step < self.plan.count {
                 let path = self.store.checkpoint(step);
                 let message = format_args!(
                     "training was cancelled after step {step}; it can be resumed from {}",
@@ -287,13 +256,10 @@ impl Run<'_> {
 
     fn step(&mut self) -> Result<StepReport> {
         let began = Instant::now();
-        let Trainer { tuner, options, data, .. } = &mut self.trainer;
+        let Trainer { tuner, options, .. } = &mut self.trainer;
         let made = self.state.step;
-        let (epoch, within) = (made / self.plan.per_epoch, made % self.plan.per_epoch);
-        let per_step = options.batch_size as u64 * options.grad_accum as u64;
-        let range = within * per_step..data.len().min((within + 1) * per_step);
-        let examples: Vec<Example> = range.map(|index| data.example(epoch, index)).collect::<Result<_>>()?;
-        let micros: Vec<&[Example]> = examples.chunks(options.batch_size).collect();
+        let batch = self.plan.batches.step(made)?;
+        let micros: Vec<&[Example]> = batch.micro_batches.iter().map(|examples| &examples[..]).collect();
         let lr = self.plan.rate.at(made);
         // The seed of a step is of its number alone, so that resuming finds it again.
         let seed = (Random::new(options.seed, 2).at(made) * 2.0_f64.powi(53)) as u64;
@@ -320,16 +286,16 @@ impl Run<'_> {
             let message = format_args!("step {}: expected a finite {what}, found {found}; {good}", made + 1);
             return Err(Error::new(ErrorKind::Diverged, message));
         }
-        let tokens: u64 = examples.iter().map(|example| example.targets().count() as u64).sum();
-        let run: usize = examples.iter().map(|example| example.ids().len()).sum();
+        let tokens = batch.targets() as u64;
+        let run: usize = batch.micro_batches.iter().flatten().map(|example| example.ids().len()).sum();
         self.state.step += 1;
         self.state.tokens += tokens;
         let done = (self.state.step - self.first) as f64;
-        let left = self.began.elapsed().as_secs_f64() / done * (self.plan.steps - self.state.step) as f64;
+        let left = self.began.elapsed().as_secs_f64() / done * (self.plan.count - self.state.step) as f64;
         let report = StepReport {
             step: self.state.step,
-            steps: self.plan.steps,
-            epoch: self.state.step as f64 / self.plan.per_epoch as f64,
+            steps: self.plan.count,
+            epoch: self.state.step as f64 / self.plan.batches.per_epoch().max(1) as f64,
             loss: result.loss,
             lr,
             grad_norm: result.grad_norm,
@@ -347,18 +313,11 @@ impl Run<'_> {
     fn evaluate(&mut self) -> Result<(Event, bool)> {
         let Trainer { tuner, options, eval, .. } = &mut self.trainer;
         let (mut sum, mut targets) = (0.0, 0);
-        if let Some(eval) = eval {
-            let mut index = 0;
-            while index < eval.len() {
-                let end = eval.len().min(index + options.batch_size as u64);
-                // Always in the order of epoch 0: which sum it is does not matter, but its rounding does.
-                let examples: Vec<Example> =
-                    (index..end).map(|index| eval.example(0, index)).collect::<Result<_>>()?;
-                let count: usize = examples.iter().map(|example| example.targets().count()).sum();
-                sum += tuner.loss(&examples)? * count as f64;
-                targets += count;
-                index = end;
-            }
+        for examples in eval.iter().flat_map(|eval| eval.batches(options.batch_size)) {
+            let examples = examples?;
+            let count: usize = examples.iter().map(|example| example.targets().count()).sum();
+            sum += tuner.loss(&examples)? * count as f64;
+            targets += count;
         }
         let (step, loss) = (self.state.step, sum / targets.max(1) as f64);
         let best = self.state.best.is_none_or(|(best, _)| loss < best);
