@@ -120,7 +120,12 @@ impl Cpu {
     }
 
     /// Runs `body` on ranges that cover `0..len`.
-    pub(crate) fn for_ranges(&self, len: usize, share: usize, body: impl Fn(Range<usize>) + Sync) -> Result<()> {
+    pub(crate) fn for_ranges(
+        &self,
+        len: usize,
+        share: usize,
+        body: impl Fn(Range<usize>) + Sync,
+    ) -> Result<()> {
         let share = share.max(1);
         self.pool.run(len.div_ceil(share), &|i| body(i * share..len.min((i + 1) * share)))
     }

@@ -183,14 +183,7 @@ impl Train for Cpu {
         let write = |out| {
             // SAFETY: shapes are checked, and the output is ours.
             unsafe {
-                matmul::multiply(
-                    self.machine(),
-                    (&a.data, a.shape),
-                    (&b.data, b.shape),
-                    layout,
-                    dtype,
-                    out,
-                )
+                matmul::multiply(self.machine(), (&a.data, a.shape), (&b.data, b.shape), layout, dtype, out)
             }
         };
         // SAFETY: a product writes every element.
@@ -232,12 +225,7 @@ impl Train for Cpu {
         Ok([weight, bias].map(|data| Tensor { data, shape }))
     }
 
-    fn attend_grad(
-        &self,
-        [q, k, v]: [&Tensor; 3],
-        dy: &Tensor,
-        attend: Attend<'_>,
-    ) -> Result<[Tensor; 3]> {
+    fn attend_grad(&self, [q, k, v]: [&Tensor; 3], dy: &Tensor, attend: Attend<'_>) -> Result<[Tensor; 3]> {
         let op = "attend_grad";
         let shape = q.shape;
         check::spans(op, attend, shape)?;
@@ -300,9 +288,8 @@ impl Train for Cpu {
         let [rows, entries] = logits.shape;
         check::ids("cross_entropy", targets, entries)?;
         check::targets("cross_entropy", targets, rows)?;
-        let of_row = |i: usize, row: &mut [f32]| {
-            loss::cross_entropy(self.level, row, targets[i] as usize, smoothing)
-        };
+        let of_row =
+            |i: usize, row: &mut [f32]| loss::cross_entropy(self.level, row, targets[i] as usize, smoothing);
         // SAFETY: the logits are ours.
         let total = unsafe { loss::total(&self.pool, logits.data.target(), logits.shape, of_row)? };
         Ok([self.single("cross_entropy", total * f64::from(smoothing.scale))?, logits])
@@ -335,8 +322,7 @@ impl Train for Cpu {
             for (i, &row) in rows.iter().enumerate() {
                 let dy = &dy.data[i * width..][columns.clone()];
                 // SAFETY: these columns of the row exist and belong to this task alone.
-                let to =
-                    unsafe { part(target, &(row * width + columns.start..row * width + columns.end)) };
+                let to = unsafe { part(target, &(row * width + columns.start..row * width + columns.end)) };
                 to.iter_mut().zip(dy).for_each(|(x, d)| *x += d);
             }
         })?;
@@ -348,9 +334,9 @@ impl Train for Cpu {
         let mut rows = 0_usize;
         for part in parts {
             check::width("concat", part.shape[1], width)?;
-            rows = rows.checked_add(part.shape[0]).ok_or_else(|| {
-                Error::shape("concat", "more rows than can be counted")
-            })?;
+            rows = rows
+                .checked_add(part.shape[0])
+                .ok_or_else(|| Error::shape("concat", "more rows than can be counted"))?;
         }
         let write = |out| {
             let mut start = 0;

@@ -160,7 +160,13 @@ fn large_products_are_those_of_packed_weights() {
 }
 
 /// Weights of one shape in every format.
-fn quantized([out, input]: [usize; 2], levels: Levels, groups: Groups, count: usize, each: bool) -> Quantized {
+fn quantized(
+    [out, input]: [usize; 2],
+    levels: Levels,
+    groups: Groups,
+    count: usize,
+    each: bool,
+) -> Quantized {
     let most: u16 = if levels == (Levels::Integers { bits: 8 }) { 256 } else { 16 };
     let below = |x: f32| ((x + 1.0) / 2.0 * f32::from(most)).min(f32::from(most - 1));
     let codes = random(out, input, 7).mapv(|x| below(x) as u8);
@@ -176,7 +182,8 @@ fn quantized([out, input]: [usize; 2], levels: Levels, groups: Groups, count: us
 #[test]
 fn gradients_through_weights() {
     each(|cpu| {
-        for [rows, out, input] in [[0, 5, 6], [1, 1, 1], [3, 33, 65], [14, 70, 40], [37, 600, 130], [9, 256, 32]]
+        for [rows, out, input] in
+            [[0, 5, 6], [1, 1, 1], [3, 33, 65], [14, 70, 40], [37, 600, 130], [9, 256, 32]]
         {
             let (w, dy) = (random(out, input, 1), random(rows, out, 2));
             let into = random(rows, input, 3);
@@ -235,10 +242,14 @@ fn norms() {
             let x = random(rows, width, 1) * 3.0 + 5.0;
             let (dy, weight, bias) = (random(rows, width, 2), random(1, width, 3), random(1, width, 4));
             let what = format!("{rows} x {width}");
-            macro_rules! norms { ($b:ident) => {
-                [$b.norm_of(&up($b, &weight), &up($b, &bias), 1e-5).unwrap(),
-                 $b.new_norm(NormParams { width, eps: 1e-5, weight: None, bias: None }).unwrap()]
-            } }
+            macro_rules! norms {
+                ($b:ident) => {
+                    [
+                        $b.norm_of(&up($b, &weight), &up($b, &bias), 1e-5).unwrap(),
+                        $b.new_norm(NormParams { width, eps: 1e-5, weight: None, bias: None }).unwrap(),
+                    ]
+                };
+            }
             for i in 0..2 {
                 same!(cpu, 1e-11, what, b => b.layer_norm(&up(b, &x), &norms!(b)[i]));
                 // Of a single element, the gradient is zero but for roundings.
@@ -345,8 +356,7 @@ fn optimizers() {
         for [rows, width] in [[0, 4], [1, 1], [3, 7], [2, 40_000]] {
             let [p, g, m] = [1, 2, 3].map(|i| random(rows, width, i));
             let v = random(rows, width, 4).mapv(f32::abs);
-            let adam =
-                AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 3 };
+            let adam = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 3 };
             let sgd = Sgd { lr: 0.1, momentum: 0.9, weight_decay: 0.01 };
             for clipped in [false, true] {
                 let sum = array![[9.0]];

@@ -18,13 +18,7 @@ pub(crate) trait Right<X: Operand>: Sync {
     ///
     /// # Safety
     /// The panel and the places exist; the start is a multiple of [`DEPTH`], and the block no more than that.
-    unsafe fn widen<S: Simd>(
-        &self,
-        s: S,
-        block: [usize; 3],
-        wide: &mut Wide<X>,
-        scratch: &mut Wide<X>,
-    );
+    unsafe fn widen<S: Simd>(&self, s: S, block: [usize; 3], wide: &mut Wide<X>, scratch: &mut Wide<X>);
     /// Cache lines that a block of a panel is read from.
     fn lines(&self, block: usize) -> usize;
     /// Where one of them is, of the block that starts at `[panel, start]`; any address will do where there is none.
