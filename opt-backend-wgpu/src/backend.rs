@@ -5,8 +5,8 @@ use crate::{
     cache::{Cache, Store},
     fault::lock,
     readback::Pending,
-    tensor::Tensor,
-    weights::{Linear, Matrix, Norm, Table},
+    tensor::{Tensor, quads},
+    weights::{Bias, Linear, Matrix, Norm, Parameters, Table},
 };
 use opt_backend::{
     Attend, Backend, CacheDType, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm,
@@ -85,7 +85,10 @@ impl Backend for Wgpu {
         }
         // The bias is held like the weight; the copy is for reading it back.
         let bias = bias.map(|bias| bias.to_f32().mapv_into(|v| dtype.round(v)));
-        Ok(Linear { weight: Matrix::new(&self.gpu, op, weight, bias.as_ref(), dtype)?, bias })
+        Ok(Linear {
+            weight: Matrix::new(&self.gpu, op, weight, bias.as_ref(), dtype)?,
+            bias: bias.map(Bias::Host),
+        })
     }
 
     fn new_quantized_linear(&self, weight: &Quantized, bias: Option<HostVector<'_>>) -> Result<Linear> {
@@ -94,7 +97,10 @@ impl Backend for Wgpu {
             check::length(op, "bias", bias.len(), weight.shape()[0])?;
         }
         let bias = bias.map(|bias| bias.to_f32());
-        Ok(Linear { weight: Matrix::packed(&self.gpu, op, weight, bias.as_ref(), false)?, bias })
+        Ok(Linear {
+            weight: Matrix::packed(&self.gpu, op, weight, bias.as_ref(), false)?,
+            bias: bias.map(Bias::Host),
+        })
     }
 
     fn new_quantized_table(&self, rows: &Quantized) -> Result<Table> {
@@ -103,9 +109,27 @@ impl Backend for Wgpu {
 
     fn read_linear<'a>(&'a self, linear: &Linear) -> Readback<'a, HostLinear> {
         let op = "read_linear";
-        let bias = linear.bias.clone();
-        let (slices, decode) = linear.weight.rows(op, &(0..linear.weight.shape[0]));
-        made_of(self.gpu.read(op, &slices), move |bytes| Ok(HostLinear { weight: decode(bytes)?, bias }))
+        let (mut slices, decode) = linear.weight.rows(op, &(0..linear.weight.shape[0]));
+        let of_weight: u64 = slices.iter().map(|slice| slice.size).sum();
+        let (host, device) = match &linear.bias {
+            Some(Bias::Host(bias)) => (Some(bias.clone()), None),
+            Some(Bias::Device(bias, dtype)) => {
+                slices.extend(bias.slices());
+                (None, Some((bias.shape(), *dtype)))
+            }
+            None => (None, None),
+        };
+        made_of(self.gpu.read(op, &slices), move |bytes| {
+            let (weight, rest) = bytes.split_at((of_weight as usize).min(bytes.len()));
+            let bias = match device {
+                Some((shape, dtype)) => {
+                    let bias = Tensor::decode(op, shape, rest)?;
+                    Some(bias.into_iter().map(|v| dtype.round(v)).collect())
+                }
+                None => host,
+            };
+            Ok(HostLinear { weight: decode(weight)?, bias })
+        })
     }
 
     fn new_norm(&self, params: NormParams<'_>) -> Result<Norm> {
@@ -118,8 +142,21 @@ impl Backend for Wgpu {
     }
 
     fn read_norm<'a>(&'a self, norm: &Norm) -> Readback<'a, HostNorm> {
-        let Norm { width, eps, weight, bias, .. } = norm;
-        ready(Ok(HostNorm { width: *width, eps: *eps, weight: weight.clone(), bias: bias.clone() }))
+        let (width, eps) = (norm.width, norm.eps);
+        match &norm.parameters {
+            Parameters::Host { weight, bias } => {
+                ready(Ok(HostNorm { width, eps, weight: weight.clone(), bias: bias.clone() }))
+            }
+            Parameters::Device => {
+                let op = "read_norm";
+                let bytes = norm.buffer.slice(0, 32 * quads(width) as u64);
+                made_of(self.gpu.read(op, &[bytes]), move |bytes| {
+                    let both = Tensor::decode(op, [2, width], bytes)?;
+                    let row = |row| (row < both.nrows()).then(|| both.row(row).to_owned());
+                    Ok(HostNorm { width, eps, weight: row(0), bias: row(1) })
+                })
+            }
+        }
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<Table> {

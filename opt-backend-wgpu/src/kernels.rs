@@ -3,6 +3,7 @@
 use crate::{
     packed::Packed,
     template::{self, Defines},
+    train::Training,
 };
 use opt_backend::{CacheDType, DType};
 use std::{collections::HashMap, sync::Arc};
@@ -120,6 +121,7 @@ pub(crate) enum Variant {
     Sort {
         merge: bool,
     },
+    Train(Training),
 }
 
 /// What shaders may use beyond WebGPU's core.
@@ -150,23 +152,39 @@ macro_rules! sources {
 
 sources!(
     "activation",
+    "adamw",
     "add",
     "append",
     "arrange",
     "attend",
+    "attend_grad",
     "cache",
+    "clip",
+    "columns",
+    "cross_entropy",
+    "each",
     "encode",
     "gather",
+    "hold",
     "keys",
     "layer_norm",
+    "layer_norm_grad",
     "matmul",
     "matvec",
+    "multiply",
     "packed",
     "packed_sums",
     "product",
     "reduce",
+    "scatter",
+    "sgd",
+    "slope",
+    "soft_targets",
+    "softmax",
     "sort",
+    "squares",
     "stats",
+    "total",
     "weights"
 );
 
@@ -183,6 +201,7 @@ impl Variant {
             Variant::Attend { .. } => "attend",
             Variant::Stats { .. } => "stats",
             Variant::Sort { .. } => "sort",
+            Variant::Train(training) => training.name(),
         }
     }
 
@@ -192,6 +211,7 @@ impl Variant {
             Variant::MatVec { format, .. }
             | Variant::MatMul { format, .. }
             | Variant::Gather { format, .. } => Some(format),
+            Variant::Train(training) => training.format(),
             _ => None,
         }
     }
@@ -222,6 +242,7 @@ impl Variant {
             Variant::Attend { .. } => &[R, R, W, R],
             Variant::Stats { .. } => &[R, R, W],
             Variant::Sort { .. } => &[R, W],
+            Variant::Train(training) => training.bindings(packed),
         }
     }
 
@@ -283,8 +304,12 @@ impl Variant {
             }
             Variant::Stats { targets } => define("TARGETS", on(targets)),
             Variant::Sort { merge } => define("MERGE", on(merge)),
+            Variant::Train(training) => training.define(&mut defines),
             Variant::Add | Variant::Arrange => {}
         }
+        let mut define = |name: &'static str, value: usize| {
+            defines.insert(name, value.to_string());
+        };
         // The parameters are bound last.
         define(
             "PARAMETERS",
@@ -414,6 +439,7 @@ fn layout_of(device: &wgpu::Device, bindings: &[Access]) -> wgpu::BindGroupLayou
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::DTYPES;
 
     /// Every kind of variant that the backend asks for.
     fn variants() -> Vec<Variant> {
@@ -424,8 +450,10 @@ mod tests {
             Variant::Stats { targets: true },
         ];
         all.extend([false, true].map(|merge| Variant::Sort { merge }));
+        let plain = DTYPES.map(Format::Plain);
+        let single = Packed::all().map(|packed| Format::Packed(packed).single());
+        all.extend(Training::all(plain.into_iter().chain(single)).into_iter().map(Variant::Train));
         all.extend([64, 256].map(|threads| Variant::LayerNorm { threads }));
-        let plain = [DType::F32, DType::F16, DType::BF16].map(Format::Plain);
         for format in plain.into_iter().chain(Packed::all().map(Format::Packed)) {
             let single = format.single();
             for add in [false, true] {

@@ -101,6 +101,8 @@ pub(crate) struct Order {
     pub(crate) inputs: Vec<u32>,
     /// The same for kernels.
     pub(crate) buffer: Buffer,
+    /// For kernels that go the other way: the place of each element, in whole quads.
+    pub(crate) back: Buffer,
 }
 
 impl Order {
@@ -377,7 +379,16 @@ impl Matrix {
             Some(inputs) => {
                 let buffer = gpu.buffer(op, 4 * inputs.len() as u64)?;
                 gpu.write(op, &buffer, 0, bytemuck::cast_slice(&inputs))?;
-                Some(Order { inputs, buffer })
+                let mut places = vec![u32::MAX; shape[1].next_multiple_of(4)];
+                for (place, &input) in inputs.iter().enumerate() {
+                    // Not for padding.
+                    if let Some(to) = places.get_mut(input as usize) {
+                        *to = place as u32;
+                    }
+                }
+                let back = gpu.buffer(op, 4 * places.len() as u64)?;
+                gpu.write(op, &back, 0, bytemuck::cast_slice(&places))?;
+                Some(Order { inputs, buffer, back })
             }
             None => None,
         };

@@ -18,7 +18,7 @@ const TILED_FROM: usize = 17;
 const MANY_COLUMNS: usize = 16384;
 
 /// The number of an activation in `activation.wgsl`.
-fn number(op: &'static str, activation: Activation) -> Result<u32> {
+pub(crate) fn number(op: &'static str, activation: Activation) -> Result<u32> {
     Ok(match activation {
         Activation::Linear => 0,
         Activation::Relu => 1,

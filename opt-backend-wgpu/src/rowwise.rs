@@ -4,7 +4,7 @@ use crate::{
     gpu::Gpu,
     kernels::{Format, Variant},
     packed::Order,
-    pool::Slice,
+    pool::{Buffer, Slice},
     tensor::{Tensor, ranges},
     weights::{Held, Matrix, Norm},
 };
@@ -63,7 +63,7 @@ impl Gpu {
         let op = "take_rows";
         check::rows(op, rows, x.rows())?;
         if rows.len() == x.rows() && rows.iter().enumerate().all(|(i, &row)| i == row) {
-            // All of them, in order: tensors are not written to, so they may share.
+            // All of them, in order: who writes to a tensor takes memory of its own first, so they may share.
             return Ok(x.clone());
         }
         let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
@@ -115,13 +115,24 @@ impl Gpu {
 
     /// The columns of a tensor in the order of a quantized weight.
     pub(crate) fn arrange(self: &Arc<Self>, op: &'static str, x: &Tensor, order: &Order) -> Result<Tensor> {
-        let out = Tensor::new(self, op, [x.rows(), order.places()])?;
+        self.arranged_by(op, x, &order.buffer, order.places())
+    }
+
+    /// `width` columns of a tensor, each the one that `columns` says, or zero.
+    pub(crate) fn arranged_by(
+        self: &Arc<Self>,
+        op: &'static str,
+        x: &Tensor,
+        columns: &Buffer,
+        width: usize,
+    ) -> Result<Tensor> {
+        let out = Tensor::new(self, op, [x.rows(), width])?;
         let ranges = ranges(&[x, &out]);
         let mut recorder = self.record(op, 0, ranges.len())?;
         for rows in &ranges {
             let uniforms = [rows.len() as u32, 4 * x.quads() as u32, out.quads() as u32];
             let (Some(from), Some(to)) = (x.slice(rows), out.slice(rows)) else { return Err(lost(op)) };
-            let buffers = [order.buffer.whole(), to, from].map(Some);
+            let buffers = [columns.whole(), to, from].map(Some);
             let groups = (rows.len() * out.quads()).div_ceil(THREADS) as u64;
             recorder.dispatch(self, op, Variant::Arrange, &uniforms, &buffers, groups)?;
         }

@@ -7,6 +7,7 @@
 use crate::{
     gpu::Gpu,
     pool::{Buffer, Slice},
+    recorder::Recorder,
 };
 use opt_backend::{
     Error, Result,
@@ -182,6 +183,55 @@ impl Tensor {
             })
         });
         Self { shape: [rows.len(), self.width()], parts: parts.collect() }
+    }
+
+    /// Whether it has no elements, and so no memory that kernels could bind.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Sees to it that nothing else sees its memory, so that kernels may change it: what it shares is copied.
+    pub(crate) fn own(&mut self, gpu: &Arc<Gpu>, op: &'static str) -> Result<()> {
+        let row = self.row_bytes();
+        for part in &mut self.parts {
+            if Arc::get_mut(&mut part.buffer).is_some() {
+                continue;
+            }
+            let bytes = part.rows.len() as u64 * row;
+            let buffer = gpu.scratch(op, bytes)?;
+            gpu.record(op, 0, 0)?.copy(gpu, part.buffer.slice(part.offset, bytes), buffer.slice(0, bytes));
+            (part.buffer, part.offset) = (Arc::new(buffer), 0);
+        }
+        Ok(())
+    }
+
+    /// Records copies of the rows `rows` of another tensor of the same width to the rows from `at` on. Memory of the
+    /// two is not shared.
+    pub(crate) fn copy_rows(
+        &self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        from: &Self,
+        rows: &Range<usize>,
+        at: usize,
+    ) {
+        let row = self.row_bytes();
+        for source in &from.parts {
+            let (start, end) = (source.rows.start.max(rows.start), source.rows.end.min(rows.end));
+            for part in &self.parts {
+                // In rows of `from`.
+                let shift = |row: usize| (row + rows.start).saturating_sub(at);
+                let first = start.max(shift(part.rows.start));
+                let last = end.min(shift(part.rows.end));
+                if first >= last {
+                    continue;
+                }
+                let bytes = (last - first) as u64 * row;
+                let offset = source.offset + (first - source.rows.start) as u64 * row;
+                let to = part.offset + (first + at - rows.start - part.rows.start) as u64 * row;
+                recorder.copy(gpu, source.buffer.slice(offset, bytes), part.buffer.slice(to, bytes));
+            }
+        }
     }
 
     /// See [`Tensor::view`].

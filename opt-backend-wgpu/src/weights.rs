@@ -6,7 +6,7 @@ use crate::{
     kernels::Format,
     packed::{Layout, Order},
     pool::{Buffer, Slice},
-    tensor::quads,
+    tensor::{Tensor, quads},
     unpack::PackedRows,
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt};
@@ -52,8 +52,15 @@ pub(crate) struct Matrix {
 /// Weight `[out, in]` and bias `[out]` of a linear.
 pub struct Linear {
     pub(crate) weight: Matrix,
-    /// As the device holds it.
-    pub(crate) bias: Option<Array1<f32>>,
+    /// As the device holds it; for reading it back.
+    pub(crate) bias: Option<Bias>,
+}
+
+/// The bias of a linear, besides the copy that lies with its weight.
+pub(crate) enum Bias {
+    Host(Array1<f32>),
+    /// `[1, out]`, to be rounded to how the weight is held.
+    Device(Tensor, DType),
 }
 
 /// An embedding table `[entries, width]` that is LM head as well.
@@ -63,9 +70,18 @@ pub struct Table(pub(crate) Matrix);
 pub struct Norm {
     pub(crate) width: usize,
     pub(crate) eps: f32,
-    pub(crate) weight: Option<Array1<f32>>,
-    pub(crate) bias: Option<Array1<f32>>,
+    pub(crate) parameters: Parameters,
     pub(crate) buffer: Buffer,
+}
+
+/// The parameters of a LayerNorm for reading them back.
+pub(crate) enum Parameters {
+    Host {
+        weight: Option<Array1<f32>>,
+        bias: Option<Array1<f32>>,
+    },
+    /// They are nowhere but in the buffer, both of them.
+    Device,
 }
 
 impl std::fmt::Debug for Linear {
@@ -120,13 +136,7 @@ impl Matrix {
         let [rows, width] = shape;
         let row = row_bytes(width, dtype);
         let bias_bytes = if bias.is_some() { dtype.size() } else { 0 };
-        // Kernels take four rows at a time.
-        let most = (gpu.max_binding() as usize / (row + bias_bytes).max(1)) / 4 * 4;
-        if most == 0 && rows > 0 {
-            let found =
-                format_args!("four rows of {width} do not fit a binding of {} bytes", gpu.max_binding());
-            return Err(gpu.out_of_memory(op, found));
-        }
+        let most = Self::rows_most(gpu, op, shape, dtype, bias.is_some())?;
         let mut first = 0;
         while first < rows {
             let end = rows.min(first.saturating_add(most));
@@ -147,6 +157,25 @@ impl Matrix {
             first = end;
         }
         Ok(matrix)
+    }
+
+    /// The most rows of a part of a matrix that is held as `dtype`, whole quads of them.
+    pub(crate) fn rows_most(
+        gpu: &Gpu,
+        op: &'static str,
+        [rows, width]: [usize; 2],
+        dtype: DType,
+        bias: bool,
+    ) -> Result<usize> {
+        let row = row_bytes(width, dtype) + if bias { dtype.size() } else { 0 };
+        // Kernels take four rows at a time.
+        let most = (gpu.max_binding() as usize / row.max(1)) / 4 * 4;
+        if most == 0 && rows > 0 {
+            let found =
+                format_args!("four rows of {width} do not fit a binding of {} bytes", gpu.max_binding());
+            return Err(gpu.out_of_memory(op, found));
+        }
+        Ok(most)
     }
 
     /// Starts to read rows; the bytes of the slices, once they are here, become the rows in f32.
@@ -285,6 +314,6 @@ impl Norm {
         }
         let buffer = gpu.buffer("new_norm", 4 * values.len() as u64)?;
         gpu.write("new_norm", &buffer, 0, bytemuck::cast_slice(&values))?;
-        Ok(Self { width, eps: params.eps, weight, bias, buffer })
+        Ok(Self { width, eps: params.eps, parameters: Parameters::Host { weight, bias }, buffer })
     }
 }

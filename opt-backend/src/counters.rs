@@ -24,6 +24,7 @@ pub enum Op {
     NewQuantizedTable,
     LinearOf,
     NormOf,
+    Zeros,
     Copy,
     Matmul,
     LinearGrad,
@@ -68,9 +69,10 @@ impl Op {
     ];
 
     /// The ops of [`crate::Train`], in the order of declaration.
-    pub const TRAIN: [Op; 24] = [
+    pub const TRAIN: [Op; 25] = [
         Op::LinearOf,
         Op::NormOf,
+        Op::Zeros,
         Op::Copy,
         Op::Matmul,
         Op::LinearGrad,

@@ -154,6 +154,9 @@ pub trait Train: Backend {
         dtype: DType,
     ) -> Result<Self::Linear> {
         self.counters().default_body(Op::LinearOf);
+        if let Some(bias) = bias {
+            check::same_shape("linear_of", self.shape(bias), [1, self.shape(weight)[0]])?;
+        }
         let (weight, bias) = (host(self, weight)?, bias.map(|bias| host(self, bias)).transpose()?);
         let bias = bias.as_ref().map(|bias| HostVector::F32(bias.row(0)));
         self.new_linear(HostMatrix::F32(weight.view()), bias, dtype)
@@ -162,9 +165,19 @@ pub trait Train: Backend {
     /// A LayerNorm whose weight and bias, `[1, width]`, lie on the device.
     fn norm_of(&self, weight: &Self::Tensor, bias: &Self::Tensor, eps: f32) -> Result<Self::Norm> {
         self.counters().default_body(Op::NormOf);
+        let [_, width] = self.shape(weight);
+        for vector in [weight, bias] {
+            check::same_shape("norm_of", self.shape(vector), [1, width])?;
+        }
         let (weight, bias) = (host(self, weight)?, host(self, bias)?);
         let [weight, bias] = [&weight, &bias].map(|v| Some(HostVector::F32(v.row(0))));
-        self.new_norm(NormParams { width: self_width(&weight), eps, weight, bias })
+        self.new_norm(NormParams { width, eps, weight, bias })
+    }
+
+    /// A tensor of zeros.
+    fn zeros(&self, shape: [usize; 2]) -> Result<Self::Tensor> {
+        self.counters().default_body(Op::Zeros);
+        self.upload(Array2::zeros(shape).view())
     }
 
     /// A copy that later ops on `x` leave as it is.
@@ -459,10 +472,6 @@ pub trait Train: Backend {
 
 fn host<B: Backend + ?Sized>(backend: &B, x: &B::Tensor) -> Result<Array2<f32>> {
     backend.block_on(backend.read(x))
-}
-
-fn self_width(vector: &Option<HostVector<'_>>) -> usize {
-    vector.as_ref().map_or(0, HostVector::len)
 }
 
 fn accumulated<B: Backend + ?Sized>(

@@ -15,11 +15,11 @@ use std::ops::Range;
 
 /// The weights of a model, where `B` keeps them.
 pub(crate) struct Decoder<B: Backend> {
-    style: Style,
+    pub(crate) style: Style,
     embed_tokens: B::Table,
     embed_positions: B::Table,
     project_in: Option<B::Linear>,
-    layers: Vec<Layer<B>>,
+    pub(crate) layers: Vec<Layer<B>>,
     final_layer_norm: Option<B::Norm>,
     project_out: Option<B::Linear>,
     /// `None` where the head is the token table.
@@ -153,6 +153,11 @@ impl<B: Backend> Decoder<B> {
             h = layer.forward(b, h, at, caches.as_deref_mut(), inside)?;
         }
 
+        self.finish(b, h)
+    }
+
+    /// What the LM head sees, `[rows, word_embed_proj_dim]`, of the state after the last layer.
+    pub(crate) fn finish(&self, b: &B, mut h: B::Tensor) -> Result<B::Tensor> {
         if let Some(norm) = &self.final_layer_norm {
             h = b.layer_norm(&h, norm)?;
         }
@@ -320,6 +325,7 @@ impl<B: Backend> Loader<'_, B> {
     fn norm(&mut self, name: &str, config: &OptConfig) -> Result<B::Norm> {
         let width = config.hidden_size;
         let affine = config.layer_norm_elementwise_affine;
+        (self.taken)(&format!("{name}.weight"))?;
         let part = |part: &str| {
             affine.then(|| self.checkpoint.tensor(&format!("{name}.{part}"), &[width])).transpose()
         };

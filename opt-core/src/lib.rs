@@ -46,6 +46,8 @@ pub mod hub;
 pub mod prompt;
 pub mod quantize;
 pub mod tokenizer;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod tuning;
 
 pub use callbacks::ProgressFn;
 use decoder::Decoder;

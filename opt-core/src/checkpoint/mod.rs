@@ -21,6 +21,8 @@ mod quantized;
 mod safetensors;
 mod source;
 mod tensor;
+#[cfg(not(target_arch = "wasm32"))]
+mod values;
 mod write;
 mod zip;
 
@@ -30,6 +32,8 @@ pub use files::Format;
 pub use inspect::{FileSummary, Inspection, MemoryNeed, TensorSummary, inspect};
 pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
 pub use tensor::{Tensor, TensorInfo};
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use values::{model_files, write_arrays, write_replaced};
 
 use crate::{Error, ErrorKind, Result, config::OptConfig};
 use entry::{fail, shown};

@@ -1,0 +1,141 @@
+// out = a b, or plus that: a workgroup computes a tile of 64 rows and 64 columns, a thread four rows and four columns
+// next to each other, over sixteen steps of the depth at a time that all threads have copied to workgroup memory.
+//
+// A tile holds row (or column) 4 i + c of each step at c * 16 + i, and steps are 65 numbers apart, so that neither
+// storing nor loading has many threads at one bank. An operand lies ACROSS where each of its rows in memory is one step
+// of the depth; otherwise its rows run along the depth. With WEIGHT set, b is a weight as products hold it.
+#if NATIVE
+enable f16;
+#endif
+
+struct Args {
+    // Rows and columns of out that this dispatch computes, and how deep it sums.
+    rows: u32,
+    columns: u32,
+    depth: u32,
+    // Quads from one row in memory to the next, and the quad of each row at which this dispatch begins.
+    a_stride: u32,
+    a_at: u32,
+    b_stride: u32,
+    out_stride: u32,
+    out_at: u32,
+    // Workgroups that share the columns.
+    column_groups: u32,
+    // Whether what out holds is added.
+    add: u32,
+#if PACKED
+    // As in product.wgsl.
+    groups: u32,
+    group_vectors: u32,
+    zeros_at: u32,
+#endif
+}
+
+const STEP: u32 = 65u;
+
+@group(0) @binding(0) var<uniform> args: Args;
+@group(0) @binding(1) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> a: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> w: array<$QUAD>;
+#if PACKED
+@group(0) @binding($PARAMETERS) var<storage, read> p: array<$ENTRY>;
+
+#include packed
+#else
+#include weights
+
+fn unit(which: u32) -> f32 { return 1.0; }
+#endif
+
+var<workgroup> a_tile: array<f32, 1040>;
+var<workgroup> b_tile: array<f32, 1040>;
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let id = group.y * groups.x + group.x;
+    let first_row = id / args.column_groups * 64u;
+    let first_column = id % args.column_groups * 64u;
+    if (first_row >= args.rows) { return; }
+
+#if TABLE
+    set_levels(0u, thread);
+#endif
+
+    let tx = thread % 16u;
+    let ty = thread / 16u;
+    // What this thread copies of an operand that lies along the depth: a quad of one of 64 rows.
+    let along = thread / 4u;
+    let along_slot = along % 4u * 16u + along / 4u;
+    let along_quad = thread % 4u;
+
+#repeat r 4
+    var sum$r = vec4<f32>(0.0);
+#end
+    for (var k = 0u; k < args.depth; k += 16u) {
+        var av = vec4<f32>(0.0);
+#if ACROSS_A
+        if (k + ty < args.depth && first_row + 4u * tx < args.rows) {
+            av = a[(k + ty) * args.a_stride + args.a_at + first_row / 4u + tx];
+        }
+#repeat c 4
+        a_tile[ty * STEP + $cu * 16u + tx] = av[$c];
+#end
+#else
+        let a_step = k + 4u * along_quad;
+        if (a_step < args.depth && first_row + along < args.rows) {
+            av = a[(first_row + along) * args.a_stride + args.a_at + a_step / 4u];
+            // What follows in the row is not of this dispatch, and need not be finite.
+            av = select(vec4<f32>(0.0), av, vec4<u32>(a_step) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(args.depth));
+        }
+#repeat c 4
+        a_tile[(4u * along_quad + $cu) * STEP + along_slot] = av[$c];
+#end
+#endif
+        var bv = vec4<f32>(0.0);
+#if ACROSS_B
+        if (k + ty < args.depth && first_column + 4u * tx < args.columns) {
+#if PACKED
+            bv = expanded(k + ty, first_column / 4u + tx);
+#else
+            bv = widen(w[(k + ty) * args.b_stride + first_column / 4u + tx]);
+#endif
+        }
+#repeat c 4
+        b_tile[ty * STEP + $cu * 16u + tx] = bv[$c];
+#end
+#else
+        let b_step = k + 4u * along_quad;
+        if (b_step < args.depth && first_column + along < args.columns) {
+            bv = widen(w[(first_column + along) * args.b_stride + b_step / 4u]);
+        }
+#repeat c 4
+        b_tile[(4u * along_quad + $cu) * STEP + along_slot] = bv[$c];
+#end
+#endif
+        workgroupBarrier();
+        for (var d = 0u; d < 16u; d++) {
+            let at = d * STEP;
+            let b = vec4<f32>(b_tile[at + tx], b_tile[at + 16u + tx], b_tile[at + 32u + tx], b_tile[at + 48u + tx]);
+#repeat r 4
+            sum$r += a_tile[at + $ru * 16u + ty] * b;
+#end
+        }
+        workgroupBarrier();
+    }
+
+    let column = first_column + 4u * tx;
+    if (column >= args.columns) { return; }
+    let inside = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(args.columns);
+#repeat r 4
+    if (first_row + 4u * ty + $ru < args.rows) {
+        let at = (first_row + 4u * ty + $ru) * args.out_stride + args.out_at + column / 4u;
+        var v = select(vec4<f32>(0.0), sum$r * unit(0u), inside);
+        if (args.add != 0u) { v += out[at]; }
+        out[at] = v;
+    }
+#end
+}

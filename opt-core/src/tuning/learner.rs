@@ -1,0 +1,310 @@
+//! A model that is being trained, on one backend.
+
+use super::{
+    Example,
+    optimizer::{Memory, Optimizer, Rates},
+    tape::{Taped, Var},
+    weights::{Param, Plan},
+};
+use crate::{
+    CancelToken, Decoder, Error, ErrorKind, Result,
+    checkpoint::Checkpoint,
+    config::OptConfig,
+    decoder::{At, Inside},
+    generation::Random,
+    quantize::Holding,
+};
+use ndarray::{Array2, ArrayView2};
+use opt_backend::{Backend, Info, Smoothing, Span, Train};
+use std::{collections::HashMap, sync::Arc};
+
+/// How a pass runs, beside what it is about.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pass {
+    /// One over the number of targets of the whole step.
+    pub(crate) scale: f32,
+    pub(crate) label_smoothing: f32,
+    /// Seeds dropout and layerdrop; nothing is dropped without.
+    pub(crate) seed: Option<u64>,
+    /// The probability that a layer is skipped.
+    pub(crate) layerdrop: f32,
+    /// Keeps only the states between layers, and computes what is inside again for the gradient.
+    pub(crate) checkpointing: bool,
+}
+
+/// What one step came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Stepped {
+    /// Mean over the targets, in nats.
+    pub(crate) loss: f32,
+    /// Norm of all gradients, before clipping.
+    pub(crate) norm: f32,
+}
+
+/// A model that is being trained, whatever it runs on.
+pub(crate) trait Learn: Send {
+    fn info(&self) -> Info;
+
+    fn counters(&self) -> &opt_backend::Counters;
+
+    /// Names and shapes of what is trained.
+    fn shapes(&self) -> Vec<(String, [usize; 2])>;
+
+    /// Reads a parameter.
+    fn value(&self, name: &str) -> Result<Array2<f32>>;
+
+    /// Reads what the optimizer remembers of a parameter: nothing before the first step.
+    fn memory(&self, name: &str) -> Result<Vec<Array2<f32>>>;
+
+    /// Whether [`Learn::memory`] gives nothing.
+    fn memory_is_empty(&self, name: &str) -> bool;
+
+    /// Sets a parameter, and what the optimizer remembers of it.
+    fn restore(
+        &mut self,
+        name: &str,
+        value: ArrayView2<'_, f32>,
+        memory: &[ArrayView2<'_, f32>],
+    ) -> Result<()>;
+
+    /// Loss and gradients of the parameters over one batch.
+    fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)>;
+
+    /// One step over some micro-batches, each with its seed.
+    fn step(&mut self, micros: &[(&[Example], u64)], pass: Pass, rates: Rates) -> Result<Stepped>;
+
+    /// The sum of the losses of all targets, in nats, nothing being dropped.
+    fn evaluate(&mut self, examples: &[Example]) -> Result<f64>;
+}
+
+pub(crate) struct Learner<B: Train> {
+    taped: Taped<B>,
+    decoder: Arc<Decoder<Taped<B>>>,
+    config: OptConfig,
+    memory: HashMap<String, Memory<B::Tensor>>,
+    /// Positions in front of the tokens' own: those of a trained prefix.
+    offset: usize,
+}
+
+impl<B: Train> Learner<B> {
+    /// Takes a checkpoint over: what is trained in f32, the rest as `holding` says.
+    pub(crate) fn load(
+        backend: B,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        plan: Plan,
+        cancel: &CancelToken,
+    ) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let offset = plan.prefix_len(config.num_hidden_layers);
+        let taped = Taped::new(Arc::new(backend), plan);
+        let mut taken = |name: &str| {
+            taped.taking(name);
+            cancel.check("loading")
+        };
+        let decoder = Decoder::load(&taped, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
+        taped.take_tokens(config.num_hidden_layers)?;
+        Ok(Self { taped, decoder: Arc::new(decoder), config, memory: HashMap::new(), offset })
+    }
+
+    /// The logits of the rows that predict a target, and these targets.
+    fn logits(&self, examples: &[Example], pass: Pass) -> Result<(Var<B>, Vec<u32>)> {
+        let taped = &self.taped;
+        let ids: Vec<u32> = examples.iter().flat_map(|example| example.ids()).copied().collect();
+        let spans = Span::lay_out(examples.iter().map(|example| example.ids().len()));
+        let embedded = self.decoder.embed(taped, &ids)?;
+        let (embedded, wide) = taped.with_prompt(embedded, &spans)?;
+        let longest = self.config.max_position_embeddings;
+        if let Some(span) = wide.iter().find(|span| span.len + self.offset > longest) {
+            let message = format_args!(
+                "expected at most {longest} positions (the context), found {}",
+                span.len + self.offset
+            );
+            return Err(Error::new(ErrorKind::Prompt, message));
+        }
+        let positions: Vec<u32> = wide
+            .iter()
+            .flat_map(|span| self.offset..self.offset + span.len)
+            .map(|position| position as u32)
+            .collect();
+        let mut h = self.decoder.start(taped, embedded, &positions)?;
+        for index in 0..self.config.num_hidden_layers {
+            if self.is_dropped(index, pass) {
+                continue;
+            }
+            h = self.layer(index, h, &wide, pass.checkpointing)?;
+        }
+        // Only rows that predict something go through the head.
+        let mut rows = Vec::new();
+        let mut targets = Vec::new();
+        for (example, span) in examples.iter().zip(&wide) {
+            let first = span.start + span.len - example.ids().len();
+            for (i, target) in example.targets() {
+                rows.push(first + i - 1);
+                targets.push(target);
+            }
+        }
+        if rows.len() < taped.shape(&h)[0] {
+            h = taped.take_rows(&h, &rows)?;
+        }
+        let h = self.decoder.finish(taped, h)?;
+        Ok((taped.logits(&h, self.decoder.head())?, targets))
+    }
+
+    fn layer(&self, index: usize, h: Var<B>, spans: &[Span], checkpointing: bool) -> Result<Var<B>> {
+        let (decoder, spans) = (self.decoder.clone(), spans.to_vec());
+        let run = move |taped: &Taped<B>, h: Var<B>| {
+            let at = At { style: decoder.style, index, spans: &spans, wanted: None };
+            let inside = Inside { attentions: None, inputs: None };
+            match decoder.layers.get(index) {
+                Some(layer) => layer.forward(taped, h, at, None, inside),
+                None => Ok(h),
+            }
+        };
+        if checkpointing { self.taped.checkpoint(h, run) } else { run(&self.taped, h) }
+    }
+
+    fn is_dropped(&self, layer: usize, pass: Pass) -> bool {
+        match pass.seed {
+            Some(seed) if pass.layerdrop > 0.0 => {
+                Random::new(seed, 1).at(layer as u64) < f64::from(pass.layerdrop)
+            }
+            _ => false,
+        }
+    }
+
+    /// Runs forward and backward: the gradients are added to what the parameters have; the loss is left where it is.
+    fn forward_backward(&self, examples: &[Example], pass: Pass) -> Result<B::Tensor> {
+        self.taped.record(pass.seed);
+        let (logits, targets) = self.logits(examples, pass)?;
+        let smoothing = Smoothing { scale: pass.scale, epsilon: pass.label_smoothing };
+        let backend = &self.taped.backend;
+        let node = logits.node;
+        let [loss, gradient] = backend.cross_entropy(self.taped.owned(logits)?, &targets, smoothing)?;
+        self.taped.start_from(node, gradient);
+        self.taped.backward()?;
+        Ok(loss)
+    }
+
+    fn params(&self) -> Vec<(String, Arc<B::Tensor>)> {
+        self.taped.state().params.iter().map(|param| (param.name.clone(), param.value.clone())).collect()
+    }
+}
+
+impl<B: Train> Learn for Learner<B> {
+    fn info(&self) -> Info {
+        self.taped.info()
+    }
+
+    fn counters(&self) -> &opt_backend::Counters {
+        self.taped.counters()
+    }
+
+    fn shapes(&self) -> Vec<(String, [usize; 2])> {
+        let shape = |(name, value): (String, Arc<B::Tensor>)| (name, self.taped.backend.shape(&value));
+        self.params().into_iter().map(shape).collect()
+    }
+
+    fn value(&self, name: &str) -> Result<Array2<f32>> {
+        let backend = &self.taped.backend;
+        let found = self.params().into_iter().find(|(known, _)| known == name);
+        let Some((_, value)) = found else {
+            let message = format_args!("tensor {name}: nothing of this name is trained");
+            return Err(Error::new(ErrorKind::NotFound, message));
+        };
+        Ok(backend.block_on(backend.read(&value))?)
+    }
+
+    fn memory(&self, name: &str) -> Result<Vec<Array2<f32>>> {
+        match self.memory.get(name) {
+            Some(memory) => Ok(memory.read(&*self.taped.backend)?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn memory_is_empty(&self, name: &str) -> bool {
+        !self.memory.contains_key(name)
+    }
+
+    fn restore(
+        &mut self,
+        name: &str,
+        value: ArrayView2<'_, f32>,
+        memory: &[ArrayView2<'_, f32>],
+    ) -> Result<()> {
+        let backend = &self.taped.backend;
+        let fail = |message: String| Err(Error::new(ErrorKind::Checkpoint, message));
+        let mut state = self.taped.state();
+        let Some(param) = state.params.iter_mut().find(|param| param.name == name) else {
+            return fail(format!("tensor {name}: nothing of this name is trained"));
+        };
+        let expected = backend.shape(&param.value);
+        if let Some(found) =
+            std::iter::once(&value).chain(memory).map(|v| v.dim().into()).find(|s| *s != expected)
+        {
+            let found: [usize; 2] = found;
+            return fail(format!("tensor {name}: expected shape {expected:?}, found {found:?}"));
+        }
+        param.value = Arc::new(backend.upload(value)?);
+        if !memory.is_empty() {
+            self.memory.insert(name.to_owned(), Memory::given(&**backend, memory)?);
+        }
+        Ok(())
+    }
+
+    fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)> {
+        let loss = self.forward_backward(examples, pass)?;
+        let backend = self.taped.backend.clone();
+        let loss = backend.block_on(backend.read(&loss))?;
+        let mut gradients = HashMap::new();
+        for param in &mut self.taped.state().params {
+            if let Some(gradient) = param.gradient.take() {
+                gradients.insert(param.name.clone(), backend.block_on(backend.read_owned(gradient))?);
+            }
+        }
+        Ok((loss.iter().sum(), gradients))
+    }
+
+    fn step(&mut self, micros: &[(&[Example], u64)], pass: Pass, rates: Rates) -> Result<Stepped> {
+        let backend = self.taped.backend.clone();
+        let mut total: Option<B::Tensor> = None;
+        for (examples, seed) in micros {
+            let pass = Pass { seed: pass.seed.map(|_| *seed), ..pass };
+            let loss = self.forward_backward(examples, pass)?;
+            total = Some(match total {
+                Some(total) => backend.add(total, &loss)?,
+                None => loss,
+            });
+        }
+        let Some(total) = total else { return Err(Error::new(ErrorKind::Option, "a step without examples")) };
+        self.taped.evaluate();
+        let mut state = self.taped.state();
+        let gradients: Vec<&B::Tensor> = state.params.iter().filter_map(|p| p.gradient.as_ref()).collect();
+        let sum_squares = backend.sum_squares(&gradients)?;
+        for param in &mut state.params {
+            let memory = match self.memory.entry(param.name.clone()) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    let shape = backend.shape(&param.value);
+                    entry.insert(Memory::fresh(&*backend, rates.optimizer, shape)?)
+                }
+            };
+            memory.step(&*backend, param, &sum_squares, rates)?;
+        }
+        drop(state);
+        // The one thing read in a step.
+        let figures = backend.block_on(backend.read_owned(backend.concat(&[&total, &sum_squares])?))?;
+        let mut figures = figures.iter().copied();
+        let mut next = || figures.next().unwrap_or(f32::NAN);
+        Ok(Stepped { loss: next(), norm: next().sqrt() })
+    }
+
+    fn evaluate(&mut self, examples: &[Example]) -> Result<f64> {
+        self.taped.evaluate();
+        let (logits, targets) = self.logits(examples, Pass::default())?;
+        let backend = &self.taped.backend;
+        let smoothing = Smoothing { scale: 1.0, epsilon: 0.0 };
+        let [loss, _] = backend.cross_entropy(self.taped.owned(logits)?, &targets, smoothing)?;
+        Ok(backend.block_on(backend.read_owned(loss))?.iter().map(|&v| f64::from(v)).sum())
+    }
+}
