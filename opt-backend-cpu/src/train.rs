@@ -160,10 +160,21 @@ impl Train for Cpu {
     }
 
     fn norm_of(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Norm> {
-        let width = weight.shape[1];
+        let [_, width] = weight.shape;
         let weight = Some(Cpu::row_of("norm_of", weight, width)?);
         let bias = Some(Cpu::row_of("norm_of", bias, width)?);
         Ok(Norm { width, eps, weight, bias })
+    }
+
+    fn zeros(&self, shape: [usize; 2]) -> Result<Tensor> {
+        let write = |out: Shared<f32>| {
+            self.for_ranges(shape[0] * shape[1], ELEMENTS, |range| {
+                // SAFETY: this range exists and belongs to this task alone.
+                unsafe { out.at(range.start).write_bytes(0, range.len()) };
+            })
+        };
+        // SAFETY: every element is written.
+        unsafe { Tensor::written(&self.guards, "zeros", shape, write) }
     }
 
     fn copy(&self, x: &Tensor) -> Result<Tensor> {

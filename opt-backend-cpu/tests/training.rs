@@ -334,6 +334,7 @@ fn elements() {
                 same!(cpu, 1e-10, format!("{what} {activation} slope"), b =>
                     b.activate_grad(&up(b, &x), up(b, &y), activation));
             }
+            same!(cpu, 0.0, what, b => b.zeros([rows, width]));
             same!(cpu, 0.0, what, b => b.copy(&up(b, &x)));
             same!(cpu, 0.0, what, b => b.concat(&[&up(b, &x), &up(b, &row), &up(b, &y)]));
             same!(cpu, 0.0, what, b => b.add_row(up(b, &x), &up(b, &row)));
