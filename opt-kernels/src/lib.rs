@@ -10,6 +10,7 @@
 //! | [`pool`] | threads, parallel regions |
 //! | [`memory`], [`pack`] | aligned buffers, weights as column panels |
 //! | [`tile`], `gemm` | the register tile, products of rows and panels |
+//! | [`matmul`] | products of plain matrices, and with transposed packed weights: what training needs |
 //! | `bf16` | products with weights and activations of bf16 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
@@ -21,6 +22,7 @@
 mod bf16;
 mod gemm;
 pub mod host;
+pub mod matmul;
 pub mod memory;
 pub mod output;
 pub mod pack;
