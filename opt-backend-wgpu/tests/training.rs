@@ -78,6 +78,8 @@ fn each<B: Train>(cases: &mut Cases<'_, B>) {
         let x = cases.random(rows, width);
         let y = cases.random(rows, width);
         let row = cases.random(1, width);
+        let zeros = cases.b.zeros([rows, width]).expect("zeros");
+        cases.keep(name("zeros"), &zeros);
         let copy = || cases.b.copy(&x).expect("copy");
         let dropout = Dropout { p: 0.3, seed: 0x1234_5678_9abc_def0 };
         let results = [
@@ -399,7 +401,7 @@ fn step<B: Train>(b: &B, numbers: &mut Numbers) -> Vec<B::Tensor> {
     let (mut norm_weight, mut norm_bias) = (up(1, 24), up(1, 24));
     let mut moments: Vec<[B::Tensor; 2]> = Vec::new();
     for shape in [[50, 24], [1, 50], [1, 24], [1, 24]] {
-        moments.push([(); 2].map(|()| b.upload(Array2::zeros(shape).view()).expect("upload")));
+        moments.push([(); 2].map(|()| b.zeros(shape).expect("zeros")));
     }
     let before = b.counters().counts();
     let one = || -> opt_backend::Result<(B::Tensor, Vec<B::Tensor>)> {
