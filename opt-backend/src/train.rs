@@ -149,6 +149,9 @@ pub trait Train: Backend {
         dtype: DType,
     ) -> Result<Self::Linear> {
         self.counters().default_body(Op::LinearOf);
+        if let Some(bias) = bias {
+            check::same_shape("linear_of", self.shape(bias), [1, self.shape(weight)[0]])?;
+        }
         let (weight, bias) = (host(self, weight)?, bias.map(|bias| host(self, bias)).transpose()?);
         let bias = bias.as_ref().map(|bias| HostVector::F32(bias.row(0)));
         self.new_linear(HostMatrix::F32(weight.view()), bias, dtype)
@@ -157,8 +160,11 @@ pub trait Train: Backend {
     /// A LayerNorm whose weight and bias, `[1, width]`, lie on the device.
     fn norm_of(&self, weight: &Self::Tensor, bias: &Self::Tensor, eps: f32) -> Result<Self::Norm> {
         self.counters().default_body(Op::NormOf);
+        let [_, width] = self.shape(weight);
+        for vector in [weight, bias] {
+            check::same_shape("norm_of", self.shape(vector), [1, width])?;
+        }
         let (weight, bias) = (host(self, weight)?, host(self, bias)?);
-        let width = weight.ncols();
         let [weight, bias] = [&weight, &bias].map(|v| Some(HostVector::F32(v.row(0))));
         self.new_norm(NormParams { width, eps, weight, bias })
     }

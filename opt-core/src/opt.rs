@@ -16,7 +16,7 @@ use crate::{
     tokenizer::Tokenizer,
 };
 use ndarray::{Array2, Array3};
-use opt_backend::{Backend, DType, Info, MaybeSend, MaybeSync};
+use opt_backend::{Backend, DType, Info, MaybeSend, MaybeSync, Train};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -70,9 +70,19 @@ pub(crate) trait MakeEngine: MaybeSend {
 
     /// Runs a checkpoint layer by layer.
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()>;
+
+    /// Takes a checkpoint over to train it.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn learn(
+        self: Box<Self>,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        plan: crate::tuning::Plan,
+        cancel: &CancelToken,
+    ) -> Result<Box<dyn crate::tuning::Learn>>;
 }
 
-impl<B: Backend> MakeEngine for B {
+impl<B: Train> MakeEngine for B {
     fn make(
         self: Box<Self>,
         checkpoint: &Checkpoint,
@@ -91,6 +101,17 @@ impl<B: Backend> MakeEngine for B {
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()> {
         job.run(self)
     }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn learn(
+        self: Box<Self>,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        plan: crate::tuning::Plan,
+        cancel: &CancelToken,
+    ) -> Result<Box<dyn crate::tuning::Learn>> {
+        Ok(Box::new(crate::tuning::Learner::load(*self, checkpoint, holding, plan, cancel)?))
+    }
 }
 
 /// How to load a model: where to, held how, watched by whom.
@@ -102,15 +123,15 @@ impl<B: Backend> MakeEngine for B {
 /// ```
 #[derive(Default)]
 pub struct Load<'a> {
-    engine: Option<Box<dyn MakeEngine>>,
-    holding: Holding,
-    cancel: Option<CancelToken>,
+    pub(crate) engine: Option<Box<dyn MakeEngine>>,
+    pub(crate) holding: Holding,
+    pub(crate) cancel: Option<CancelToken>,
     progress: Option<&'a mut ProgressFn<'a>>,
 }
 
 impl<'a> Load<'a> {
     /// Loads on a backend of the caller's.
-    pub fn on(backend: impl Backend) -> Self {
+    pub fn on(backend: impl Train) -> Self {
         Self { engine: Some(Box::new(backend)), ..Self::default() }
     }
 

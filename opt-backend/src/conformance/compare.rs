@@ -2,7 +2,7 @@
 
 use super::{Outcome, ensure, fail};
 use crate::{DType, Error, ErrorKind};
-use ndarray::{ArrayView, Dimension};
+use ndarray::{Array2, ArrayView, ArrayView2, Dimension};
 
 /// How far a result may be from the oracle's. Both bounds must hold.
 ///
@@ -96,6 +96,23 @@ impl Tolerance {
                 shapes.1
             ),
         )
+    }
+
+    /// Compares with each of several results that are all right; the failure, if any, tells of the first.
+    pub(super) fn compare_any(
+        self,
+        what: &str,
+        found: ArrayView2<'_, f32>,
+        expected: &[Array2<f32>],
+    ) -> Outcome {
+        let mut first = None;
+        for expected in expected {
+            match self.compare(what, found, expected.view()) {
+                Ok(()) => return Ok(()),
+                failed => first = first.or(Some(failed)),
+            }
+        }
+        first.unwrap_or(Ok(()))
     }
 
     /// Compares two sequences of numbers.

@@ -5,6 +5,7 @@ use crate::{Backend, DType, HostLinear, HostMatrix, HostVector, Result};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 /// A source of numbers for one case (splitmix64, Steele et al. 2014), and the tolerance to judge results by.
+#[derive(Clone)]
 pub(super) struct Data {
     state: u64,
     kit: Kit,

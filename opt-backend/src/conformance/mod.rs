@@ -35,6 +35,7 @@
 //!   [`crate::Reference`] gives; bit-equal to each other where [`crate::Info::deterministic`] says so, and then also
 //!   every op row by row at the widths of real models.
 //! - Counters: calls of default bodies and transfers.
+//! - [`Suite::train`], for backends that implement [`Train`]: every op of it, in the same manner.
 //!
 //! [`crate::Info`] steers it: dtypes that are not listed are not tried, `max_binding` sizes the large table.
 
@@ -50,12 +51,14 @@ mod kept;
 mod model;
 mod ops;
 mod quantized;
+mod train;
 mod whole;
 
 pub use compare::Tolerance;
 pub use counting::{decode_step, defaults_used};
+pub use train::training_defaults_used;
 
-use crate::{Backend, Counts, DType, Op};
+use crate::{Backend, Counts, DType, Op, Train};
 use std::{
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -195,9 +198,50 @@ impl<B: Backend> Suite<B> {
 
     /// Runs all cases and reports.
     pub fn check(&self) -> Report {
+        let mut run = self.start();
+        ops::run(&mut run);
+        quantized::run(&mut run);
+        attention::run(&mut run);
+        head::run(&mut run);
+        cache::run(&mut run);
+        errors::run(&mut run);
+        kept::run(&mut run);
+        whole::run(&mut run);
+        deterministic::run(&mut run);
+        counting::run(&mut run);
+        run.report
+    }
+
+    /// Runs the cases of [`Train`]'s ops; those of [`Backend`]'s are [`Suite::run`]'s.
+    ///
+    /// The options are the same: [`Suite::only`] takes the names of [`Train`]'s methods, `errors`, `kept` and
+    /// `counters`, and [`Suite::no_defaults`] ops of [`Op::TRAIN`].
+    ///
+    /// # Panics
+    /// If a case fails, with the report as message.
+    pub fn train(&self) -> Report
+    where
+        B: Train,
+    {
+        let report = self.check_training();
+        assert!(report.failures.is_empty(), "{report}");
+        report
+    }
+
+    /// Runs the cases of [`Train`]'s ops and reports.
+    pub fn check_training(&self) -> Report
+    where
+        B: Train,
+    {
+        let mut run = self.start();
+        train::run(&mut run);
+        run.report
+    }
+
+    fn start(&self) -> Run<'_, B> {
         let backend = (self.make)();
         let info = backend.info();
-        let mut run = Run {
+        Run {
             kit: Kit {
                 activations: self.activations,
                 tolerance: self.tolerance.unwrap_or(Tolerance::of(self.activations)),
@@ -214,18 +258,7 @@ impl<B: Backend> Suite<B> {
             report: Report { backend: format!("{} on {}", info.name, info.device), ..Report::default() },
             backend,
             suite: self,
-        };
-        ops::run(&mut run);
-        quantized::run(&mut run);
-        attention::run(&mut run);
-        head::run(&mut run);
-        cache::run(&mut run);
-        errors::run(&mut run);
-        kept::run(&mut run);
-        whole::run(&mut run);
-        deterministic::run(&mut run);
-        counting::run(&mut run);
-        run.report
+        }
     }
 }
 
@@ -241,9 +274,9 @@ pub struct Report {
     pub skipped: Vec<String>,
     /// Cases that failed.
     pub failures: Vec<Failure>,
-    /// What one decode step of a batch of three cost; see [`decode_step`].
+    /// What one decode step of a batch of three cost; see [`decode_step`]. Nothing where training was checked.
     pub step: Counts,
-    /// What calling every op once cost; see [`defaults_used`].
+    /// What calling every op once cost; see [`defaults_used`] and [`training_defaults_used`].
     pub tour: Counts,
 }
 
@@ -265,7 +298,9 @@ impl fmt::Display for Report {
         writeln!(f, "{}: {passed} passed, {failed} failed, {skipped} not supported", self.backend)?;
         self.failures.iter().try_for_each(|failure| writeln!(f, "FAILED {failure}"))?;
         self.skipped.iter().try_for_each(|skipped| writeln!(f, "not supported: {skipped}"))?;
-        writeln!(f, "a decode step: {}", self.step)?;
+        if self.step != Counts::default() {
+            writeln!(f, "a decode step: {}", self.step)?;
+        }
         write!(f, "every op once: {}", self.tour)
     }
 }

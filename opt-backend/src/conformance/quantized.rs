@@ -15,8 +15,8 @@ use ndarray::Array2;
 
 /// A format as tests make it.
 #[derive(Clone, Copy)]
-struct Format {
-    name: &'static str,
+pub(super) struct Format {
+    pub(super) name: &'static str,
     levels: Levels,
     /// Inputs that share a scale.
     group: usize,
@@ -55,7 +55,7 @@ const fn table(name: &'static str, levels: [f32; 16], group: usize) -> Format {
 }
 
 /// What checkpoints hold, and groups that no kernel likes.
-const FORMATS: [Format; 16] = [
+pub(super) const FORMATS: [Format; 16] = [
     integers("int8, groups of 32", 8, 32, false),
     integers("int8, groups of 128", 8, 128, false),
     integers("int8, one scale a row", 8, usize::MAX, false),
@@ -81,7 +81,7 @@ const FORMATS: [Format; 16] = [
 
 impl Format {
     /// A weight `[out, input]` that about keeps the size of what it is applied to.
-    fn weight(self, data: &mut Data, [out, input]: [usize; 2]) -> Outcome<Quantized> {
+    pub(super) fn weight(self, data: &mut Data, [out, input]: [usize; 2]) -> Outcome<Quantized> {
         let group = self.group.min(input.max(1));
         let groups = input.div_ceil(group);
         let (count, middle) = match self.levels {
@@ -118,7 +118,7 @@ impl Format {
 }
 
 /// Widths of real models, and such that no vector, group or word divides.
-const SHAPES: [[usize; 2]; 5] = [[64, 96], [33, 7], [1, 1], [100, 320], [768, 256]];
+pub(super) const SHAPES: [[usize; 2]; 5] = [[64, 96], [33, 7], [1, 1], [100, 320], [768, 256]];
 
 pub(super) fn run<B: Backend>(run: &mut Run<'_, B>) {
     for format in FORMATS {

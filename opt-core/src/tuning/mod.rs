@@ -9,7 +9,9 @@ mod tape;
 mod tests;
 mod weights;
 
+pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
+pub(crate) use weights::Plan;
 
 /// Token ids to learn from, and from which of them on to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
