@@ -232,7 +232,7 @@ fn quantized<B: Train>(cases: &mut Cases<'_, B>) {
 
 fn attention<B: Train>(cases: &mut Cases<'_, B>) {
     let span = |start, len| Span { start, len };
-    let batches: [(usize, usize, usize, Vec<Span>); 6] = [
+    let batches: [(usize, usize, usize, Vec<Span>); 7] = [
         (0, 2, 4, vec![]),
         (1, 1, 1, vec![span(0, 1)]),
         (9, 3, 5, vec![span(0, 4), span(4, 0), span(6, 3)]),
@@ -240,6 +240,7 @@ fn attention<B: Train>(cases: &mut Cases<'_, B>) {
         (70, 1, 72, vec![span(3, 67)]),
         // Rows of two spans: of no use, but not to be guessed at.
         (8, 2, 4, vec![span(0, 5), span(3, 5)]),
+        (8, 2, 4, vec![span(0, 8), span(3, 5)]),
     ];
     for (rows, heads, head_dim, spans) in batches {
         let attend = Attend { heads, layer: 0, spans: &spans };
