@@ -26,6 +26,9 @@
 //!   where the adapter has it. Weights and activations larger than a binding are split by rows; a grid of more
 //!   workgroups than a dimension has becomes two-dimensional.
 //! - Caches of one shape share their memory, in pages, so that one dispatch attends for a whole batch.
+//! - Ops of training ([`opt_backend::Train`]) stay on the device as well: gradients of weights of any format, losses and
+//!   steps of optimizers. What is given to an op is changed in place, unless something else sees its memory. Sums have
+//!   a fixed order, without atomics: the same step gives the same bits.
 //! - Errors of the device are values. If it is lost, or something failed that cannot be undone, every later op fails
 //!   with the same error; a new backend must be started then.
 

@@ -49,6 +49,10 @@ impl Train for Wgpu {
         self.gpu.norm_of(weight, bias, eps)
     }
 
+    fn zeros(&self, shape: [usize; 2]) -> Result<Tensor> {
+        self.gpu.zeros("zeros", shape)
+    }
+
     fn copy(&self, x: &Tensor) -> Result<Tensor> {
         self.gpu.fault.check("copy")?;
         // Whoever changes either of them takes memory of its own first.

@@ -54,3 +54,28 @@ fn default_limits_as_on_a_software_adapter() {
         run("default limits, no subgroups, no f16, as on a software adapter", builder, true);
     }
 }
+
+/// The ops of training, all of them on the device.
+#[test]
+fn training() {
+    let Some(builder) = common::builder() else { return };
+    let tight = builder.clone().default_limits().features(false, false).software(false);
+    for (what, builder) in [("all that the adapter has", builder), ("default limits", tight)] {
+        let suite = Suite::new(move || builder.clone().build().expect("the adapter was there a moment ago"));
+        let mut suite = suite.tolerance(Tolerance::GPU_F32).no_defaults(&Op::TRAIN);
+        if std::env::var_os("OPT_QUICK_TESTS").is_some() {
+            suite = suite.quick();
+        }
+        println!("training, {what}: {}", suite.train());
+    }
+}
+
+/// With bindings so small that much lies in several buffers.
+#[test]
+fn training_split_by_small_bindings() {
+    let Some(builder) = common::builder() else { return };
+    // The widest rows of a case just fit.
+    let builder = builder.max_binding(44 << 10);
+    let suite = Suite::new(move || builder.clone().build().expect("the adapter was there a moment ago"));
+    println!("training, 44 KiB a binding: {}", suite.tolerance(Tolerance::GPU_F32).quick().train());
+}

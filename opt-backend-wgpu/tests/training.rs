@@ -78,6 +78,8 @@ fn each<B: Train>(cases: &mut Cases<'_, B>) {
         let x = cases.random(rows, width);
         let y = cases.random(rows, width);
         let row = cases.random(1, width);
+        let zeros = cases.b.zeros([rows, width]).expect("zeros");
+        cases.keep(name("zeros"), &zeros);
         let copy = || cases.b.copy(&x).expect("copy");
         let dropout = Dropout { p: 0.3, seed: 0x1234_5678_9abc_def0 };
         let results = [
@@ -230,7 +232,7 @@ fn quantized<B: Train>(cases: &mut Cases<'_, B>) {
 
 fn attention<B: Train>(cases: &mut Cases<'_, B>) {
     let span = |start, len| Span { start, len };
-    let batches: [(usize, usize, usize, Vec<Span>); 6] = [
+    let batches: [(usize, usize, usize, Vec<Span>); 7] = [
         (0, 2, 4, vec![]),
         (1, 1, 1, vec![span(0, 1)]),
         (9, 3, 5, vec![span(0, 4), span(4, 0), span(6, 3)]),
@@ -238,6 +240,7 @@ fn attention<B: Train>(cases: &mut Cases<'_, B>) {
         (70, 1, 72, vec![span(3, 67)]),
         // Rows of two spans: of no use, but not to be guessed at.
         (8, 2, 4, vec![span(0, 5), span(3, 5)]),
+        (8, 2, 4, vec![span(0, 8), span(3, 5)]),
     ];
     for (rows, heads, head_dim, spans) in batches {
         let attend = Attend { heads, layer: 0, spans: &spans };
@@ -399,7 +402,7 @@ fn step<B: Train>(b: &B, numbers: &mut Numbers) -> Vec<B::Tensor> {
     let (mut norm_weight, mut norm_bias) = (up(1, 24), up(1, 24));
     let mut moments: Vec<[B::Tensor; 2]> = Vec::new();
     for shape in [[50, 24], [1, 50], [1, 24], [1, 24]] {
-        moments.push([(); 2].map(|()| b.upload(Array2::zeros(shape).view()).expect("upload")));
+        moments.push([(); 2].map(|()| b.zeros(shape).expect("zeros")));
     }
     let before = b.counters().counts();
     let one = || -> opt_backend::Result<(B::Tensor, Vec<B::Tensor>)> {

@@ -117,13 +117,16 @@ fn main(
 #end
 #endif
         workgroupBarrier();
-        for (var d = 0u; d < 16u; d++) {
-            let at = d * STEP;
+        // Unrolled, also for llvmpipe, which ends all loops of a shader after 65,535 iterations in all.
+#repeat d 16
+        {
+            let at = $du * STEP;
             let b = vec4<f32>(b_tile[at + tx], b_tile[at + 16u + tx], b_tile[at + 32u + tx], b_tile[at + 48u + tx]);
 #repeat r 4
             sum$r += a_tile[at + $ru * 16u + ty] * b;
 #end
         }
+#end
         workgroupBarrier();
     }
 

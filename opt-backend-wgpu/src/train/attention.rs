@@ -52,11 +52,11 @@ impl Gpu {
             self.attend_grad_rows([q, k, v, dy], &out, &of_rows, attend.heads)?;
             return Ok(out);
         }
-        // Span by span, since a workgroup sees one buffer of each operand.
+        // Span by span: a workgroup sees one buffer of each operand, and one span of each row.
         let out = [self.zeros(op, shape)?, self.zeros(op, shape)?, self.zeros(op, shape)?];
         for span in spans {
             let rows: Vec<usize> = span.rows().collect();
-            if *span == (Span { start: 0, len: shape[0] }) {
+            if apart && *span == (Span { start: 0, len: shape[0] }) {
                 let found = format_args!("a span of {} rows does not fit a binding", span.len);
                 return Err(self.out_of_memory(op, found));
             }

@@ -43,7 +43,7 @@ impl Gpu {
         let mut parts = Vec::with_capacity(1);
         let sources = ranges(&[weight]);
         for first in (0..rows).step_by(most.max(1)) {
-            let end = rows.min(first + most);
+            let end = rows.min(first.saturating_add(most));
             let padded = (end - first).next_multiple_of(4);
             let held = padded * row + if bias.is_some() { padded / 4 } else { 0 };
             // From the pool: such weights live as long as a step.
