@@ -14,6 +14,7 @@
 //! | `bf16` | products with weights and activations of bf16 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
+//! | [`gradient`] | gradients and optimizers over slices |
 //! | [`host`], [`rows`] | quantized weights of backends whose tensors belong to a library: in main memory, on its devices |
 
 // An internal crate: what a name says by itself is not said again.
@@ -21,6 +22,7 @@
 
 mod bf16;
 mod gemm;
+pub mod gradient;
 pub mod host;
 pub mod matmul;
 pub mod memory;
