@@ -6,6 +6,7 @@ use common::{backend, fixtures};
 use ndarray::{Array2, ArrayView2};
 use opt_core::{
     Load,
+    adapter::Adapter,
     checkpoint::Checkpoint,
     tuning::{Example, Method, StepOptions, Tuner},
 };
@@ -73,7 +74,12 @@ impl Case {
     }
 
     fn tuner(&self, load: Load<'_>) -> Tuner {
-        Tuner::from_checkpoint(self.base(), Method::full(), load).unwrap()
+        let method = if self.name.starts_with("full") {
+            Method::full()
+        } else {
+            Method::further(Adapter::open(&self.dir).unwrap())
+        };
+        Tuner::from_checkpoint(self.base(), method, load).unwrap()
     }
 
     fn gradients(&self) -> BTreeMap<String, Array2<f32>> {
@@ -134,6 +140,13 @@ fn gradients_of_all_weights() {
 }
 
 #[test]
+fn gradients_of_adapters() {
+    for method in ["lora", "dora", "prefix", "prompt"] {
+        each_gradient(method, StepOptions::default());
+    }
+}
+
+#[test]
 fn gradients_with_states_computed_again() {
     let mut options = StepOptions::default();
     options.gradient_checkpointing = true;
@@ -149,7 +162,8 @@ fn label_smoothing() {
 
 #[test]
 fn twenty_steps() {
-    for case in cases("full") {
+    // No start is the start of all names.
+    for case in cases("") {
         let name = format!("{} on {}", case.name, backend::name());
         let mut tuner = case.tuner(backend::load());
         for (i, step) in case.meta.steps.iter().enumerate() {

@@ -33,7 +33,7 @@ pub use inspect::{FileSummary, Inspection, MemoryNeed, TensorSummary, inspect};
 pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
 pub use tensor::{Tensor, TensorInfo};
 #[cfg(not(target_arch = "wasm32"))]
-pub(crate) use values::{model_files, write_arrays, write_replaced};
+pub(crate) use values::{array_bytes, model_files, write_arrays, write_replaced};
 
 use crate::{Error, ErrorKind, Result, config::OptConfig};
 use entry::{fail, shown};

@@ -30,6 +30,14 @@ pub(crate) fn write_arrays(path: &Path, tensors: &[(String, Vec<usize>)], values
     out.flush().map_err(cannot_write)
 }
 
+/// A safetensors file in memory, of matrices and (where the shape has one number) vectors.
+pub(crate) fn array_bytes(tensors: &[(String, Vec<usize>, Array2<f32>)]) -> Result<Vec<u8>> {
+    let items = tensors.iter().map(|(name, shape, _)| (name.clone(), FileDType::F32, shape.clone()));
+    let mut bytes = safetensors_header(items)?;
+    tensors.iter().try_for_each(|(_, _, values)| write_array(values, &mut bytes))?;
+    Ok(bytes)
+}
+
 /// Writes the weights of `base` with those in `replaced`, canonical names, as `values` has them, in f32.
 pub(crate) fn write_replaced(
     path: &Path,

@@ -1,6 +1,7 @@
-use super::{Example, Learn, Optimizer, learner::Pass, optimizer::Rates, store::write_model, weights::Plan};
+use super::{Example, Learn, Optimizer, learner::Pass, optimizer::Rates, start::{Artifact, adapter}, weights::Plan};
 use crate::{
     Error, ErrorKind, Load, Result,
+    adapter::{Adapter, AdapterConfig},
     backends::{self, BackendOptions},
     checkpoint::{Checkpoint, model_files},
     config::OptConfig,
@@ -15,6 +16,10 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 pub enum Method {
     /// The weights themselves.
     Full(Full),
+    /// A new adapter, whose random parameters are of this seed.
+    New(Box<AdapterConfig>, u64),
+    /// An adapter that is there, trained further.
+    Continue(Box<Adapter>),
 }
 
 /// Which of a model's weights are trained.
@@ -34,6 +39,21 @@ impl Method {
     /// The weights of these layers.
     pub fn layers(layers: impl IntoIterator<Item = usize>) -> Self {
         Self::Full(Full { layers: Some(layers.into_iter().collect()) })
+    }
+
+    /// A new adapter: LoRA, prefix or prompt tuning.
+    ///
+    /// ```
+    /// use opt_core::{adapter::LoraConfig, tuning::Method};
+    /// let method = Method::adapter(LoraConfig::default(), 42);
+    /// ```
+    pub fn adapter(config: impl Into<AdapterConfig>, seed: u64) -> Self {
+        Self::New(Box::new(config.into()), seed)
+    }
+
+    /// An adapter that is there, trained further.
+    pub fn further(adapter: Adapter) -> Self {
+        Self::Continue(Box::new(adapter))
     }
 }
 
@@ -104,27 +124,6 @@ pub struct Tuner {
     artifact: Artifact,
 }
 
-/// How what was trained becomes files that can be used.
-pub(super) enum Artifact {
-    /// A whole model: the weights it was made from, and the files beside them.
-    Model(Arc<Checkpoint>, Vec<(String, Vec<u8>)>),
-}
-
-impl Artifact {
-    pub(super) fn write(&self, inside: &Path, learner: &dyn Learn) -> Result<()> {
-        match self {
-            Self::Model(base, files) => write_model(inside, base, files, learner),
-        }
-    }
-
-    /// Whether the trained values cannot be read from the files again.
-    pub(super) fn keeps_values(&self) -> bool {
-        match self {
-            Self::Model(..) => false,
-        }
-    }
-}
-
 impl Tuner {
     /// Opens a model to train it: a directory in Hugging Face layout, or a single weights file beside its config.json.
     ///
@@ -146,17 +145,25 @@ impl Tuner {
         checkpoint.validate()?;
         load.holding.check(&checkpoint)?;
         let config = checkpoint.config().clone();
-        let plan = Plan::new(&method, &config, load.holding.dtype)?;
+        let plan = Plan::new(&method, &checkpoint, load.holding.dtype)?;
         let backend = match load.engine {
             Some(backend) => backend,
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let cancel = load.cancel.unwrap_or_default();
         let learner = backend.learn(&checkpoint, &load.holding, plan, &cancel)?;
-        let whole = learner.shapes().len() == config.tensor_shapes().len();
-        let files = model_files(&checkpoint, whole.then_some(DType::F32))?;
-        let artifact = Artifact::Model(Arc::new(checkpoint), files);
+        let artifact = match &method {
+            Method::Full(_) => Self::model_artifact(checkpoint, &*learner)?,
+            Method::New(adapter, _) => Artifact::Adapter(adapter.clone(), config.clone()),
+            Method::Continue(adapter) => Artifact::Adapter(Box::new(adapter.config().clone()), config.clone()),
+        };
         Ok(Self { learner, config, method, artifact })
+    }
+
+    fn model_artifact(checkpoint: Checkpoint, learner: &dyn Learn) -> Result<Artifact> {
+        let whole = learner.shapes().len() == checkpoint.config().tensor_shapes().len();
+        let files = model_files(&checkpoint, whole.then_some(DType::F32))?;
+        Ok(Artifact::Model(Arc::new(checkpoint), files))
     }
 
     /// The model's shape.
@@ -267,6 +274,17 @@ impl Tuner {
         self.artifact.write(directory.as_ref(), &*self.learner)
     }
 
+    /// What was trained, as an adapter.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] where weights themselves were trained.
+    pub fn adapter(&self) -> Result<Adapter> {
+        match &self.artifact {
+            Artifact::Adapter(config, model) => adapter(config, model, &*self.learner),
+            Artifact::Model(..) => Err(Error::new(ErrorKind::Option, "expected an adapter, found a whole model")),
+        }
+    }
+
     pub(super) fn learner(&mut self) -> &mut dyn Learn {
         &mut *self.learner
     }
@@ -283,41 +301,8 @@ impl Tuner {
     pub(super) fn settings(&self) -> serde_json::Value {
         match &self.method {
             Method::Full(full) => serde_json::json!({ "full": { "layers": full.layers } }),
-        }
-    }
-}
-
-impl Plan {
-    /// What a method means for a model of this shape; products with what is trained are in `dtype`.
-    fn new(method: &Method, config: &OptConfig, dtype: DType) -> Result<Self> {
-        if config.attention_dropout > 0.0 {
-            let message = format_args!(
-                "config.json: attention_dropout {}: dropout of attention weights is not supported; expected 0",
-                config.attention_dropout
-            );
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
-        let plan =
-            Plan { dtype, dropout: config.dropout as f32, padding: config.pad_token_id, ..Plan::default() };
-        match method {
-            Method::Full(Full { layers: None }) => Ok(Plan { trains: Box::new(|_| true), ..plan }),
-            Method::Full(Full { layers: Some(layers) }) => {
-                let count = config.num_hidden_layers;
-                if let Some(found) = layers.iter().find(|layer| **layer >= count) {
-                    let message =
-                        format_args!("layers to train: expected numbers below {count}, found {found}");
-                    return Err(Error::new(ErrorKind::Option, message));
-                }
-                if layers.is_empty() {
-                    return Err(Error::new(
-                        ErrorKind::Option,
-                        "layers to train: expected at least one, found none",
-                    ));
-                }
-                let heads: Vec<String> = layers.iter().map(|layer| format!("layers.{layer}.")).collect();
-                let trains = move |name: &str| heads.iter().any(|head| name.starts_with(head));
-                Ok(Plan { trains: Box::new(trains), ..plan })
-            }
+            Method::New(adapter, seed) => serde_json::json!({ "new": adapter.to_json(), "seed": seed }),
+            Method::Continue(adapter) => serde_json::json!({ "continue": adapter.config().to_json() }),
         }
     }
 }
