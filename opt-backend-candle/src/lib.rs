@@ -58,6 +58,7 @@ mod error;
 mod host;
 mod plain;
 mod quant;
+mod train;
 mod weights;
 
 pub use backend::Tensor;

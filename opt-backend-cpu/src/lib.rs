@@ -33,6 +33,7 @@ mod attention;
 mod backend;
 mod cache;
 mod norm;
+mod train;
 mod vocab;
 
 pub use backend::{Linear, Table, Tensor};

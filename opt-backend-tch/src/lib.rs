@@ -77,6 +77,7 @@ mod error;
 mod onednn;
 mod quant;
 mod tensor;
+mod train;
 mod vocab;
 mod weights;
 

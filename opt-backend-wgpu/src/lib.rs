@@ -46,6 +46,7 @@ mod recorder;
 mod rowwise;
 mod template;
 mod tensor;
+mod train;
 mod unpack;
 mod weights;
 
