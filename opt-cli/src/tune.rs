@@ -9,17 +9,21 @@ use crate::{
 use clap::{Args, ValueEnum};
 use opt_core::{
     ErrorKind, Load,
+    adapter::{Adapter, AdapterConfig, AdapterMethod, Bias, LoraConfig, Names, PrefixConfig, PromptConfig},
     checkpoint::Checkpoint,
     config::OptConfig,
     tokenizer::Tokenizer,
     tuning::{
         Event, Method, Optimizer, TrainOptions, Trainer, Tuner,
         data::{DataOptions, Dataset, Documents},
+        new_model,
         schedule::Schedule,
+        train_tokenizer,
     },
 };
 use serde_json::json;
 use std::{
+    fs,
     ops::ControlFlow,
     path::{Path, PathBuf},
 };
@@ -125,9 +129,52 @@ pub(crate) struct Tune {
     #[arg(long, help_heading = "Output")]
     resume: bool,
 
-    /// Train only these layers (full).
+    /// full: train only these layers.
     #[arg(long, value_name = "N,...", value_delimiter = ',', help_heading = "Method")]
     layers: Option<Vec<usize>>,
+    /// full: train a new model of this shape, with a tokenizer learned from the data unless --model names one.
+    #[arg(long, value_name = "CONFIG.json", help_heading = "Method")]
+    from_scratch: Option<PathBuf>,
+    /// lora: the rank. [default: 8]
+    #[arg(long, value_name = "R", help_heading = "Method")]
+    rank: Option<usize>,
+    /// lora: alpha; the term is scaled by alpha / rank. [default: 16]
+    #[arg(long, value_name = "X", help_heading = "Method")]
+    alpha: Option<f64>,
+    /// lora: the modules that are adapted: ends of their names, \"all-linear\", or one regular expression. [default:
+    /// q_proj,v_proj]
+    #[arg(long, value_name = "NAME,...", help_heading = "Method")]
+    target_modules: Option<String>,
+    /// lora: dropout in front of the term.
+    #[arg(long, value_name = "P", help_heading = "Method")]
+    lora_dropout: Option<f64>,
+    /// lora: scale by alpha / √rank.
+    #[arg(long, help_heading = "Method")]
+    rslora: bool,
+    /// lora: train the lengths of the weights' rows apart from their directions (DoRA).
+    #[arg(long, help_heading = "Method")]
+    dora: bool,
+    /// lora: which biases are trained too. [default: none]
+    #[arg(long, value_name = "WHICH", help_heading = "Method")]
+    bias: Option<BiasName>,
+    /// lora: modules that are trained whole and saved beside the adapter.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Method")]
+    modules_to_save: Vec<String>,
+    /// prefix, prompt: how many virtual tokens there are. [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    virtual_tokens: Option<usize>,
+    /// prefix: train a small network that makes the prefix.
+    #[arg(long, help_heading = "Method")]
+    prefix_projection: bool,
+    /// prompt: what the embeddings start as. [default: random, or text with --init-text]
+    #[arg(long, value_name = "HOW", help_heading = "Method")]
+    init: Option<InitName>,
+    /// prompt: start as the embeddings of this text.
+    #[arg(long, value_name = "TEXT", help_heading = "Method")]
+    init_text: Option<String>,
+    /// Train this adapter further, in the place of a new one.
+    #[arg(long, value_name = "DIR", help_heading = "Method")]
+    adapter: Option<PathBuf>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -139,6 +186,32 @@ pub(crate) struct Tune {
 enum MethodName {
     /// The weights themselves.
     Full,
+    /// Low-rank terms beside weights (arXiv 2106.09685).
+    Lora,
+    /// Keys and values in front of the first token, in every layer (arXiv 2101.00190).
+    Prefix,
+    /// Embeddings in front of the first token (arXiv 2104.08691).
+    Prompt,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BiasName {
+    /// None.
+    None,
+    /// All of the model's.
+    All,
+    /// Those of the adapted modules.
+    LoraOnly,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum InitName {
+    /// Normally distributed numbers.
+    Random,
+    /// Embeddings of random tokens.
+    SampleVocab,
+    /// Embeddings of the tokens of --init-text.
+    Text,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -169,6 +242,15 @@ fn optimizer(name: &str) -> Result<Optimizer, String> {
     name.parse().map_err(|e: opt_core::Error| e.to_string())
 }
 
+/// `--target-modules`: a list, or one pattern.
+fn names(text: &str) -> Names {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "_.,".contains(c);
+    match text.eq_ignore_ascii_case(Names::ALL_LINEAR) || !text.chars().all(is_name) {
+        true => Names::Pattern(text.to_owned()),
+        false => Names::list(text.split(',')),
+    }
+}
+
 /// The tokenizer of a model, if it has one.
 fn tokenizer(model: &Path) -> Result<Option<Tokenizer>, Failure> {
     let dir = if model.is_dir() { model } else { model.parent().unwrap_or(Path::new("")) };
@@ -179,24 +261,41 @@ fn tokenizer(model: &Path) -> Result<Option<Tokenizer>, Failure> {
     }
 }
 
+/// What a training starts from.
+struct Start {
+    checkpoint: Checkpoint,
+    tokenizer: Option<Tokenizer>,
+    /// Of a new model: what stands beside its weights.
+    files: Vec<(String, Vec<u8>)>,
+}
+
 impl Tune {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let console = Console::new(self.show);
         let options = self.options();
         options.validate()?;
         let backend = self.model.place.choose()?;
-        let path = model::find(self.model.place.model.as_deref(), &console)?;
-        let checkpoint = Checkpoint::open(&path)?;
-        let tokenizer = tokenizer(&path)?;
+        let path = match &self.from_scratch {
+            Some(config) => config.clone(),
+            None => model::find(self.model.place.model.as_deref(), &console)?,
+        };
+        let method = self.method(&path)?;
+        let Start { checkpoint, tokenizer, files } = match &self.from_scratch {
+            Some(config) => self.scratch(config, &console)?,
+            None => Start {
+                checkpoint: Checkpoint::open(&path)?,
+                tokenizer: tokenizer(&path)?,
+                files: Vec::new(),
+            },
+        };
         let config = checkpoint.config().clone();
         let [data, eval] = self.read(&config, tokenizer, &console)?;
         let Some(data) = data else { return Err(Failure::usage("--data: expected a file")) };
-        let method = self.method()?;
         let mut load = Load::with(backend).dtype(self.model.dtype.into()).cancel(console.cancel.clone());
         if let Some(format) = self.model.quantize {
             load = load.quantize(format.spec());
         }
-        let tuner = Tuner::from_checkpoint(checkpoint, method, load)?;
+        let tuner = Tuner::from_checkpoint(checkpoint, method, load)?.files(files);
         let all: u64 =
             config.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let trained = tuner.trainable() as u64;
@@ -272,6 +371,36 @@ impl Tune {
         out.line(&format!("{}: {} after {} steps{loss}", report.output.display(), bytes(size), report.steps))
     }
 
+    /// A new model, and the tokenizer of --model or one that is learned from the data.
+    fn scratch(&self, config: &Path, console: &Console) -> Result<Start, Failure> {
+        let text = fs::read_to_string(config)
+            .map_err(|e| Failure::failed(format!("--from-scratch {}: {e}", config.display())))?;
+        let config = OptConfig::from_json(&text).map_err(|e| e.at(config.display()))?;
+        let (tokenizer, mut files) = match &self.model.place.model {
+            Some(name) => {
+                let dir = model::find(Some(name), console)?;
+                let kept = [
+                    "tokenizer.json",
+                    "vocab.json",
+                    "merges.txt",
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                ];
+                let files =
+                    kept.iter().filter_map(|name| Some(((*name).to_owned(), fs::read(dir.join(name)).ok()?)));
+                (tokenizer(&dir)?, files.collect())
+            }
+            None => {
+                console.say("learning a tokenizer from the data");
+                let context = config.max_position_embeddings;
+                let (tokenizer, files) = train_tokenizer(&[&self.data], config.vocab_size, context)?;
+                (Some(tokenizer), files)
+            }
+        };
+        files.push(("config.json".to_owned(), text.into_bytes()));
+        Ok(Start { checkpoint: new_model(&config, self.seed)?, tokenizer, files })
+    }
+
     fn options(&self) -> TrainOptions {
         let options = TrainOptions::default()
             .max_steps(self.max_steps)
@@ -291,6 +420,8 @@ impl Tune {
             .patience(self.patience)
             .lr(self.lr.unwrap_or(match self.method {
                 MethodName::Full => 5e-5,
+                MethodName::Lora => 3e-4,
+                MethodName::Prefix | MethodName::Prompt => 1e-2,
             }));
         match self.epochs {
             Some(epochs) => options.epochs(epochs),
@@ -298,11 +429,87 @@ impl Tune {
         }
     }
 
-    fn method(&self) -> Result<Method, Failure> {
-        Ok(match (self.method, &self.layers) {
-            (MethodName::Full, None) => Method::full(),
-            (MethodName::Full, Some(layers)) => Method::layers(layers.iter().copied()),
-        })
+    fn method(&self, model: &Path) -> Result<Method, Failure> {
+        self.check_flags()?;
+        let base = model.display().to_string();
+        if let Some(directory) = &self.adapter {
+            return Ok(Method::further(Adapter::open(directory)?));
+        }
+        let config = match self.method {
+            MethodName::Full => {
+                return Ok(match &self.layers {
+                    None => Method::full(),
+                    Some(layers) => Method::layers(layers.iter().copied()),
+                });
+            }
+            MethodName::Lora => {
+                let mut lora = LoraConfig::default();
+                lora.r = self.rank.unwrap_or(8);
+                lora.lora_alpha = self.alpha.unwrap_or(16.0);
+                lora.lora_dropout = self.lora_dropout.unwrap_or(0.0);
+                lora.use_rslora = self.rslora;
+                lora.use_dora = self.dora;
+                lora.bias = match self.bias {
+                    None | Some(BiasName::None) => Bias::None,
+                    Some(BiasName::All) => Bias::All,
+                    Some(BiasName::LoraOnly) => Bias::LoraOnly,
+                };
+                if let Some(targets) = &self.target_modules {
+                    lora.target_modules = names(targets);
+                }
+                AdapterConfig::new(AdapterMethod::Lora(lora)).save(self.modules_to_save.iter())
+            }
+            MethodName::Prefix => {
+                let mut prefix = PrefixConfig::default();
+                prefix.sizes.num_virtual_tokens = self.virtual_tokens.unwrap_or(20);
+                prefix.prefix_projection = self.prefix_projection;
+                AdapterConfig::new(AdapterMethod::Prefix(prefix))
+            }
+            MethodName::Prompt => {
+                let mut prompt = PromptConfig::default();
+                prompt.sizes.num_virtual_tokens = self.virtual_tokens.unwrap_or(20);
+                prompt.prompt_tuning_init = match (self.init, &self.init_text) {
+                    (Some(InitName::Random), _) | (None, None) => "RANDOM",
+                    (Some(InitName::SampleVocab), _) => "SAMPLE_VOCAB",
+                    (Some(InitName::Text), _) | (None, Some(_)) => "TEXT",
+                }
+                .to_owned();
+                prompt.prompt_tuning_init_text.clone_from(&self.init_text);
+                AdapterConfig::new(AdapterMethod::Prompt(prompt))
+            }
+        };
+        Ok(Method::adapter(config.base(base), self.seed))
+    }
+
+    /// Flags of one method that were given with another.
+    fn check_flags(&self) -> Result<(), Failure> {
+        use MethodName::{Full, Lora, Prefix, Prompt};
+        let flags: [(&str, bool, &[MethodName]); 15] = [
+            ("--layers", self.layers.is_some(), &[Full]),
+            ("--from-scratch", self.from_scratch.is_some(), &[Full]),
+            ("--rank", self.rank.is_some(), &[Lora]),
+            ("--alpha", self.alpha.is_some(), &[Lora]),
+            ("--target-modules", self.target_modules.is_some(), &[Lora]),
+            ("--lora-dropout", self.lora_dropout.is_some(), &[Lora]),
+            ("--rslora", self.rslora, &[Lora]),
+            ("--dora", self.dora, &[Lora]),
+            ("--bias", self.bias.is_some(), &[Lora]),
+            ("--modules-to-save", !self.modules_to_save.is_empty(), &[Lora]),
+            ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prefix, Prompt]),
+            ("--prefix-projection", self.prefix_projection, &[Prefix]),
+            ("--init", self.init.is_some(), &[Prompt]),
+            ("--init-text", self.init_text.is_some(), &[Prompt]),
+            ("--adapter", self.adapter.is_some(), &[Lora, Prefix, Prompt]),
+        ];
+        let wrong = flags.iter().find(|(_, given, methods)| *given && !methods.contains(&self.method));
+        if let Some((flag, _, methods)) = wrong {
+            let names: Vec<String> = methods.iter().map(|m| format!("{m:?}").to_lowercase()).collect();
+            return Err(Failure::usage(format!("{flag} belongs to opt tune {}", names.join(" and "))));
+        }
+        if self.init == Some(InitName::Text) && self.init_text.is_none() {
+            return Err(Failure::usage("--init text: expected --init-text beside it"));
+        }
+        Ok(())
     }
 
     /// What is learned from, and what is evaluated on.

@@ -316,7 +316,9 @@ impl<B: Backend> Decoder<B> {
                 see(&format!("layers.{index}.{name}"), WeightMut::Norm(norm))?;
             }
         }
-        self.final_layer_norm.as_mut().map_or(Ok(()), |norm| see("final_layer_norm", WeightMut::Norm(norm)))?;
+        self.final_layer_norm
+            .as_mut()
+            .map_or(Ok(()), |norm| see("final_layer_norm", WeightMut::Norm(norm)))?;
         self.lm_head.as_mut().map_or(Ok(()), |head| see("lm_head", WeightMut::Table(head)))
     }
 }

@@ -275,7 +275,8 @@ impl Session {
             }
             let mut cache = opt.engine().new_cache(Default::default())?;
             cache.seed(&layers)?;
-            let name = opt.adapters().iter().map(|loaded| &loaded.name).find(|name| Some(&***name) == adapter);
+            let name =
+                opt.adapters().iter().map(|loaded| &loaded.name).find(|name| Some(&***name) == adapter);
             cache.wear(name.cloned(), front);
             session.cache = Some(cache);
         }

@@ -173,7 +173,17 @@ fn merged_models_are_the_adapted_ones() {
 fn merging_in_f32_and_back() {
     let folder = tempfile::tempdir().unwrap();
     let options = || opt_core::checkpoint::ConvertOptions::default().dtype(DType::F32);
-    for name in ["plain", "patterns", "dora", "dora_post", "bias_all", "embedding", "embedding_dora", "saved_tables", "head"] {
+    for name in [
+        "plain",
+        "patterns",
+        "dora",
+        "dora_post",
+        "bias_all",
+        "embedding",
+        "embedding_dora",
+        "saved_tables",
+        "head",
+    ] {
         let (meta, arrays) = expected(name);
         let base = folder.path().join(format!("{name}-base"));
         opt_core::checkpoint::convert(model(&meta.model), &base, options()).unwrap();
@@ -200,10 +210,14 @@ fn merging_in_f32_and_back() {
             assert_close(weight.view(), before.view(), "unmerged");
         }
     }
-    let error = merge(&checkpoint("pre_ln"), &adapter("plain"), folder.path(), MergeOptions::default()).unwrap_err();
+    let error =
+        merge(&checkpoint("pre_ln"), &adapter("plain"), folder.path(), MergeOptions::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Option);
-    let config = OptConfig::from_json(&fs::read_to_string(model("pre_ln").join("config.json")).unwrap()).unwrap();
-    adapter("plain").merge_weight(&config, "layers.0.self_attn.q_proj", &mut Array2::zeros((2, 2))).unwrap_err();
+    let config =
+        OptConfig::from_json(&fs::read_to_string(model("pre_ln").join("config.json")).unwrap()).unwrap();
+    adapter("plain")
+        .merge_weight(&config, "layers.0.self_attn.q_proj", &mut Array2::zeros((2, 2)))
+        .unwrap_err();
 }
 
 #[test]
@@ -213,7 +227,8 @@ fn files_are_pefts_key_for_key() {
         let adapter = adapter(&name);
         let config = checkpoint(&expected(&name).0.model).config().clone();
         let slots = adapter.config().slots(&config).unwrap();
-        let slots: BTreeMap<String, Vec<usize>> = slots.into_iter().map(|slot| (slot.key, slot.shape)).collect();
+        let slots: BTreeMap<String, Vec<usize>> =
+            slots.into_iter().map(|slot| (slot.key, slot.shape)).collect();
         let found: BTreeMap<String, Vec<usize>> =
             adapter.tensors().iter().map(|(key, tensor)| (key.clone(), tensor.shape().to_vec())).collect();
         assert_eq!(slots, found, "{name}");
@@ -237,8 +252,10 @@ fn files_are_pefts_key_for_key() {
             }
             assert_eq!(&ours, value, "{name}: {key}");
         }
-        let mut files: Vec<_> =
-            fs::read_dir(&output).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut files: Vec<_> = fs::read_dir(&output)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         files.sort();
         assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors"]);
     }
@@ -247,21 +264,26 @@ fn files_are_pefts_key_for_key() {
 #[test]
 fn a_batch_may_wear_several() {
     let (meta, arrays) = expected("mixed");
-    let opt = load(&meta.model, &["plain", "other", "prefix", "prompt", "dora", "bias_all", "saved", "saved_tables"]);
+    let opt = load(
+        &meta.model,
+        &["plain", "other", "prefix", "prompt", "dora", "bias_all", "saved", "saved_tables"],
+    );
     let ids = |name: &String| if name == "__base__" { None } else { Some(name.clone()) };
     let worn: Vec<Option<String>> = meta.adapters.iter().map(ids).collect();
     let each = meta.sequences.iter().zip(&worn);
     let sequences = each.map(|(ids, name)| {
         Sequence::new(&ids[..]).want(Want::Logits { rows: ids.len() }).adapter(name.as_deref())
     });
-    let outputs = opt.engine().forward_blocking(Forward { sequences: sequences.collect(), ..Forward::default() });
+    let outputs =
+        opt.engine().forward_blocking(Forward { sequences: sequences.collect(), ..Forward::default() });
     for (index, output) in outputs.unwrap().into_iter().enumerate() {
         let logits = output.logits.unwrap();
         assert_close(logits.view(), arrays.matrix(&format!("seq{index}.logits")).view(), "mixed");
     }
 
     // All kinds at once say the same as each alone; with caches as well.
-    let all = ["plain", "", "prefix", "dora", "prompt", "bias_all", "other", "saved", "saved_tables", "saved", ""];
+    let all =
+        ["plain", "", "prefix", "dora", "prompt", "bias_all", "other", "saved", "saved_tables", "saved", ""];
     let (meta, _) = expected("plain");
     let rows: Vec<&[u32]> = (0..all.len()).map(|i| &meta.sequences[0][i % 3..5 + i % 4]).collect();
     let name = |name: &'static str| Some(name).filter(|name| !name.is_empty());
@@ -305,14 +327,20 @@ fn a_batch_may_wear_several() {
         opt.engine().forward_blocking(Forward { sequences: vec![sequence], ..Forward::default() })
     };
     let found = error(Some("other"), &mut caches[2]).unwrap_err();
-    assert_eq!(found.to_string(), r#"expected adapter "prefix" as in what the cache holds, found adapter "other""#);
+    assert_eq!(
+        found.to_string(),
+        r#"expected adapter "prefix" as in what the cache holds, found adapter "other""#
+    );
     caches[2].truncate(0).unwrap();
     error(Some("prefix"), &mut caches[2]).unwrap();
     caches[2].truncate(0).unwrap();
     error(None, &mut caches[2]).unwrap();
     assert_eq!(caches[2].len(), 2);
     let found = error(Some("nobody"), &mut caches[2]).unwrap_err();
-    assert!(found.to_string().starts_with(r#"no adapter "nobody": loaded are "plain", "other", "#), "{found}");
+    assert!(
+        found.to_string().starts_with(r#"no adapter "nobody": loaded are "plain", "other", "#),
+        "{found}"
+    );
 
     // And so do requests.
     let config = GenerationConfig::default().max_new_tokens(5).min_new_tokens(5);
@@ -337,7 +365,8 @@ fn beside_weights_in_fewer_bits() {
             // The same numbers, plain.
             let folder = tempfile::tempdir().unwrap();
             let base = dequantized(&meta.model, &spec, folder.path());
-            let reference = Opt::load(&base, Load::on(opt_backend::Reference::new()).adapter(adapter(name))).unwrap();
+            let reference =
+                Opt::load(&base, Load::on(opt_backend::Reference::new()).adapter(adapter(name))).unwrap();
             for ids in &meta.sequences {
                 let found = opt.adapted(name).unwrap().logits(ids).unwrap();
                 let expected = reference.adapted(name).unwrap().logits(ids).unwrap();
@@ -350,7 +379,8 @@ fn beside_weights_in_fewer_bits() {
         let opt = Opt::load(model(&meta.model), backend::load_exact().dtype(dtype).adapter(adapter("plain")));
         let Ok(opt) = opt else { continue };
         let logits = opt.adapted("plain").unwrap().logits(&meta.sequences[0]).unwrap();
-        let off = (&logits - &arrays.matrix("seq0.logits")).mapv(f32::abs).fold(0.0f32, |most, v| most.max(*v));
+        let off =
+            (&logits - &arrays.matrix("seq0.logits")).mapv(f32::abs).fold(0.0f32, |most, v| most.max(*v));
         assert!(off < 0.1, "{dtype}: off by {off}");
     }
 }
@@ -359,12 +389,15 @@ fn beside_weights_in_fewer_bits() {
 fn dequantized(name: &str, spec: &QuantSpec, folder: &std::path::Path) -> PathBuf {
     let base = checkpoint(name);
     let weights =
-        opt_core::quantize::quantize_weights(&base, spec, opt_core::quantize::QuantizeOptions::default()).unwrap();
+        opt_core::quantize::quantize_weights(&base, spec, opt_core::quantize::QuantizeOptions::default())
+            .unwrap();
     let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
     for (name, shape) in base.config().tensor_shapes() {
         let values = match (weights.get(&name), shape.len()) {
             (Some(weight), _) => weight.dequantize().iter().copied().collect(),
-            (None, 2) => base.tensor(&name, &shape).unwrap().matrix().unwrap().to_f32().iter().copied().collect(),
+            (None, 2) => {
+                base.tensor(&name, &shape).unwrap().matrix().unwrap().to_f32().iter().copied().collect()
+            }
             _ => base.tensor(&name, &shape).unwrap().vector().unwrap().to_f32().to_vec(),
         };
         tensors.push((format!("model.decoder.{name}"), shape, values));
@@ -388,7 +421,8 @@ fn weighted_combinations_are_pefts() {
     let config = checkpoint("pre_ln").config().clone();
     for (kind, combination) in [("cat", Combination::Cat), ("linear", Combination::Linear)] {
         let meta: Weighted = read(folder("weighted").join(kind).join("expected.json"));
-        let sources: Vec<Adapter> = meta.sources.iter().map(|name| adapter(&format!("weighted/{name}"))).collect();
+        let sources: Vec<Adapter> =
+            meta.sources.iter().map(|name| adapter(&format!("weighted/{name}"))).collect();
         let weighted: Vec<(&Adapter, f32)> = sources.iter().zip(meta.weights).collect();
         let found = combine(kind, &weighted, combination, &config).unwrap();
         let expected = adapter(&format!("weighted/{kind}"));
@@ -412,7 +446,12 @@ fn weighted_combinations_are_pefts() {
     let (regex, layers) = (adapter("regex"), adapter("layers"));
     let both = combine("both", &[(&regex, 0.5), (&layers, 2.0)], Combination::Cat, &config).unwrap();
     for module in ["layers.1.self_attn.q_proj", "layers.1.fc1", "layers.1.fc2", "layers.0.fc1"] {
-        let shape = config.tensor_shapes().into_iter().find(|(name, _)| *name == format!("{module}.weight")).unwrap().1;
+        let shape = config
+            .tensor_shapes()
+            .into_iter()
+            .find(|(name, _)| *name == format!("{module}.weight"))
+            .unwrap()
+            .1;
         let delta = |adapter: &Adapter| {
             let mut delta = Array2::zeros((shape[0], shape[1]));
             adapter.merge_weight(&config, module, &mut delta).unwrap();
@@ -449,13 +488,19 @@ fn wrong_adapters_are_refused() {
     // A list for any OPT model may name what this one lacks.
     assert_eq!(slots(&["q_proj", "project_in"]).unwrap(), 4);
     let error = slots(&["q_prj"]).unwrap_err().to_string();
-    assert_eq!(error, "target_modules: \"q_prj\" is no module of this model; near it are q_proj, k_proj, v_proj");
+    assert_eq!(
+        error,
+        "target_modules: \"q_prj\" is no module of this model; near it are q_proj, k_proj, v_proj"
+    );
     let error = slots(&["final_layer_norm"]).unwrap_err().to_string();
     assert!(error.contains("cannot have a low-rank term"), "{error}");
     slots(&[]).unwrap_err();
     slots(&["project_in"]).unwrap_err();
     let error = lora(&["q_proj"]).save(["final_layernorm"]).slots(&config).unwrap_err().to_string();
-    assert!(error.starts_with("modules_to_save: \"final_layernorm\" is no module") && error.contains("final_layer_norm"));
+    assert!(
+        error.starts_with("modules_to_save: \"final_layernorm\" is no module")
+            && error.contains("final_layer_norm")
+    );
 
     let tensors = adapter("plain").tensors().clone();
     let with = |change: &dyn Fn(&mut BTreeMap<String, ArrayD<f32>>)| {
@@ -474,7 +519,8 @@ fn wrong_adapters_are_refused() {
     };
     assert!(with(&infinite).unwrap_err().contains("expected finite numbers"));
 
-    let twice = Opt::load(model("pre_ln"), backend::load().adapter(adapter("plain")).adapter(folder("plain")));
+    let twice =
+        Opt::load(model("pre_ln"), backend::load().adapter(adapter("plain")).adapter(folder("plain")));
     assert_eq!(twice.err().unwrap().kind(), ErrorKind::Option);
     let error = Adapter::open(model("pre_ln")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -484,11 +530,15 @@ fn wrong_adapters_are_refused() {
 #[test]
 fn configurations() {
     let read = AdapterConfig::from_json;
-    let config = read(r#"{"peft_type": "LORA", "something_new": {"a": 1}, "target_modules": "ALL-linear"}"#).unwrap();
+    let config =
+        read(r#"{"peft_type": "LORA", "something_new": {"a": 1}, "target_modules": "ALL-linear"}"#).unwrap();
     let lora = config.lora().unwrap();
     assert!((lora.r, lora.lora_alpha) == (8, 8.0) && lora.target_modules.is_all_linear());
     for (json, parts) in [
-        (r#"{"peft_type": "IA3"}"#, &["peft_type", "LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING", "IA3"][..]),
+        (
+            r#"{"peft_type": "IA3"}"#,
+            &["peft_type", "LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING", "IA3"][..],
+        ),
         ("{}", &["peft_type", "found none"]),
         ("[]", &["expected a JSON object"]),
         ("{", &["adapter_config.json is not usable"]),
@@ -497,11 +547,20 @@ fn configurations() {
         (r#"{"peft_type": "LORA", "bias": "some"}"#, &["adapter_config.json: bias:"]),
         (r#"{"peft_type": "LORA", "layer_replication": [[0, 1]]}"#, &["layer_replication", "not supported"]),
         (r#"{"peft_type": "LORA", "trainable_token_indices": [1]}"#, &["trainable_token_indices"]),
-        (r#"{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}"#, &["pissa_niter_4", "model's own weights"]),
-        (r#"{"peft_type": "LORA", "target_modules": "q.*", "layers_to_transform": 1}"#, &["layers_to_transform"]),
+        (
+            r#"{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}"#,
+            &["pissa_niter_4", "model's own weights"],
+        ),
+        (
+            r#"{"peft_type": "LORA", "target_modules": "q.*", "layers_to_transform": 1}"#,
+            &["layers_to_transform"],
+        ),
         (r#"{"peft_type": "LORA", "use_dora": true, "lora_bias": true}"#, &["lora_bias"]),
         (r#"{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}"#, &["num_virtual_tokens"]),
-        (r#"{"peft_type": "PROMPT_TUNING", "num_transformer_submodules": 2}"#, &["num_transformer_submodules"]),
+        (
+            r#"{"peft_type": "PROMPT_TUNING", "num_transformer_submodules": 2}"#,
+            &["num_transformer_submodules"],
+        ),
     ] {
         let error = read(json).unwrap_err().to_string();
         parts.iter().for_each(|part| assert!(error.contains(part), "{json}: {error}"));
@@ -509,7 +568,8 @@ fn configurations() {
     }
     let mut lora = LoraConfig::default();
     lora.target_modules = Names::Pattern("(q_proj".to_owned());
-    let error = AdapterConfig::new(AdapterMethod::Lora(lora)).slots(&OptConfig::default()).unwrap_err().to_string();
+    let error =
+        AdapterConfig::new(AdapterMethod::Lora(lora)).slots(&OptConfig::default()).unwrap_err().to_string();
     assert!(error.contains("target_modules: \"(q_proj\" is not a usable regular expression"), "{error}");
     let text = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<AdapterConfig>(&text).unwrap(), config);
@@ -521,8 +581,13 @@ fn virtual_tokens_take_room() {
     let config = OptConfig::from_json(&tiny.config()).unwrap();
     for (kind, width) in [("PREFIX_TUNING", 2 * 2 * 32), ("PROMPT_TUNING", 32)] {
         let json = format!(r#"{{"peft_type": "{kind}", "num_virtual_tokens": 10}}"#);
-        let tensor = ArrayD::from_shape_fn(vec![10, width], |i| ((i[0] * 7 + i[1] * 3) % 11) as f32 * 0.1 - 0.5);
-        let adapter = Adapter::new("x", AdapterConfig::from_json(&json).unwrap(), [("prompt_embeddings".into(), tensor)]);
+        let tensor =
+            ArrayD::from_shape_fn(vec![10, width], |i| ((i[0] * 7 + i[1] * 3) % 11) as f32 * 0.1 - 0.5);
+        let adapter = Adapter::new(
+            "x",
+            AdapterConfig::from_json(&json).unwrap(),
+            [("prompt_embeddings".into(), tensor)],
+        );
         adapter.check(&config).unwrap();
         let opt = tiny.load(backend::load().adapter(adapter)).adapted("x").unwrap();
         assert_eq!(opt.context(), 14);

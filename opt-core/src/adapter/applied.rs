@@ -5,12 +5,12 @@
 //! and B to `[out, Σr]`; of x Aᵀ, `[rows, Σr]`, each row keeps its own adapter's columns. The weight itself stays as
 //! it is, packed or not.
 
-use opt_backend::{
-    Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear, HostMatrix, HostNorm,
-    HostVector, Info, Layout as Product, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK, Train,
-    oracle, quant::Quantized,
-};
 use ndarray::{Array2, Array3, ArrayView2};
+use opt_backend::{
+    Attend, Backend, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear, HostMatrix,
+    HostNorm, HostVector, Info, Layout as Product, MaybeSend, NormParams, Readback, Result, TargetScore,
+    Then, TopK, Train, oracle, quant::Quantized,
+};
 use std::{
     collections::HashMap,
     ops::Range,
@@ -63,7 +63,8 @@ impl<B: Train> RowMap<B> {
         }
         let mut mask = Array2::zeros((self.of.len(), layout.width));
         for (mut row, worn) in mask.outer_iter_mut().zip(&self.of) {
-            let ones = layout.columns.iter().find(|(owner, _)| owner == worn).map(|(_, columns)| columns.clone());
+            let ones =
+                layout.columns.iter().find(|(owner, _)| owner == worn).map(|(_, columns)| columns.clone());
             row.iter_mut().enumerate().for_each(|(column, value)| {
                 *value = f32::from(u8::from(ones.as_ref().is_some_and(|ones| ones.contains(&column))));
             });
@@ -257,20 +258,16 @@ impl<B: Train> Adapted<B> {
         rows: Option<Arc<RowMap<B>>>,
     ) -> Result<Tensor<B>> {
         let own = &table.rows.own;
-        let y = self.grouped(
-            rows.as_deref().filter(|_| !own.is_empty()),
-            owner(own),
-            |worn, members| {
-                let table = table.rows.of(worn);
-                match members {
-                    None => self.inner.gather(table, ids),
-                    Some(members) => {
-                        let ids: Vec<u32> = members.iter().filter_map(|row| ids.get(*row).copied()).collect();
-                        self.inner.gather(table, &ids)
-                    }
+        let y = self.grouped(rows.as_deref().filter(|_| !own.is_empty()), owner(own), |worn, members| {
+            let table = table.rows.of(worn);
+            match members {
+                None => self.inner.gather(table, ids),
+                Some(members) => {
+                    let ids: Vec<u32> = members.iter().filter_map(|row| ids.get(*row).copied()).collect();
+                    self.inner.gather(table, &ids)
                 }
-            },
-        )?;
+            }
+        })?;
         let inner = self.aside(y, Input::Ids(ids), table.side.as_ref(), rows.as_deref())?;
         Ok(Tensor { inner, rows })
     }
@@ -445,9 +442,8 @@ impl<B: Train> Backend for Adapted<B> {
             let y = self.inner.linear(&x.inner, &weights.base, then)?;
             return self.aside(y, Input::Rows(&x.inner), side, rows.as_deref()).map(tagged);
         }
-        let y = self.grouped_rows(x, &weights.own, |x, worn| {
-            self.inner.linear(x, weights.of(worn), Then::Nothing)
-        })?;
+        let y = self
+            .grouped_rows(x, &weights.own, |x, worn| self.inner.linear(x, weights.of(worn), Then::Nothing))?;
         let y = self.aside(y, Input::Rows(&x.inner), side, rows.as_deref())?;
         match then {
             Then::Activate(activation) => self.inner.activate(y, activation),

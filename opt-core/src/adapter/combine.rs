@@ -138,7 +138,9 @@ fn plain_lora(adapter: &Adapter) -> Result<&LoraConfig> {
         None => fail("a prefix or prompt has no weighted sum"),
         Some(lora) if lora.use_dora => fail("DoRA has no weighted sum"),
         Some(lora) if lora.lora_bias || lora.bias != Bias::None => fail("biases have no weighted sum"),
-        Some(_) if !adapter.config().modules_to_save.is_empty() => fail("modules saved whole have no weighted sum"),
+        Some(_) if !adapter.config().modules_to_save.is_empty() => {
+            fail("modules saved whole have no weighted sum")
+        }
         Some(lora) => Ok(lora),
     }
 }
@@ -163,7 +165,8 @@ fn matrix(
             (Combination::Linear, _) => {
                 let matrix = if is_a { term.a } else { term.b };
                 if matrix.dim() != result.dim() {
-                    let message = format_args!("linear combination: {module} has another rank in each adapter");
+                    let message =
+                        format_args!("linear combination: {module} has another rank in each adapter");
                     return Err(Error::new(ErrorKind::Option, message));
                 }
                 // The sign belongs to one side.

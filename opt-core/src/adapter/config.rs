@@ -252,12 +252,16 @@ impl LoraConfig {
         {
             return Err(wrong(key, "expected a rank of at least 1, found 0"));
         }
-        let finite = std::iter::once(&self.lora_alpha).chain(self.alpha_pattern.values()).all(|a| a.is_finite());
+        let finite =
+            std::iter::once(&self.lora_alpha).chain(self.alpha_pattern.values()).all(|a| a.is_finite());
         if !finite {
             return Err(wrong("lora_alpha", "expected a finite number"));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(wrong("lora_dropout", format_args!("expected 0 to below 1, found {}", self.lora_dropout)));
+            return Err(wrong(
+                "lora_dropout",
+                format_args!("expected 0 to below 1, found {}", self.lora_dropout),
+            ));
         }
         let layers = self.layers_to_transform.is_some();
         if matches!(self.target_modules, Names::Pattern(_)) && (layers || self.layers_pattern.is_some()) {
@@ -317,7 +321,12 @@ impl AdapterConfig {
         let kind = match map.get("peft_type") {
             Some(Value::String(kind)) => kind.to_ascii_uppercase(),
             Some(other) => return Err(wrong("peft_type", format_args!("expected a name, found {other}"))),
-            None => return Err(wrong("peft_type", format_args!("expected one of {}, found none", TYPES.join(", ")))),
+            None => {
+                return Err(wrong(
+                    "peft_type",
+                    format_args!("expected one of {}, found none", TYPES.join(", ")),
+                ));
+            }
         };
         let method = match &kind[..] {
             "LORA" => {
@@ -344,7 +353,10 @@ impl AdapterConfig {
         if let Some(sizes) = config.sizes() {
             if sizes.num_virtual_tokens == 0 || sizes.num_virtual_tokens > 1 << 20 {
                 let found = sizes.num_virtual_tokens;
-                return Err(wrong("num_virtual_tokens", format_args!("expected 1 to {}, found {found}", 1 << 20)));
+                return Err(wrong(
+                    "num_virtual_tokens",
+                    format_args!("expected 1 to {}, found {found}", 1 << 20),
+                ));
             }
             if let Some(found) = sizes.num_transformer_submodules.filter(|n| *n != 1) {
                 return Err(wrong("num_transformer_submodules", format_args!("expected 1, found {found}")));
@@ -483,7 +495,9 @@ fn refuse(map: &Map<String, Value>) -> Result<()> {
     {
         return unsupported(
             "init_lora_weights",
-            format!("{init:?} also changed the model's own weights; in PEFT, save it as plain LoRA with path_initial_model_for_weight_conversion"),
+            format!(
+                "{init:?} also changed the model's own weights; in PEFT, save it as plain LoRA with path_initial_model_for_weight_conversion"
+            ),
         );
     }
     Ok(())
@@ -502,6 +516,9 @@ fn number<S: Serializer>(value: &f64, serializer: S) -> std::result::Result<S::O
     tidy(*value).serialize(serializer)
 }
 
-fn numbers<S: Serializer>(values: &BTreeMap<String, f64>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+fn numbers<S: Serializer>(
+    values: &BTreeMap<String, f64>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_map(values.iter().map(|(key, value)| (key, tidy(*value))))
 }

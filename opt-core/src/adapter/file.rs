@@ -130,9 +130,7 @@ impl Adapter {
         let views = views.collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
         // PEFT refuses a file that does not say which library's tensors it holds.
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        views
-            .and_then(|views| safetensors::serialize(views, Some(format)))
-            .map_err(|e| fail(Box::new(e)))
+        views.and_then(|views| safetensors::serialize(views, Some(format))).map_err(|e| fail(Box::new(e)))
     }
 
     /// Writes `adapter_model.safetensors` and `adapter_config.json` into a directory, which is made where it is
@@ -209,8 +207,13 @@ impl Adapter {
             if name.ends_with(".modules_to_save.bias") || name.ends_with(".original_module.bias") {
                 continue;
             }
-            if CLASSIFIERS.iter().any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.'))) {
-                parts.warnings.push(format!("adapter {:?}: {key} belongs to a classifier and is ignored", self.name));
+            if CLASSIFIERS
+                .iter()
+                .any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.')))
+            {
+                parts
+                    .warnings
+                    .push(format!("adapter {:?}: {key} belongs to a classifier and is ignored", self.name));
                 continue;
             }
             return fail(format!(
@@ -228,7 +231,9 @@ impl Adapter {
             if let Some((key, Some(found), expected)) =
                 sizes.into_iter().find(|(_, found, expected)| found.is_some_and(|found| found != *expected))
             {
-                return fail(format!("an adapter for another model: {key}: expected {expected}, found {found}"));
+                return fail(format!(
+                    "an adapter for another model: {key}: expected {expected}, found {found}"
+                ));
             }
         }
         Ok(parts)

@@ -43,7 +43,8 @@ impl<B: Train> Loaded<B> {
         adapters: &[Adapter],
     ) -> Result<Self> {
         let model = checkpoint.config();
-        let parts: Vec<Parts<'_>> = adapters.iter().map(|adapter| adapter.parts(model)).collect::<Result<_>>()?;
+        let parts: Vec<Parts<'_>> =
+            adapters.iter().map(|adapter| adapter.parts(model)).collect::<Result<_>>()?;
         let mut builder =
             Builder { inner: &backend.inner, checkpoint, holding, parts: &parts, layouts: HashMap::new() };
         decoder.visit_mut(&mut |name, weight| match weight {
@@ -54,7 +55,8 @@ impl<B: Train> Loaded<B> {
         let mut loaded = Self { adapters: Vec::new(), fronts: Vec::new() };
         for (adapter, parts) in adapters.iter().zip(&parts) {
             if loaded.adapters.iter().any(|other| *other.name == *adapter.name()) {
-                let message = format_args!("two adapters are called {:?}; give one another name", adapter.name());
+                let message =
+                    format_args!("two adapters are called {:?}; give one another name", adapter.name());
                 return Err(Error::new(ErrorKind::Option, message));
             }
             let virtual_tokens = adapter.config().virtual_tokens();
@@ -104,7 +106,12 @@ impl<B: Train> Wardrobe<Adapted<B>> for Loaded<B> {
         }
     }
 
-    fn embed(&self, backend: &Adapted<B>, table: &Table<B>, pieces: &[(Piece<'_>, Option<usize>)]) -> Result<Tensor<B>> {
+    fn embed(
+        &self,
+        backend: &Adapted<B>,
+        table: &Table<B>,
+        pieces: &[(Piece<'_>, Option<usize>)],
+    ) -> Result<Tensor<B>> {
         let worn = |adapter: &Option<usize>| adapter.map_or(0, |index| index + 1);
         let (mut ids, mut of_ids, mut of) = (Vec::<u32>::new(), Vec::<Worn>::new(), Vec::<Worn>::new());
         for (piece, adapter) in pieces {
@@ -272,14 +279,17 @@ impl<B: Train> Builder<'_, B> {
                 _ => None,
             };
             // Of the result y = W x + b become g (W x) + b' = g y + (b' - g b).
-            let base = if bias.is_some() || gain.is_some() { self.base_vector(&bias_name, out)? } else { None };
+            let base =
+                if bias.is_some() || gain.is_some() { self.base_vector(&bias_name, out)? } else { None };
             let base = base.unwrap_or_else(|| Array1::zeros(out));
             let mut offset = bias.map_or_else(|| base.clone(), |bias| bias.to_owned());
             offset -= &match &gain {
                 Some(gain) => &base * gain,
                 None => base,
             };
-            if let Some(own) = term.as_ref().and_then(|term| term.own_bias.map(|own| own.mapv(|v| v * term.scale()))) {
+            if let Some(own) =
+                term.as_ref().and_then(|term| term.own_bias.map(|own| own.mapv(|v| v * term.scale())))
+            {
                 offset += &own;
             }
             if offset.iter().any(|v| *v != 0.0) {
@@ -294,11 +304,7 @@ impl<B: Train> Builder<'_, B> {
             return Ok(None);
         }
         let low_rank = if terms.is_empty() { None } else { Some(self.low_rank(&terms)?) };
-        Ok(Some(Side {
-            low_rank,
-            gains: self.rows(&gains, 1.0)?,
-            offsets: self.rows(&offsets, 0.0)?,
-        }))
+        Ok(Some(Side { low_rank, gains: self.rows(&gains, 1.0)?, offsets: self.rows(&offsets, 0.0)? }))
     }
 
     fn low_rank(&mut self, terms: &[(Worn, Term<'_>, Option<Array1<f32>>)]) -> Result<LowRank<B>> {
@@ -316,13 +322,17 @@ impl<B: Train> Builder<'_, B> {
         let failed = |e| Error::because(ErrorKind::Checkpoint, "low-rank matrices of unequal width", e);
         let downs: Vec<ArrayView2<'_, f32>> = terms.iter().map(|(_, term, _)| term.a).collect();
         let a = concatenate(Axis(0), &downs).map_err(failed)?;
-        let ups: Vec<Array2<f32>> = terms.iter().map(|(_, term, gain)| term.scaled_b(gain.as_ref())).collect();
+        let ups: Vec<Array2<f32>> =
+            terms.iter().map(|(_, term, gain)| term.scaled_b(gain.as_ref())).collect();
         let ups: Vec<ArrayView2<'_, f32>> = ups.iter().map(|b| b.view()).collect();
         let b = concatenate(Axis(1), &ups).map_err(failed)?;
         let embedding = terms.iter().any(|(_, term, _)| term.target.kind == TargetKind::Embedding);
         let a = if embedding {
             let rows = a.t();
-            Down::Table(self.inner.new_table(HostMatrix::F32(rows.as_standard_layout().view()), Default::default())?)
+            Down::Table(
+                self.inner
+                    .new_table(HostMatrix::F32(rows.as_standard_layout().view()), Default::default())?,
+            )
         } else {
             Down::Matrix(self.inner.upload(a.view())?)
         };

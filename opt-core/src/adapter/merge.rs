@@ -136,7 +136,8 @@ fn changed(
             (None, None) => None,
             (Some(base), None) => Some(base.to_owned().into_dyn()),
             (base, Some(own)) => {
-                let base = base.map_or_else(|| tensor.vector().map(|v| v.to_f32()), |base| Ok(base.to_owned()));
+                let base =
+                    base.map_or_else(|| tensor.vector().map(|v| v.to_f32()), |base| Ok(base.to_owned()));
                 Some((base? + &own).into_dyn())
             }
         });

@@ -126,7 +126,8 @@ struct Pattern(Regex);
 impl Pattern {
     fn new(key: &str, text: &str) -> Result<Self> {
         let fail = |e| {
-            let message = format_args!("adapter_config.json: {key}: {text:?} is not a usable regular expression");
+            let message =
+                format_args!("adapter_config.json: {key}: {text:?} is not a usable regular expression");
             Error::because(ErrorKind::Config, message, e)
         };
         // Python writes (?P<name>...) and \Z, which this understands too.
@@ -134,12 +135,16 @@ impl Pattern {
     }
 
     fn matches(&self, name: &str) -> Result<bool> {
-        let fail = |e| Error::because(ErrorKind::Config, format_args!("{}: gives up on {name:?}", self.0.as_str()), e);
+        let fail = |e| {
+            Error::because(ErrorKind::Config, format_args!("{}: gives up on {name:?}", self.0.as_str()), e)
+        };
         self.0.is_match(name).map_err(|e| fail(Box::new(e)))
     }
 
     fn capture(&self, name: &str) -> Result<Option<usize>> {
-        let fail = |e| Error::because(ErrorKind::Config, format_args!("{}: gives up on {name:?}", self.0.as_str()), e);
+        let fail = |e| {
+            Error::because(ErrorKind::Config, format_args!("{}: gives up on {name:?}", self.0.as_str()), e)
+        };
         let captures = self.0.captures(name).map_err(|e| fail(Box::new(e)))?;
         Ok(captures.and_then(|found| found.name("idx")).and_then(|number| number.as_str().parse().ok()))
     }
@@ -187,16 +192,17 @@ impl LoraConfig {
         };
         let excluded = self.exclude_modules.as_ref().map(|names| Matcher::new("exclude_modules", names));
         let excluded = excluded.transpose()?;
-        let whole = saved.iter().map(|name| Pattern::new("modules_to_save", &format!(r"(.*\.)?{name}(\..*)?")));
+        let whole =
+            saved.iter().map(|name| Pattern::new("modules_to_save", &format!(r"(.*\.)?{name}(\..*)?")));
         let whole = whole.collect::<Result<Vec<_>>>()?;
         let layers = LayerRule::new(self)?;
         let ranks = patterns("rank_pattern", &self.rank_pattern)?;
         let alphas = patterns("alpha_pattern", &self.alpha_pattern)?;
 
         if let Matcher::Ends(ends) = &matcher
-            && let Some(lost) = ends.iter().find(|end| {
-                !LINEARS.contains(&&end[..]) && !names.iter().any(|name| ends_with(name, end))
-            })
+            && let Some(lost) = ends
+                .iter()
+                .find(|end| !LINEARS.contains(&&end[..]) && !names.iter().any(|name| ends_with(name, end)))
         {
             return Err(no_such("target_modules", lost, &names));
         }
@@ -256,7 +262,10 @@ impl<'a> LayerRule<'a> {
         let patterns = if named.iter().all(String::is_empty) {
             vec![pattern(r".*?\.[^.]*\.(?P<idx>\d+)\..*")?]
         } else {
-            named.iter().map(|name| pattern(&format!(r"(?:.*?\.)?{name}\.(?P<idx>\d+)\..*"))).collect::<Result<_>>()?
+            named
+                .iter()
+                .map(|name| pattern(&format!(r"(?:.*?\.)?{name}\.(?P<idx>\d+)\..*")))
+                .collect::<Result<_>>()?
         };
         Ok(Self { layers, patterns, exact: config.target_modules.entries() })
     }
@@ -282,7 +291,9 @@ where
     T: 'a,
 {
     // As `re.match(rf"(.*\.)?({key})$", name)` in PEFT.
-    map.into_iter().map(|(text, value)| Ok((Pattern::new(key, &format!(r"(.*\.)?({text})"))?, *value))).collect()
+    map.into_iter()
+        .map(|(text, value)| Ok((Pattern::new(key, &format!(r"(.*\.)?({text})"))?, *value)))
+        .collect()
 }
 
 fn first<T: Copy>(patterns: &[(Pattern, T)], name: &str) -> Result<Option<T>> {
@@ -311,7 +322,10 @@ fn no_such(key: &str, lost: &str, names: &[String]) -> Error {
     let wanted = lost.rsplit('.').next().unwrap_or(lost);
     ends.sort_by_key(|end| distance(wanted, end));
     let near = ends.get(..3).unwrap_or(&ends).join(", ");
-    Error::new(ErrorKind::Config, format_args!("{key}: {lost:?} is no module of this model; near it are {near}"))
+    Error::new(
+        ErrorKind::Config,
+        format_args!("{key}: {lost:?} is no module of this model; near it are {near}"),
+    )
 }
 
 /// Levenshtein's.
@@ -370,7 +384,11 @@ impl AdapterConfig {
         for target in &targets {
             let Target { module, kind, rank, shape: [out, input], .. } = target;
             let mut add = |end: &str, shape: &[usize], part: Part| {
-                slots.push(Slot { key: format!("{PREFIX}{}.{end}", full(module)), shape: shape.to_vec(), part });
+                slots.push(Slot {
+                    key: format!("{PREFIX}{}.{end}", full(module)),
+                    shape: shape.to_vec(),
+                    part,
+                });
             };
             let [a, b] = match kind {
                 TargetKind::Embedding => ["lora_embedding_A", "lora_embedding_B"],
@@ -428,7 +446,9 @@ impl AdapterConfig {
         }
         shapes.retain(|(name, _)| {
             let name = tensor_name(name);
-            modules.iter().any(|module| name.strip_prefix(&module[..]).is_some_and(|rest| rest.starts_with('.')))
+            modules
+                .iter()
+                .any(|module| name.strip_prefix(&module[..]).is_some_and(|rest| rest.starts_with('.')))
         });
         Ok(shapes)
     }

@@ -23,7 +23,9 @@ pub(crate) struct Term<'a> {
 impl Parts<'_> {
     /// The term of this module, if it has one.
     pub(crate) fn term(&self, module: &str) -> Result<Option<Term<'_>>> {
-        let Some(target) = self.targets.iter().find(|target| target.module == module) else { return Ok(None) };
+        let Some(target) = self.targets.iter().find(|target| target.module == module) else {
+            return Ok(None);
+        };
         let vector = |part: Part| self.tensors.get(&part).map(|tensor| vector(tensor)).transpose();
         let needed = |part: Part| match self.tensors.get(&part) {
             Some(tensor) => matrix(tensor),

@@ -31,10 +31,10 @@ mod zip;
 pub use convert::{ConvertOptions, Converted, convert};
 pub use entry::FileDType;
 pub use files::Format;
-pub(crate) use loose::{read_tensors, tensors_from_bytes};
-pub(crate) use rewrite::{Rewrite, rewrite};
 pub use inspect::{FileSummary, Inspection, MemoryNeed, TensorSummary, inspect};
+pub(crate) use loose::{read_tensors, tensors_from_bytes};
 pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
+pub(crate) use rewrite::{Rewrite, rewrite};
 pub use tensor::{Tensor, TensorInfo};
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) use values::{array_bytes, model_files, write_arrays, write_replaced};

@@ -19,7 +19,13 @@ pub struct KvCache {
 impl KvCache {
     pub(super) fn new<B: Backend>(backend: Arc<B>, spec: CacheSpec) -> Result<Self> {
         let cache = backend.new_cache(spec)?;
-        Ok(Self { inner: Box::new(BackendCache { backend, cache, layers: spec.layers }), spec, len: 0, front: 0, adapter: None })
+        Ok(Self {
+            inner: Box::new(BackendCache { backend, cache, layers: spec.layers }),
+            spec,
+            len: 0,
+            front: 0,
+            adapter: None,
+        })
     }
 
     /// Layers, heads and width of a head.

@@ -104,7 +104,8 @@ impl<B: Backend> LocalEngine<B> {
     /// What a sequence wears, and what is to be put before its tokens in this pass.
     fn wear(&self, sequence: &super::Sequence<'_>) -> Result<Wear> {
         let adapter = sequence.adapter.map(|name| find_adapter(self.adapters(), name)).transpose()?;
-        let name = adapter.and_then(|index| self.adapters().get(index)).map(|adapter| Arc::clone(&adapter.name));
+        let name =
+            adapter.and_then(|index| self.adapters().get(index)).map(|adapter| Arc::clone(&adapter.name));
         let held = sequence.cache.as_ref().map_or(0, |cache| cache.front() + cache.len());
         if let Some(cache) = sequence.cache.as_ref().filter(|_| held > 0)
             && cache.adapter() != name.as_ref()
@@ -551,7 +552,9 @@ impl<B: Backend> LocalEngine<B> {
                 return Ok(Caches { caches: None });
             }
             let spec = self.cache_spec(CacheDType::default());
-            made.extend(worn.iter().map(|_| backend.new_cache(spec)).collect::<opt_backend::Result<Vec<_>>>()?);
+            made.extend(
+                worn.iter().map(|_| backend.new_cache(spec)).collect::<opt_backend::Result<Vec<_>>>()?,
+            );
             caches.extend(made.iter_mut());
         } else {
             for sequence in sequences {

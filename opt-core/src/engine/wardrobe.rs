@@ -38,7 +38,12 @@ pub(crate) trait Wardrobe<B: Backend>: MaybeSend + MaybeSync {
     fn front(&self, adapter: usize) -> Front<'_>;
 
     /// The embeddings of all pieces, one after the other, each with the adapter it wears.
-    fn embed(&self, backend: &B, table: &B::Table, pieces: &[(Piece<'_>, Option<usize>)]) -> Result<B::Tensor>;
+    fn embed(
+        &self,
+        backend: &B,
+        table: &B::Table,
+        pieces: &[(Piece<'_>, Option<usize>)],
+    ) -> Result<B::Tensor>;
 }
 
 /// The index of the adapter of this name.

@@ -2,9 +2,9 @@
 
 use super::{
     Example,
-    optimizer::{Memory, Optimizer, Rates},
+    optimizer::{Memory, Rates},
     tape::{Taped, Var},
-    weights::{Param, Plan},
+    weights::Plan,
 };
 use crate::{
     CancelToken, Decoder, Error, ErrorKind, Result,

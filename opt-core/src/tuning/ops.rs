@@ -5,9 +5,7 @@ use super::{
     weights::{Bias, LinearParts, Lora, NormParts, ParamId, TableParts, Vector, Virtual, Weight},
 };
 use ndarray::Axis;
-use opt_backend::{
-    Activation, Attend, DType, Dropout, Error, ErrorKind, Layout, Result, Span, Then, Train,
-};
+use opt_backend::{Activation, Attend, DType, Dropout, Error, ErrorKind, Layout, Result, Span, Then, Train};
 use std::sync::Arc;
 
 impl<B: Train> Taped<B> {
@@ -357,7 +355,8 @@ impl<B: Train> Taped<B> {
                 NormParts::Frozen(norm) => norm,
                 NormParts::Trained(parts, eps) => {
                     made = of_params(taped, parts, *eps)?;
-                    for (part, gradient) in parts.iter().zip(b.layer_norm_grad_params(&x.value, &made, &dy)?) {
+                    for (part, gradient) in parts.iter().zip(b.layer_norm_grad_params(&x.value, &made, &dy)?)
+                    {
                         if let Vector::Trained(id) = part {
                             taped.add_to_param(*id, gradient)?;
                         }

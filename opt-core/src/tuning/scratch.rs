@@ -84,7 +84,9 @@ pub fn train_tokenizer(
 ) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
     let least = 256 + SPECIAL.len();
     if vocab_size < least {
-        let message = format_args!("vocab_size: expected at least {least} for a tokenizer of bytes, found {vocab_size}");
+        let message = format_args!(
+            "vocab_size: expected at least {least} for a tokenizer of bytes, found {vocab_size}"
+        );
         return Err(Error::new(ErrorKind::Tokenizer, message));
     }
     let failed = |e| Error::because(ErrorKind::Tokenizer, "the tokenizer cannot be trained", e);

@@ -8,7 +8,9 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    adapter::{Adapter, AdapterConfig, AdapterMethod, LoraConfig, Part, PrefixConfig, PromptConfig, TargetKind},
+    adapter::{
+        Adapter, AdapterConfig, AdapterMethod, LoraConfig, Part, PrefixConfig, PromptConfig, TargetKind,
+    },
     checkpoint::{Checkpoint, Weight},
     config::OptConfig,
     generation::Random,
@@ -69,7 +71,8 @@ fn virtual_rows(learner: &dyn Learn) -> Result<Array2<f32>> {
         return learner.value("prompt_embeddings");
     }
     let value = |name: &str| learner.value(name);
-    let inner = value("embedding.weight")?.dot(&value("transform.0.weight")?.t()) + &value("transform.0.bias")?;
+    let inner =
+        value("embedding.weight")?.dot(&value("transform.0.weight")?.t()) + &value("transform.0.bias")?;
     let bias = value("transform.2.bias")?;
     let bias = bias.iter().copied().collect::<ndarray::Array1<f32>>().insert_axis(Axis(0));
     Ok(inner.mapv(f32::tanh).dot(&value("transform.2.weight")?.t()) + &bias)
@@ -103,17 +106,22 @@ impl Plan {
             );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let plan = Plan { dtype, dropout: config.dropout as f32, padding: config.pad_token_id, ..Plan::default() };
+        let plan =
+            Plan { dtype, dropout: config.dropout as f32, padding: config.pad_token_id, ..Plan::default() };
         match method {
             Method::Full(Full { layers: None }) => Ok(Plan { trains: Box::new(|_| true), ..plan }),
             Method::Full(Full { layers: Some(layers) }) => {
                 let count = config.num_hidden_layers;
                 if let Some(found) = layers.iter().find(|layer| **layer >= count) {
-                    let message = format_args!("layers to train: expected numbers below {count}, found {found}");
+                    let message =
+                        format_args!("layers to train: expected numbers below {count}, found {found}");
                     return Err(Error::new(ErrorKind::Option, message));
                 }
                 if layers.is_empty() {
-                    return Err(Error::new(ErrorKind::Option, "layers to train: expected at least one, found none"));
+                    return Err(Error::new(
+                        ErrorKind::Option,
+                        "layers to train: expected at least one, found none",
+                    ));
                 }
                 let heads: Vec<String> = layers.iter().map(|layer| format!("layers.{layer}.")).collect();
                 let trains = move |name: &str| heads.iter().any(|head| name.starts_with(head));
@@ -150,7 +158,6 @@ impl Plan {
                 };
                 Ok(Plan { tokens: Some(VirtualStart::Prompt(rows)), ..self })
             }
-            _ => Err(Error::new(ErrorKind::Unsupported, "this kind of adapter cannot be trained")),
         }
     }
 
@@ -183,7 +190,9 @@ impl Plan {
             let rank = target.rank;
             let a = match tensor(&Part::A(target.module.clone())) {
                 Some(a) => a?,
-                None if lora.init_lora_weights == "gaussian" => draws.normal([rank, input], 1.0 / rank as f64),
+                None if lora.init_lora_weights == "gaussian" => {
+                    draws.normal([rank, input], 1.0 / rank as f64)
+                }
                 // Kaiming's with a = √5, as torch's linears begin.
                 None => draws.uniform([rank, input], (input as f64).sqrt().recip()),
             };
@@ -262,7 +271,10 @@ fn prefix_start(
     VirtualStart::ProjectedPrefix {
         embedding: draws.normal([tokens, hidden], 1.0),
         first: [draws.uniform([inner, hidden], bound(hidden)), draws.uniform([1, inner], bound(hidden))],
-        second: [draws.uniform([parts * hidden, inner], bound(inner)), draws.uniform([parts, hidden], bound(inner))],
+        second: [
+            draws.uniform([parts * hidden, inner], bound(inner)),
+            draws.uniform([parts, hidden], bound(inner)),
+        ],
     }
 }
 
@@ -276,17 +288,25 @@ fn prompt_start(prompt: &PromptConfig, checkpoint: &Checkpoint, draws: &mut Draw
         "TEXT" => {
             let text = prompt.prompt_tuning_init_text.as_deref().unwrap_or_default();
             let Some(dir) = checkpoint.directory() else {
-                return Err(Error::new(ErrorKind::Tokenizer, "prompt_tuning_init_text: expected a model on disk"));
+                return Err(Error::new(
+                    ErrorKind::Tokenizer,
+                    "prompt_tuning_init_text: expected a model on disk",
+                ));
             };
-            let ids = crate::tokenizer::Tokenizer::from_dir(dir)?.encode(text, crate::tokenizer::Bos::Model)?;
+            let ids =
+                crate::tokenizer::Tokenizer::from_dir(dir)?.encode(text, crate::tokenizer::Bos::Model)?;
             if ids.is_empty() {
-                return Err(Error::new(ErrorKind::Config, "prompt_tuning_init_text: expected a text, found none"));
+                return Err(Error::new(
+                    ErrorKind::Config,
+                    "prompt_tuning_init_text: expected a text, found none",
+                ));
             }
             // Too short a text is repeated, too long a one cut, as in PEFT.
             ids.into_iter().cycle().take(tokens).collect()
         }
         other => {
-            let message = format_args!("prompt_tuning_init: expected RANDOM, SAMPLE_VOCAB or TEXT, found {other:?}");
+            let message =
+                format_args!("prompt_tuning_init: expected RANDOM, SAMPLE_VOCAB or TEXT, found {other:?}");
             return Err(Error::new(ErrorKind::Config, message));
         }
     };

@@ -1,4 +1,10 @@
-use super::{Example, Learn, Optimizer, learner::Pass, optimizer::Rates, start::{Artifact, adapter}, weights::Plan};
+use super::{
+    Example, Learn, Optimizer,
+    learner::Pass,
+    optimizer::Rates,
+    start::{Artifact, adapter},
+    weights::Plan,
+};
 use crate::{
     Error, ErrorKind, Load, Result,
     adapter::{Adapter, AdapterConfig},
@@ -155,7 +161,9 @@ impl Tuner {
         let artifact = match &method {
             Method::Full(_) => Self::model_artifact(checkpoint, &*learner)?,
             Method::New(adapter, _) => Artifact::Adapter(adapter.clone(), config.clone()),
-            Method::Continue(adapter) => Artifact::Adapter(Box::new(adapter.config().clone()), config.clone()),
+            Method::Continue(adapter) => {
+                Artifact::Adapter(Box::new(adapter.config().clone()), config.clone())
+            }
         };
         Ok(Self { learner, config, method, artifact })
     }
@@ -164,6 +172,19 @@ impl Tuner {
         let whole = learner.shapes().len() == checkpoint.config().tensor_shapes().len();
         let files = model_files(&checkpoint, whole.then_some(DType::F32))?;
         Ok(Artifact::Model(Arc::new(checkpoint), files))
+    }
+
+    /// Puts these files beside the weights of a whole model, in the place of those of the model it was made from: for
+    /// one that was made from nothing. An adapter has none.
+    #[must_use]
+    pub fn files(mut self, files: Vec<(String, Vec<u8>)>) -> Self {
+        if let Artifact::Model(_, all) = &mut self.artifact {
+            for (name, contents) in files {
+                all.retain(|(known, _)| *known != name);
+                all.push((name, contents));
+            }
+        }
+        self
     }
 
     /// The model's shape.
@@ -281,7 +302,9 @@ impl Tuner {
     pub fn adapter(&self) -> Result<Adapter> {
         match &self.artifact {
             Artifact::Adapter(config, model) => adapter(config, model, &*self.learner),
-            Artifact::Model(..) => Err(Error::new(ErrorKind::Option, "expected an adapter, found a whole model")),
+            Artifact::Model(..) => {
+                Err(Error::new(ErrorKind::Option, "expected an adapter, found a whole model"))
+            }
         }
     }
 
