@@ -108,8 +108,7 @@ fn main() -> Result<()> {
     }
 
     let show = |what: &str, seconds: f64| println!("{what:24} {:8.3} ms", seconds * 1e3);
-    let lengths = [rows];
-    for spans in [Span::lay_out(lengths.into_iter()), Span::lay_out((0..rows / 128).map(|_| 128))] {
+    for spans in [Span::lay_out([rows]), Span::lay_out((0..rows / 128).map(|_| 128))] {
         let [q, k, v, dy] =
             [tensor(rows, HIDDEN)?, tensor(rows, HIDDEN)?, tensor(rows, HIDDEN)?, tensor(rows, HIDDEN)?];
         let attend = Attend { heads: HEADS, layer: 0, spans: &spans };
