@@ -394,7 +394,7 @@ fn results_are_those_of_one_thread() {
             let b = &Cpu::builder().threads(threads).simd(Some(level)).build().expect("the level is there");
             let (x, w, dy) = (random(75, 96, 1), random(130, 96, 2), random(75, 130, 3));
             let (x, w, dy) = (up(b, &x), up(b, &w), up(b, &dy));
-            let spans = Span::lay_out([60, 15].into_iter());
+            let spans = Span::lay_out([60, 15]);
             let attend = Attend { heads: 3, layer: 0, spans: &spans };
             let linear = b.linear_of(&w, None, DType::BF16).unwrap();
             let norm = NormParams { width: 96, eps: 1e-5, weight: None, bias: None };

@@ -65,13 +65,19 @@ impl Kernel for OfInput<'_> {
             let (x, dy) = (&self.x[row * width..][..width], &self.dy[row * width..][..width]);
             let (mean, scale) = moments(x, self.eps);
             let (mut inner, mut product) = ([0.0; 8], [0.0; 8]);
-            let each = x.chunks(8).zip(dy.chunks(8)).zip(self.weight.chunks(8));
-            for ((x, dy), weight) in each {
-                for (i, ((&x, &dy), &w)) in x.iter().zip(dy).zip(weight).enumerate() {
-                    let g = f64::from(dy) * f64::from(w);
+            let ((xs, x_rest), (dys, dy_rest)) = (x.as_chunks::<8>(), dy.as_chunks::<8>());
+            let (weights, weight_rest) = self.weight.as_chunks::<8>();
+            for ((x, dy), weight) in xs.iter().zip(dys).zip(weights) {
+                for i in 0..8 {
+                    let g = f64::from(dy[i]) * f64::from(weight[i]);
                     inner[i] += g;
-                    product[i] += g * ((f64::from(x) - mean) * scale);
+                    product[i] += g * ((f64::from(x[i]) - mean) * scale);
                 }
+            }
+            for (i, ((&x, &dy), &w)) in x_rest.iter().zip(dy_rest).zip(weight_rest).enumerate() {
+                let g = f64::from(dy) * f64::from(w);
+                inner[i] += g;
+                product[i] += g * ((f64::from(x) - mean) * scale);
             }
             let (inner, product) = (inner.iter().sum::<f64>() / n, product.iter().sum::<f64>() / n);
             // SAFETY: this row exists and belongs to this task alone. Writing something first makes it an initialised
