@@ -59,7 +59,7 @@ fn compare(b: &Wgpu, tolerance: f32, on_host: fn(&mut Cases<'_, Reference>), her
 
 fn backends() -> Vec<Wgpu> {
     let Some(builder) = common::builder() else { return Vec::new() };
-    let tight = builder.clone().default_limits().features(false, false);
+    let tight = builder.clone().default_limits().features(false, false).software(false);
     [builder, tight].map(|builder| builder.build().expect("the adapter was there a moment ago")).into()
 }
 
