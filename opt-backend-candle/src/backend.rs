@@ -25,8 +25,8 @@ const LOGITS_HELD: usize = 8 << 20;
 
 /// Activations `[rows, width]`, f32. No two share storage.
 pub struct Tensor {
-    data: candle_core::Tensor,
-    shape: [usize; 2],
+    pub(crate) data: candle_core::Tensor,
+    pub(crate) shape: [usize; 2],
 }
 
 impl fmt::Debug for Tensor {
@@ -36,7 +36,7 @@ impl fmt::Debug for Tensor {
 }
 
 impl Candle {
-    fn tensor(
+    pub(crate) fn tensor(
         op: &'static str,
         shape: [usize; 2],
         data: candle_core::Result<candle_core::Tensor>,
@@ -270,7 +270,7 @@ impl Backend for Candle {
     }
 
     fn read_norm<'a>(&'a self, norm: &Norm) -> Readback<'a, HostNorm> {
-        ready(Ok(norm.host.clone()))
+        ready(norm.read())
     }
 
     fn new_table(&self, rows: HostMatrix<'_>, dtype: DType) -> Result<Table> {
@@ -345,7 +345,7 @@ impl Backend for Candle {
 
     fn layer_norm(&self, x: &Tensor, norm: &Norm) -> Result<Tensor> {
         let op = "layer_norm";
-        check::width(op, x.shape[1], norm.host.width)?;
+        check::width(op, x.shape[1], norm.width)?;
         match &self.way {
             Way::Cpu(kernels) => {
                 Ok(Tensor { data: kernels.layer_norm(&x.data, x.shape, norm)?, shape: x.shape })

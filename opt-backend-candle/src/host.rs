@@ -4,6 +4,7 @@ use crate::error::convert;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use opt_backend::{Error, ErrorKind, Result};
+use std::{cell::Cell, marker::PhantomData};
 
 /// Elements of tensors that are read and written here.
 pub(crate) trait Element: WithDType {
@@ -44,17 +45,25 @@ pub(crate) fn tensor<T: WithDType>(op: &'static str, data: Vec<T>, shape: &[usiz
 }
 
 /// Lets `change` write to the numbers of a tensor in main memory whose storage no other tensor shares.
-pub(crate) fn change<T: Element>(op: &'static str, x: &Tensor, change: impl Fn(&mut [T])) -> Result<()> {
-    x.inplace_op1(&Change { op, change, of: std::marker::PhantomData }).map_err(|error| convert(op, error))
-}
-
-struct Change<T, F> {
+pub(crate) fn change<T: Element, R>(
     op: &'static str,
-    change: F,
-    of: std::marker::PhantomData<T>,
+    x: &Tensor,
+    change: impl FnOnce(&mut [T]) -> R,
+) -> Result<R> {
+    let call = Change { op, change: Cell::new(Some(change)), result: Cell::new(None), of: PhantomData };
+    x.inplace_op1(&call).map_err(|error| convert(op, error))?;
+    call.result.into_inner().ok_or_else(|| Error::new(ErrorKind::Device, op, "a tensor was not changed"))
 }
 
-impl<T: Element, F: Fn(&mut [T])> InplaceOp1 for Change<T, F> {
+struct Change<T, F, R> {
+    op: &'static str,
+    /// Taken out when it is called, once.
+    change: Cell<Option<F>>,
+    result: Cell<Option<R>>,
+    of: PhantomData<T>,
+}
+
+impl<T: Element, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Change<T, F, R> {
     fn name(&self) -> &'static str {
         self.op
     }
@@ -63,7 +72,7 @@ impl<T: Element, F: Fn(&mut [T])> InplaceOp1 for Change<T, F> {
         let range = layout.contiguous_offsets();
         let data = T::memory(storage).zip(range).and_then(|(data, (start, end))| data.get_mut(start..end));
         let Some(data) = data else { candle_core::bail!("expected a contiguous tensor of {:?}", T::DTYPE) };
-        (self.change)(data);
+        self.result.set(self.change.take().map(|change| change(data)));
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ const ROWS: usize = 256;
 /// A device on which candle computes.
 #[derive(Debug)]
 pub(crate) struct Plain {
-    device: Device,
+    pub(crate) device: Device,
     /// n, n - 1, ..., 1 for the last n asked for: [`Plain::best`] needs it at each step.
     countdown: Mutex<Option<Tensor>>,
 }
@@ -38,12 +38,12 @@ impl Plain {
         Self { device: device.clone(), countdown: Mutex::new(None) }
     }
 
-    fn zeros(&self, shape: [usize; 2]) -> CandleResult<Tensor> {
+    pub(crate) fn zeros(&self, shape: [usize; 2]) -> CandleResult<Tensor> {
         Tensor::zeros(&shape, DType::F32, &self.device)
     }
 
     /// Indices on the device.
-    fn indices(&self, ids: impl Iterator<Item = u32>) -> CandleResult<Tensor> {
+    pub(crate) fn indices(&self, ids: impl Iterator<Item = u32>) -> CandleResult<Tensor> {
         let ids: Vec<u32> = ids.collect();
         let len = ids.len();
         Tensor::from_vec(ids, len, &self.device)
@@ -76,7 +76,7 @@ impl Plain {
             return self.zeros(x.dims2()?.into());
         }
         let centred = x.broadcast_sub(&x.mean_keepdim(1)?)?;
-        candle_nn::ops::layer_norm(&centred, &norm.scale, &norm.shift, norm.host.eps)
+        candle_nn::ops::layer_norm(&centred, &norm.scale, &norm.shift, norm.eps)
     }
 
     /// `x Wᵀ` in the weight's format, which is f32 where it is quantized.
@@ -214,7 +214,7 @@ impl Plain {
     }
 
     /// Scores `[heads, rows, positions]` with -∞ where row i does not see: past `before + i`.
-    fn masked(&self, scores: Tensor, before: usize) -> CandleResult<Tensor> {
+    pub(crate) fn masked(&self, scores: Tensor, before: usize) -> CandleResult<Tensor> {
         let (_, rows, seen) = scores.dims3()?;
         let last = Tensor::arange(before as u32, (before + rows) as u32, &self.device)?.reshape((rows, 1))?;
         let position = Tensor::arange(0, seen as u32, &self.device)?.reshape((1, seen))?;
@@ -272,7 +272,7 @@ impl Plain {
 }
 
 /// Rows of `x` `[_, heads * dim]` as `[heads, rows, dim]`, contiguous.
-fn by_head(x: &Tensor, rows: Range<usize>, heads: usize, dim: usize) -> CandleResult<Tensor> {
+pub(crate) fn by_head(x: &Tensor, rows: Range<usize>, heads: usize, dim: usize) -> CandleResult<Tensor> {
     let part = x.narrow(0, rows.start, rows.len())?;
     part.reshape((rows.len(), heads, dim))?.transpose(0, 1)?.contiguous()
 }
@@ -295,9 +295,14 @@ fn keys_values(
     }
 }
 
-/// x tanh(ln(1 + eˣ)) = x n / (n + 2) with n = eˣ (eˣ + 2); beyond 20 the factor is 1.
+/// x tanh(ln(1 + eˣ)).
 fn mish(x: &Tensor) -> CandleResult<Tensor> {
+    x * mish_factor(x)?
+}
+
+/// tanh(ln(1 + eˣ)) = n / (n + 2) with n = eˣ (eˣ + 2); beyond 20 it is 1.
+pub(crate) fn mish_factor(x: &Tensor) -> CandleResult<Tensor> {
     let e = x.minimum(20.0)?.exp()?;
     let n = (&e * (&e + 2.0)?)?;
-    x * (&n / (&n + 2.0)?)?
+    &n / (&n + 2.0)?
 }

@@ -21,7 +21,7 @@ pub(crate) struct Tiles {
     places: usize,
     order: Option<Tensor>,
     /// Rows that are expanded at a time.
-    tile: usize,
+    pub(crate) tile: usize,
 }
 
 fn numbers(numbers: Numbers, shape: [usize; 2], device: &Device) -> CandleResult<Tensor> {
@@ -72,7 +72,7 @@ impl Tiles {
     }
 
     /// The rows `rows` in f32, expanded a tile at a time.
-    fn tiles(&self, rows: Range<usize>) -> impl Iterator<Item = CandleResult<Tensor>> {
+    pub(crate) fn tiles(&self, rows: Range<usize>) -> impl Iterator<Item = CandleResult<Tensor>> {
         rows.clone().step_by(self.tile).map(move |start| {
             let count = self.tile.min(rows.end - start);
             self.expand(count, |x| x.narrow(0, start, count))

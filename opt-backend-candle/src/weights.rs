@@ -41,8 +41,10 @@ pub struct Table(pub(crate) Kept);
 
 /// Parameters of a LayerNorm.
 pub struct Norm {
-    /// The parameters as they came.
-    pub(crate) host: HostNorm,
+    pub(crate) width: usize,
+    pub(crate) eps: f32,
+    /// Whether there are a weight and a bias.
+    given: [bool; 2],
     /// Scale and shift on the device, absent ones as 1 and 0.
     pub(crate) scale: Tensor,
     pub(crate) shift: Tensor,
@@ -67,7 +69,7 @@ impl fmt::Debug for Table {
 
 impl fmt::Debug for Norm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Norm").field("width", &self.host.width).field("eps", &self.host.eps).finish()
+        f.debug_struct("Norm").field("width", &self.width).field("eps", &self.eps).finish_non_exhaustive()
     }
 }
 
@@ -219,6 +221,21 @@ impl Norm {
             vector(op, device, v.as_ref().map_or_else(|| vec![absent; width], |v| v.to_vec()))
         };
         let (scale, shift) = (on_device(&weight, 1.0)?, on_device(&bias, 0.0)?);
-        Ok(Self { host: HostNorm { eps, weight, bias, width }, scale, shift })
+        Ok(Self { width, eps, given: [weight.is_some(), bias.is_some()], scale, shift })
+    }
+
+    /// Of a weight and a bias on the device, `[width]` each.
+    pub(crate) fn of(width: usize, scale: Tensor, shift: Tensor, eps: f32) -> Self {
+        Self { width, eps, given: [true; 2], scale, shift }
+    }
+
+    pub(crate) fn read(&self) -> Result<HostNorm> {
+        let read = |vector: &Tensor, given: bool| {
+            let vector = given.then(|| vector.to_vec1::<f32>()).transpose();
+            Ok(vector.map_err(|error| convert("read_norm", error))?.map(Array1::from_vec))
+        };
+        let [weighted, biased] = self.given;
+        let (weight, bias) = (read(&self.scale, weighted)?, read(&self.shift, biased)?);
+        Ok(HostNorm { eps: self.eps, weight, bias, width: self.width })
     }
 }

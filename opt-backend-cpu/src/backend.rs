@@ -24,22 +24,22 @@ use std::{fmt, ops::Range};
 /// Logits that [`Backend::log_probs`] holds at a time.
 const LOGITS_HELD: usize = 8 << 20;
 /// Elements a task of an element-wise op handles.
-const ELEMENTS: usize = 1 << 15;
+pub(crate) const ELEMENTS: usize = 1 << 15;
 
 /// Activations `[rows, width]` in row order.
 pub struct Tensor {
-    data: Buffer,
-    shape: [usize; 2],
+    pub(crate) data: Buffer,
+    pub(crate) shape: [usize; 2],
 }
 
 /// Packed weights of a linear and its bias.
 pub struct Linear {
-    weight: Packed,
-    bias: Option<Vec<f32>>,
+    pub(crate) weight: Packed,
+    pub(crate) bias: Option<Vec<f32>>,
 }
 
 /// A packed table.
-pub struct Table(Packed);
+pub struct Table(pub(crate) Packed);
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,7 +65,7 @@ impl Tensor {
     ///
     /// # Safety
     /// If `write` succeeds, it has written all `rows * width` elements.
-    unsafe fn written(
+    pub(crate) unsafe fn written(
         guards: &Guards,
         op: &'static str,
         shape: [usize; 2],
@@ -86,7 +86,7 @@ impl Tensor {
 }
 
 impl Cpu {
-    fn machine(&self) -> Machine<'_> {
+    pub(crate) fn machine(&self) -> Machine<'_> {
         Machine { pool: &self.pool, guards: &self.guards, level: self.level, compute: self.compute }
     }
 
@@ -120,7 +120,12 @@ impl Cpu {
     }
 
     /// Runs `body` on ranges that cover `0..len`.
-    fn for_ranges(&self, len: usize, share: usize, body: impl Fn(Range<usize>) + Sync) -> Result<()> {
+    pub(crate) fn for_ranges(
+        &self,
+        len: usize,
+        share: usize,
+        body: impl Fn(Range<usize>) + Sync,
+    ) -> Result<()> {
         let share = share.max(1);
         self.pool.run(len.div_ceil(share), &|i| body(i * share..len.min((i + 1) * share)))
     }

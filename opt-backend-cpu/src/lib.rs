@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `cache`, `attention` | KV cache in blocks, causal attention |
 //! | `norm`, `vocab` | LayerNorm, what is done with logits |
+//! | `grad`, `train` | gradients, losses and optimizers; the [`opt_backend::Train`] implementation |
 //! | `backend` | the [`opt_backend::Backend`] implementation: checks, then the above |
 //!
 //! Instruction sets, threads and the products themselves are in the crate `opt-kernels`.
@@ -32,6 +33,7 @@
 mod attention;
 mod backend;
 mod cache;
+mod grad;
 mod norm;
 mod train;
 mod vocab;

@@ -87,7 +87,7 @@ impl Kernel for LogSumExp<'_> {
 
 /// The largest element that is a number; -∞ if there is none.
 #[inline(always)]
-fn largest<S: Simd>(s: S, row: &[f32]) -> f32 {
+pub(crate) fn largest<S: Simd>(s: S, row: &[f32]) -> f32 {
     let (whole, rest) = row.split_at(row.len() - row.len() % S::LANES);
     let mut max = s.splat(f32::NEG_INFINITY);
     for i in (0..whole.len()).step_by(S::LANES) {

@@ -1,7 +1,7 @@
 //! The suite every backend must pass, at every instruction set of this machine.
 
 use opt_backend::{
-    DType,
+    DType, Op,
     conformance::{Suite, Tolerance},
 };
 use opt_backend_cpu::{Compute, Cpu, SimdLevel};
@@ -14,6 +14,13 @@ fn quick() -> bool {
 fn suite(make: impl Fn() -> Cpu + 'static) -> Suite<Cpu> {
     let suite = Suite::new(make);
     if quick() { suite.quick() } else { suite }
+}
+
+fn faults(cpu: &Cpu) -> Result<(), String> {
+    match cpu.guard_faults() {
+        faults if faults.is_empty() => Ok(()),
+        faults => Err(faults.join("; ")),
+    }
 }
 
 /// What to test: everything this machine has; the best alone if it is to be quick.
@@ -29,6 +36,26 @@ fn conformance() {
         let suite =
             suite(make).quantized_tolerance(Tolerance::INT16_ACTIVATIONS).bf16_activations(level.bf16_dot());
         println!("{level}: {}", suite.run());
+    }
+}
+
+/// The ops of training, none of them by a default body, and nothing is written outside buffers.
+#[test]
+fn training() {
+    for level in levels() {
+        let cpu = Cpu::builder().threads(2).simd(Some(level));
+        for guarded in [false, true] {
+            let cpu = cpu.clone().guarded(guarded);
+            let make = move || cpu.clone().build().expect("the level is there");
+            let mut suite = suite(make)
+                .quantized_tolerance(Tolerance::INT16_ACTIVATIONS)
+                .bf16_activations(level.bf16_dot())
+                .no_defaults(&Op::TRAIN);
+            if guarded {
+                suite = suite.quick().guards(faults);
+            }
+            println!("{level}: {}", suite.train());
+        }
     }
 }
 
@@ -68,17 +95,13 @@ fn nothing_is_written_outside_buffers() {
     for level in levels() {
         let cpu = Cpu::builder().threads(2).simd(Some(level)).guarded(true);
         let make = move || cpu.clone().build().expect("the level is there");
-        let guards = |cpu: &Cpu| match cpu.guard_faults() {
-            faults if faults.is_empty() => Ok(()),
-            faults => Err(faults.join("; ")),
-        };
         println!(
             "{level}, guarded: {}",
             suite(make)
                 .quantized_tolerance(Tolerance::INT16_ACTIVATIONS)
                 .bf16_activations(level.bf16_dot())
                 .quick()
-                .guards(guards)
+                .guards(faults)
                 .run()
         );
     }

@@ -108,7 +108,7 @@ fn own_positions(tch: &Tch, lengths: &[usize]) -> Result<Seen> {
 }
 
 /// Spans of equal length that lie end to end, as the first of them and their number; without empty ones.
-fn runs(spans: &[Span]) -> Vec<(Span, usize)> {
+pub(crate) fn runs(spans: &[Span]) -> Vec<(Span, usize)> {
     let mut runs: Vec<(Span, usize)> = Vec::new();
     for &span in spans.iter().filter(|span| span.len > 0) {
         match runs.last_mut() {
@@ -124,7 +124,7 @@ fn runs(spans: &[Span]) -> Vec<(Span, usize)> {
 }
 
 /// `[sequences, heads, rows, head_dim]` in f32, from the row `start` on.
-fn queries(x: &Tensor, start: usize, shape: [usize; 4]) -> Result<tch::Tensor> {
+pub(crate) fn queries(x: &Tensor, start: usize, shape: [usize; 4]) -> Result<tch::Tensor> {
     let heads = x.heads(OP, start, shape)?;
     if x.kind() == Kind::Float { Ok(heads) } else { heads.f_totype(Kind::Float).map_err(torch(OP)) }
 }
@@ -153,14 +153,14 @@ fn fused(q: &tch::Tensor, k: &tch::Tensor, v: &tch::Tensor, seen: Seen) -> Resul
 }
 
 /// `[sequences, heads, rows, head_dim]` as rows: a view, since the fused kernel lays its result out so.
-fn rows_of(heads: &tch::Tensor, [rows, width]: [usize; 2]) -> Result<tch::Tensor> {
+pub(crate) fn rows_of(heads: &tch::Tensor, [rows, width]: [usize; 2]) -> Result<tch::Tensor> {
     let rows =
         heads.f_transpose(1, 2).and_then(|rows_first| rows_first.f_reshape([rows as i64, width as i64]));
     rows.map_err(torch(OP))
 }
 
 /// One tensor of the results of the spans. Rows of no span are zeros.
-fn assemble(tch: &Tch, mut pieces: Vec<(Span, tch::Tensor)>, shape: [usize; 2]) -> Result<Tensor> {
+pub(crate) fn assemble(tch: &Tch, mut pieces: Vec<(Span, tch::Tensor)>, shape: [usize; 2]) -> Result<Tensor> {
     let [rows, width] = shape;
     let end = pieces.iter().try_fold(0, |end, (span, _)| (span.start == end).then_some(end + span.len));
     let data = match (end == Some(rows), pieces.len()) {

@@ -60,13 +60,13 @@ pub(crate) fn can_pack(kind: Kind) -> bool {
 
 /// What oneDNN needs for bf16.
 #[cfg(target_arch = "x86_64")]
-fn has_bf16() -> bool {
+pub(crate) fn has_bf16() -> bool {
     use std::arch::is_x86_feature_detected as has;
     has!("avx512bw") && has!("avx512vl") && has!("avx512dq")
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn has_bf16() -> bool {
+pub(crate) fn has_bf16() -> bool {
     false
 }
 

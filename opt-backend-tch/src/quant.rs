@@ -23,6 +23,9 @@ use opt_kernels::{
 use std::{mem::MaybeUninit, ops::Range, slice};
 use tch::{Device, Kind};
 
+/// Elements of a weight that the CPU's kernels expand at a time, where LibTorch multiplies: 4 MiB.
+const EXPANDED: usize = 1 << 20;
+
 /// A quantized weight `[out, in]`, and its bias if it is a linear's.
 pub(crate) enum Coded {
     /// For the CPU's kernels.
@@ -106,10 +109,7 @@ impl Coded {
                 let shape = [ids.len(), weight.shape()[1]];
                 let rows = tch::Tensor::f_zeros(sizes(shape), (Kind::Float, Device::Cpu));
                 let mut rows = rows.map_err(torch(op))?;
-                let to = memory(op, &mut rows)?;
-                // SAFETY: all elements are zero, and none is written as anything but an f32.
-                let to = unsafe { slice::from_raw_parts_mut(to.as_mut_ptr().cast::<f32>(), to.len()) };
-                tch.host.gather(op, weight, ids, to)?;
+                tch.host.gather(op, weight, ids, changeable(op, &mut rows)?)?;
                 Ok(rows)
             }
             Coded::Tiles { tiles, .. } => {
@@ -122,6 +122,40 @@ impl Coded {
                 tiles.expand(ids.len(), |x| x.f_index_select(0, &indices)).map_err(torch(op))
             }
         }
+    }
+
+    /// Calls `each` with some rows of the weight in f32, and the number of the first, from the first to the last.
+    pub(crate) fn each_block(
+        &self,
+        op: &'static str,
+        tch: &Tch,
+        mut each: impl FnMut(usize, &tch::Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let [outputs, inputs] = self.shape();
+        if outputs == 0 || inputs == 0 {
+            return Ok(());
+        }
+        let weight = match self {
+            Coded::Host { weight, .. } => weight,
+            Coded::Tiles { tiles, .. } => {
+                for (i, rows) in tiles.tiles(0..outputs).enumerate() {
+                    each(i * tiles.tile, &rows.map_err(torch(op))?)?;
+                }
+                return Ok(());
+            }
+        };
+        let share = (EXPANDED / inputs).clamp(1, outputs);
+        // One buffer for all of them: fresh memory costs as much as filling it.
+        let size = sizes([share, inputs]);
+        let mut block = tch::Tensor::f_zeros(size, (Kind::Float, Device::Cpu)).map_err(torch(op))?;
+        for start in (0..outputs).step_by(share) {
+            let count = share.min(outputs - start);
+            let ids: Vec<u32> = (start..start + count).map(|row| row as u32).collect();
+            let to = changeable(op, &mut block)?;
+            tch.host.gather(op, weight, &ids, &mut to[..count * inputs])?;
+            each(start, &block.f_narrow(0, 0, count as i64).map_err(torch(op))?)?;
+        }
+        Ok(())
     }
 
     /// `x W^T` without bias, and that it is f32: logits.
@@ -221,7 +255,7 @@ fn products<const N: usize>(
 }
 
 /// Activations as rows of f32 that lie end to end.
-fn contiguous<'a>(op: &'static str, x: &'a Tensor) -> Result<Matrix<'a>> {
+pub(crate) fn contiguous<'a>(op: &'static str, x: &'a Tensor) -> Result<Matrix<'a>> {
     let x = x.matrix_as(op, Kind::Float)?;
     if x.is_contiguous() { Ok(x) } else { x.f_contiguous().map(Matrix::Own).map_err(torch(op)) }
 }
@@ -237,11 +271,18 @@ fn located(op: &'static str, x: &tch::Tensor) -> Result<(*mut f32, usize)> {
 }
 
 /// The numbers of a contiguous tensor on the CPU.
-fn numbers<'a>(op: &'static str, x: &'a tch::Tensor) -> Result<&'a [f32]> {
+pub(crate) fn numbers<'a>(op: &'static str, x: &'a tch::Tensor) -> Result<&'a [f32]> {
     let (data, len) = located(op, x)?;
     // SAFETY: as many f32 are there, and stay while the tensor does. Nobody writes to a tensor of activations that
     // another holds (see `Held`).
     Ok(unsafe { slice::from_raw_parts(data, len) })
+}
+
+/// The numbers of a contiguous tensor on the CPU whose memory nobody else holds and that has been written to.
+pub(crate) fn changeable<'a>(op: &'static str, x: &'a mut tch::Tensor) -> Result<&'a mut [f32]> {
+    let (data, len) = located(op, x)?;
+    // SAFETY: as many f32 are there, and the tensor, the only one of this memory, is borrowed mutably.
+    Ok(unsafe { slice::from_raw_parts_mut(data, len) })
 }
 
 /// The memory of a contiguous tensor on the CPU that nobody else has seen.

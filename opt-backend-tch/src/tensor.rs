@@ -16,7 +16,7 @@ pub(crate) struct Held(tch::Tensor);
 // any number of threads to read a tensor at once; what it does not allow is a write beside them, and autograd, whose
 // graph is changed by reading. No tensor of this crate requires gradients. Through `&Held` this crate calls only ops
 // that read their operand and give a new tensor or a view. In-place ops need `&mut tch::Tensor`, which no `&Held`
-// gives; this crate writes to a tensor taken out of an unshared `Arc<Held>` (`Tensor::into_f32`), to results that
+// gives; this crate writes to a tensor in an unshared `Arc<Held>` (`Tensor::into_f32`, `Tensor::own`), to results that
 // nobody else has seen, and to views of a cache's storage onto positions that no other cache counts as its own (see
 // `cache`).
 unsafe impl Sync for Held {}
@@ -145,6 +145,57 @@ impl Tensor {
             };
         }
         self.matrix(op)?.f_to_dtype(Kind::Float, false, true).map_err(torch(op))
+    }
+
+    /// This tensor's own memory, to write to: contiguous f32 that nobody else holds. What is shared, strided or in
+    /// another format is copied first; where this fails, everything is as it was.
+    pub(crate) fn own(&mut self, op: &'static str) -> Result<&mut tch::Tensor> {
+        let suits = self.kind == Kind::Float && self.whole && self.data.is_contiguous();
+        if !suits || Arc::get_mut(&mut self.data).is_none() {
+            let copy = self.matrix(op)?.f_to_dtype(Kind::Float, false, true);
+            let copy = copy.and_then(|copy| copy.f_contiguous()).map_err(torch(op))?;
+            *self = Self::new(copy, Kind::Float, self.shape);
+        }
+        match Arc::get_mut(&mut self.data) {
+            Some(Held(tensor)) => Ok(tensor),
+            None => Err(Error::new(opt_backend::ErrorKind::Device, op, "a tensor of one owner has two")),
+        }
+    }
+
+    /// As [`Tensor::own`], for those who own this.
+    pub(crate) fn into_own(mut self, op: &'static str) -> Result<tch::Tensor> {
+        self.own(op)?;
+        self.into_f32(op)
+    }
+
+    /// A tensor to write to, in the format these elements are in.
+    pub(crate) fn into_kind(self, op: &'static str) -> Result<(tch::Tensor, Kind)> {
+        let kind = self.kind;
+        if kind == Kind::Float {
+            return Ok((self.into_f32(op)?, kind));
+        }
+        if !self.whole {
+            return Ok((self.matrix(op)?.f_to_dtype(kind, false, true).map_err(torch(op))?, kind));
+        }
+        match Arc::try_unwrap(self.data) {
+            Ok(Held(tensor)) => Ok((tensor, kind)),
+            Err(shared) => Ok((shared.f_to_dtype(kind, false, true).map_err(torch(op))?, kind)),
+        }
+    }
+
+    /// The rows in `kind`, in this tensor's memory where they lie so.
+    pub(crate) fn hold(&self, op: &'static str, kind: Kind) -> Result<Arc<Held>> {
+        if self.whole && self.kind == kind && self.data.is_contiguous() {
+            return Ok(Arc::clone(&self.data));
+        }
+        let copy = self.matrix(op)?.f_to_dtype(kind, false, true).and_then(|copy| copy.f_contiguous());
+        Ok(Arc::new(Held::new(copy.map_err(torch(op))?)))
+    }
+
+    /// The same numbers, in the same memory until one of the two is written to.
+    pub(crate) fn share(&self) -> Self {
+        let Self { kind, shape, offset, stride, whole, .. } = *self;
+        Self { data: Arc::clone(&self.data), kind, shape, offset, stride, whole }
     }
 
     /// Heads of the rows from `row` on, `[sequences, heads, rows, head_dim]`, as a view.

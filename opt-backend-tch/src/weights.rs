@@ -38,6 +38,8 @@ pub(crate) enum Kept {
 pub(crate) struct Dense {
     shape: [usize; 2],
     biased: bool,
+    /// Whether the weight is a parameter's: it may lie in the parameter's memory, and lives for one step.
+    trained: bool,
     /// Replaced once, when [`qkv`] joins three linears.
     part: RwLock<Part>,
 }
@@ -52,13 +54,21 @@ struct Part {
 struct Whole {
     weight: Weight,
     bias: Option<Held>,
+    /// The weight's rows, where oneDNN has packed it and a gradient has asked for them.
+    rows: OnceLock<Held>,
+}
+
+impl Whole {
+    fn new(weight: Weight, bias: Option<Held>) -> Self {
+        Self { weight, bias, rows: OnceLock::new() }
+    }
 }
 
 /// Parameters of a LayerNorm, in f32.
 pub struct Norm {
     pub(crate) width: usize,
-    eps: f32,
-    weight: Option<Held>,
+    pub(crate) eps: f32,
+    pub(crate) weight: Option<Held>,
     bias: Option<Held>,
 }
 
@@ -84,10 +94,16 @@ struct Weight {
 }
 
 enum Form {
-    /// `[out, in]`.
-    Rows(Held),
+    /// `[out, in]`. Shared with a parameter, if it is one's.
+    Rows(Arc<Held>),
     /// What [`onednn::pack`] gave.
     Packed(Held),
+}
+
+/// The rows of a weight `[out, in]`.
+pub(crate) enum Rows<'a> {
+    Dense(Matrix<'a>, Kind),
+    Coded(&'a Coded),
 }
 
 impl fmt::Debug for Linear {
@@ -114,7 +130,7 @@ impl Weight {
         let kind = kind_of(dtype)?;
         let rows =
             upload_matrix(op, host, tch.device())?.f_to_dtype(kind, false, false).map_err(torch(op))?;
-        Ok(Self { form: Form::Rows(Held::new(rows)), kind, shape: host.shape() })
+        Ok(Self { form: Form::Rows(Arc::new(Held::new(rows))), kind, shape: host.shape() })
     }
 
     /// In the order that multiplies fastest on the device.
@@ -220,6 +236,17 @@ impl Linear {
         }
     }
 
+    /// See [`Rows`].
+    pub(crate) fn rows(&self, op: &'static str) -> Result<Rows<'_>> {
+        Ok(match &self.0 {
+            Kept::Dense(dense) => {
+                let (rows, kind) = dense.rows(op)?;
+                Rows::Dense(Matrix::Own(rows), kind)
+            }
+            Kept::Coded(coded) => Rows::Coded(coded),
+        })
+    }
+
     pub(crate) fn read(&self) -> Result<HostLinear> {
         const OP: &str = "read_linear";
         match &self.0 {
@@ -253,8 +280,43 @@ impl Dense {
             None => None,
         };
         let biased = bias.is_some();
-        let part = Part { whole: Arc::new(Whole { weight, bias }), start: 0 };
-        Ok(Self { shape, biased, part: RwLock::new(part) })
+        let part = Part { whole: Arc::new(Whole::new(weight, bias)), start: 0 };
+        Ok(Self { shape, biased, trained: false, part: RwLock::new(part) })
+    }
+
+    /// Of parameters on the device: in f32 the weight is the parameter's own memory. It is not packed, which would
+    /// have to be done again in each step.
+    pub(crate) fn of(op: &'static str, weight: &Tensor, bias: Option<&Tensor>, dtype: DType) -> Result<Self> {
+        let (kind, shape) = (kind_of(dtype)?, weight.shape());
+        let weight = Weight { form: Form::Rows(weight.hold(op, kind)?), kind, shape };
+        let bias = match bias {
+            Some(bias) => {
+                let bias = bias.matrix(op)?.f_reshape([shape[0] as i64]);
+                let bias = bias.and_then(|bias| bias.f_to_dtype(kind, false, true));
+                Some(Held::new(bias.map_err(torch(op))?))
+            }
+            None => None,
+        };
+        let biased = bias.is_some();
+        let part = Part { whole: Arc::new(Whole::new(weight, bias)), start: 0 };
+        Ok(Self { shape, biased, trained: true, part: RwLock::new(part) })
+    }
+
+    /// The weight's rows as a view, and what they are in. A weight that oneDNN has packed is held twice from the first
+    /// call on: that it be unpacked for each gradient would cost each a few percent.
+    pub(crate) fn rows(&self, op: &'static str) -> Result<(tch::Tensor, Kind)> {
+        let part = self.part().clone();
+        let Whole { weight, rows: unpacked, .. } = &*part.whole;
+        let rows = match (&weight.form, unpacked.get()) {
+            (Form::Rows(rows), _) => &**rows,
+            (Form::Packed(_), Some(rows)) => rows,
+            (Form::Packed(packed), None) => {
+                let rows = packed.f_to_dense(weight.kind, false).map_err(torch(op))?;
+                unpacked.get_or_init(|| Held::new(rows))
+            }
+        };
+        let rows = rows.f_narrow(0, part.start as i64, self.shape[0] as i64).map_err(torch(op))?;
+        Ok((rows, weight.kind))
     }
 
     fn read(&self, op: &'static str) -> Result<HostLinear> {
@@ -320,7 +382,7 @@ fn joined(tch: &Tch, linears: [&Dense; 3]) -> Result<Option<Arc<Whole>>> {
     const OP: &str = "qkv";
     let [q, k, v] = linears;
     let [out, input] = q.shape;
-    if k.shape != q.shape || v.shape != q.shape {
+    if k.shape != q.shape || v.shape != q.shape || linears.iter().any(|linear| linear.trained) {
         return Ok(None);
     }
     {
@@ -348,11 +410,11 @@ fn joined(tch: &Tch, linears: [&Dense; 3]) -> Result<Option<Arc<Whole>>> {
         let rows = parts.each_ref().map(|part| part.whole.weight.rows(OP));
         let [q, k, v] = rows;
         let rows = tch::Tensor::f_cat(&[&*q?, &*k?, &*v?], 0).map_err(torch(OP))?;
-        let rows = Weight { form: Form::Rows(Held::new(rows)), kind, shape: [3 * out, input] };
+        let rows = Weight { form: Form::Rows(Arc::new(Held::new(rows))), kind, shape: [3 * out, input] };
         rows.prepared(OP, tch)?.unwrap_or(rows)
     };
     let bias = join_biases(parts.each_ref().map(|part| part.whole.bias.as_ref()))?;
-    let whole = Arc::new(Whole { weight, bias });
+    let whole = Arc::new(Whole::new(weight, bias));
     for (i, part) in parts.iter_mut().enumerate() {
         **part = Part { whole: Arc::clone(&whole), start: i * out };
     }
@@ -383,6 +445,17 @@ impl Norm {
             weight: hold("weight", params.weight)?,
             bias: hold("bias", params.bias)?,
         })
+    }
+
+    /// Of parameters on the device, copied.
+    pub(crate) fn of(op: &'static str, [weight, bias]: [&Tensor; 2], eps: f32) -> Result<Self> {
+        let width = weight.shape()[1];
+        let hold = |x: &Tensor| -> Result<Option<Held>> {
+            let vector = x.matrix(op)?.f_reshape([width as i64]);
+            let vector = vector.and_then(|vector| vector.f_to_dtype(Kind::Float, false, true));
+            Ok(Some(Held::new(vector.map_err(torch(op))?)))
+        };
+        Ok(Self { width, eps, weight: hold(weight)?, bias: hold(bias)? })
     }
 
     pub(crate) fn read(&self) -> Result<HostNorm> {
@@ -436,6 +509,14 @@ impl Table {
         };
         let entries = rows.rows(op)?.f_narrow(0, range.start as i64, range.len() as i64);
         read_matrix(op, &entries.map_err(torch(op))?, [range.len(), self.shape[1]])
+    }
+
+    /// As [`Dense::rows`], or the codes.
+    pub(crate) fn rows(&self, op: &'static str) -> Result<Rows<'_>> {
+        Ok(match &self.entries {
+            Entries::Dense { rows, .. } => Rows::Dense(rows.rows(op)?, rows.kind),
+            Entries::Coded(coded) => Rows::Coded(coded),
+        })
     }
 
     /// Logits `[rows, entries]`.

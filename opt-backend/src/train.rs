@@ -55,21 +55,25 @@ pub struct Dropout {
 
 impl Dropout {
     /// What kept elements are multiplied by.
+    #[inline]
     pub fn scale(self) -> f32 {
         (1.0 - self.p).recip()
     }
 
     /// Elements whose hash is below are dropped.
+    #[inline]
     pub fn threshold(self) -> u32 {
         (f64::from(self.p) * 2.0_f64.powi(32)) as u32
     }
 
     /// Both halves of the seed, low first.
+    #[inline]
     pub fn words(self) -> [u32; 2] {
         [self.seed as u32, (self.seed >> 32) as u32]
     }
 
     /// Whether element `index` is kept.
+    #[inline]
     pub fn keeps(self, index: u32) -> bool {
         let [low, high] = self.words();
         mix(mix(index ^ low) ^ high) >= self.threshold()
@@ -77,6 +81,7 @@ impl Dropout {
 }
 
 /// An integer hash of 32 bits with little bias (C. Wellons' "lowbias32").
+#[inline]
 const fn mix(mut x: u32) -> u32 {
     x ^= x >> 16;
     x = x.wrapping_mul(0x7feb_352d);

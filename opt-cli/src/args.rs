@@ -179,7 +179,7 @@ pub(crate) enum Quantized {
 }
 
 impl Quantized {
-    fn spec(self) -> QuantSpec {
+    pub(crate) fn spec(self) -> QuantSpec {
         match self {
             Quantized::Int8 => QuantSpec::int8(),
             Quantized::Int4 => QuantSpec::int4(),

@@ -13,6 +13,7 @@ mod prompts;
 mod quantize;
 mod score;
 mod settings;
+mod tune;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -55,6 +56,8 @@ enum Command {
     Convert(convert::Convert),
     /// Write a model with its weights in few bits, and measure what that costs in accuracy.
     Quantize(Box<quantize::Quantize>),
+    /// Adapt a model to texts: its weights, or an adapter beside them.
+    Tune(Box<tune::Tune>),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Score(score) => score.run(),
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
+        Command::Tune(tune) => tune.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

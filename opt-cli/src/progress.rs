@@ -60,6 +60,11 @@ impl Console {
         self.styled(what, "{prefix} {bar:30} {decimal_bytes}/{decimal_total_bytes} {elapsed}")
     }
 
+    /// A bar that counts steps, with a line beside it.
+    pub(crate) fn steps(&self, what: &'static str) -> Bar {
+        self.styled(what, "{prefix} {bar:30} {pos}/{len} {msg}")
+    }
+
     /// A count without an end.
     pub(crate) fn counter(&self, what: &'static str) -> Bar {
         self.styled(what, "{spinner} {prefix} {pos} tokens {elapsed}")
@@ -101,6 +106,20 @@ impl Bar {
         if self.is_awake() {
             self.bar.tick();
         }
+    }
+
+    /// Shows the step that was made, and what is to be said of it.
+    pub(crate) fn at(&self, step: u64, steps: u64, message: &str) {
+        if self.is_awake() {
+            self.bar.set_length(steps);
+            self.bar.set_position(step);
+            self.bar.set_message(message.to_owned());
+        }
+    }
+
+    /// One line above the bar.
+    pub(crate) fn say(&self, console: &Console, line: &str) {
+        self.bar.suspend(|| console.say(line));
     }
 
     /// Takes the bar off the screen.

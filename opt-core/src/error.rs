@@ -36,6 +36,8 @@ pub enum ErrorKind {
     Prompt,
     /// An option out of range, or options that contradict each other.
     Option,
+    /// A training whose loss is no number any more.
+    Diverged,
     /// The caller asked for this to end.
     Cancelled,
     /// Something that this build, backend or model cannot do.

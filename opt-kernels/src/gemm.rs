@@ -324,7 +324,7 @@ pub struct Wide<X>(pub(crate) [X; DEPTH * 32]);
 
 impl<X: Operand> Wide<X> {
     #[inline(always)]
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self([X::default(); DEPTH * 32])
     }
 }

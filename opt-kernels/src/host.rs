@@ -13,7 +13,12 @@ use crate::{
     simd::SimdLevel,
 };
 use opt_backend::{Result, check, quant::Quantized};
-use std::{fmt, mem::MaybeUninit, ops::Range, sync::OnceLock};
+use std::{
+    fmt,
+    mem::MaybeUninit,
+    ops::Range,
+    sync::{Mutex, OnceLock, PoisonError},
+};
 
 /// Elements of a table that a task reads.
 const ELEMENTS: usize = 4096;
@@ -97,6 +102,25 @@ impl Host {
             }
         };
         Ok(Machine { pool, guards: &self.guards, level: self.level, compute: self.compute })
+    }
+
+    /// Runs `body` on each task, on any thread.
+    ///
+    /// # Errors
+    /// As [`Pool::run`].
+    pub fn each<T: Send>(&self, tasks: Vec<T>, body: impl Fn(T) + Sync) -> Result<()> {
+        if tasks.len() <= 1 {
+            tasks.into_iter().for_each(body);
+            return Ok(());
+        }
+        let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+        self.machine()?.pool.run(tasks.len(), &|i| {
+            let task =
+                tasks.get(i).and_then(|task| task.lock().unwrap_or_else(PoisonError::into_inner).take());
+            if let Some(task) = task {
+                body(task);
+            }
+        })
     }
 
     /// Packs a weight.

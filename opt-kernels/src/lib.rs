@@ -10,9 +10,11 @@
 //! | [`pool`] | threads, parallel regions |
 //! | [`memory`], [`pack`] | aligned buffers, weights as column panels |
 //! | [`tile`], `gemm` | the register tile, products of rows and panels |
+//! | [`matmul`] | products of plain matrices, and with transposed packed weights: what training needs |
 //! | `bf16` | products with weights and activations of bf16 |
 //! | [`quant`] | products with quantized weights and activations |
 //! | [`output`], [`product`] | what happens to products; the one entrance to all of them |
+//! | [`gradient`] | gradients and optimizers over slices |
 //! | [`host`], [`rows`] | quantized weights of backends whose tensors belong to a library: in main memory, on its devices |
 
 // An internal crate: what a name says by itself is not said again.
@@ -20,7 +22,9 @@
 
 mod bf16;
 mod gemm;
+pub mod gradient;
 pub mod host;
+pub mod matmul;
 pub mod memory;
 pub mod output;
 pub mod pack;

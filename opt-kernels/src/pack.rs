@@ -10,13 +10,14 @@
 
 use crate::{
     Machine,
-    gemm::Wide,
+    gemm::{DEPTH, Wide},
+    matmul::{Columns, Right},
     memory::Aligned,
     quant::Codes,
-    simd::{Bf16x2, Operand, Simd, Weight},
+    simd::{Bf16x2, Kernel, Operand, Simd, Weight},
 };
 use half::{bf16, f16};
-use opt_backend::{DType, Error, ErrorKind, HostMatrix, Result, quant::Quantized};
+use opt_backend::{DType, Error, ErrorKind, HostMatrix, Result, ndarray::ArrayView2, quant::Quantized};
 
 /// Column panels, however their elements are held.
 pub trait Source: Sync {
@@ -75,6 +76,25 @@ impl<W: Weight> Panels<W> {
         Ok(Self { data, outputs, depth, width })
     }
 
+    /// As [`Panels::new`], of rows that lie end to end in memory.
+    fn of_rows(
+        machine: Machine<'_>,
+        data: &[f32],
+        [outputs, depth]: [usize; 2],
+        what: &'static str,
+    ) -> Result<Self> {
+        let width = machine.level.sizes().panel;
+        let size = width
+            .checked_mul(depth.div_ceil(W::INPUTS))
+            .ok_or_else(|| crate::memory::out_of_memory(what, usize::MAX))?;
+        let columns = &Columns { data, depth, outputs };
+        let data =
+            Aligned::<W>::filled(machine, [outputs.div_ceil(width), size], what, &|panel, elements| {
+                machine.level.run(Fill { columns, panel, elements });
+            })?;
+        Ok(Self { data, outputs, depth, width })
+    }
+
     /// The elements of panel `panel`, `[places, width]`.
     pub fn panel(&self, panel: usize) -> &[W] {
         let size = self.places() * self.width;
@@ -94,6 +114,30 @@ impl<W: Weight> Panels<W> {
         let column = output % self.width;
         let elements = self.panel(output / self.width).chunks_exact(self.width);
         row.chunks_mut(W::INPUTS).zip(elements).for_each(|(x, place)| place[column].unpack(x));
+    }
+}
+
+/// One panel of rows that lie end to end.
+struct Fill<'a, W> {
+    columns: &'a Columns<'a>,
+    panel: usize,
+    elements: &'a mut [W],
+}
+
+impl<W: Weight> Kernel for Fill<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (mut wide, mut scratch) = (Wide::new(), Wide::new());
+        for (i, elements) in self.elements.chunks_mut(DEPTH * 2 * S::LANES).enumerate() {
+            let block = elements.len() / (2 * S::LANES);
+            // SAFETY: the panel has these places.
+            unsafe { self.columns.widen(s, [self.panel, i * DEPTH, block], &mut wide, &mut scratch) };
+            for (element, &operand) in elements.iter_mut().zip(&wide.0) {
+                *element = W::of(operand);
+            }
+        }
     }
 }
 
@@ -178,6 +222,27 @@ impl Packed {
             other => {
                 let message = format_args!("expected f32, f16 or bf16, found {other}");
                 return Err(Error::new(ErrorKind::Unsupported, what, message));
+            }
+        })
+    }
+
+    /// As [`Packed::new`], of the rows of `data`, end to end.
+    pub fn of_rows(
+        machine: Machine<'_>,
+        data: &[f32],
+        shape: [usize; 2],
+        dtype: DType,
+        what: &'static str,
+    ) -> Result<Self> {
+        Ok(match dtype {
+            DType::F32 => Packed::F32(Panels::of_rows(machine, data, shape, what)?),
+            DType::BF16 if machine.multiplies_bf16() => {
+                Packed::Bf16x2(Panels::of_rows(machine, data, shape, what)?)
+            }
+            DType::BF16 => Packed::BF16(Panels::of_rows(machine, data, shape, what)?),
+            other => {
+                let view = ArrayView2::from_shape(shape, data).map_err(|e| Error::shape(what, e))?;
+                return Packed::new(machine, HostMatrix::F32(view), other, what);
             }
         })
     }

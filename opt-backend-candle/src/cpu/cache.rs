@@ -51,7 +51,7 @@ impl Stored {
             })
         };
         match self.elements.dtype() {
-            DType::F16 => change::<f16>(op, &self.elements, |to| {
+            DType::F16 => change::<f16, _>(op, &self.elements, |to| {
                 for (place, part) in parts() {
                     let to = to[place * dim..][..dim].iter_mut();
                     to.zip(part).for_each(|(t, v)| *t = f16::from_f32(*v));
@@ -59,7 +59,7 @@ impl Stored {
             }),
             DType::U8 => {
                 let scale = |part: &[f32]| part.iter().fold(0.0f32, |max, v| max.max(v.abs())) / 127.0;
-                change::<u8>(op, &self.elements, |to| {
+                change::<u8, _>(op, &self.elements, |to| {
                     for (place, part) in parts() {
                         let scale = scale(part);
                         let divisor = if scale == 0.0 { 1.0 } else { scale };
@@ -71,11 +71,11 @@ impl Stored {
                     }
                 })?;
                 let Some(scales) = &self.scales else { return Ok(()) };
-                change::<f32>(op, scales, |to| {
+                change::<f32, _>(op, scales, |to| {
                     parts().for_each(|(place, part)| to[place] = scale(part));
                 })
             }
-            _ => change::<f32>(op, &self.elements, |to| {
+            _ => change::<f32, _>(op, &self.elements, |to| {
                 parts().for_each(|(place, part)| to[place * dim..][..dim].copy_from_slice(part));
             }),
         }

@@ -4,7 +4,9 @@
 //! number of threads: work is cut by outputs, never within a sum.
 
 mod attention;
+mod attention_grad;
 mod cache;
+mod gradient;
 mod norm;
 mod pool;
 mod product;
@@ -89,7 +91,7 @@ impl Kernels {
     pub(crate) fn add(&self, op: &'static str, x: &Tensor, y: &Tensor) -> Result<()> {
         let (storage, layout) = y.storage_and_layout();
         let y = host::numbers::<f32>(op, &storage, layout)?;
-        host::change::<f32>(op, x, |x| x.iter_mut().zip(y).for_each(|(x, y)| *x += y))
+        host::change::<f32, _>(op, x, |x| x.iter_mut().zip(y).for_each(|(x, y)| *x += y))
     }
 
     /// The rows `rows` of `x` `[_, width]`.
@@ -123,18 +125,31 @@ impl Matrix<'_> {
 
 /// `out = scale · a b` on this thread, with a `[rows, depth]`, b `[depth, columns]` and `out` `[rows, columns]` in
 /// row order.
-fn gemm(
+fn gemm(out: &mut [f32], shape: [usize; 2], a: Matrix<'_>, b: Matrix<'_>, depth: usize, scale: f32) {
+    if shape.contains(&0) || depth == 0 {
+        out.fill(0.0);
+        return;
+    }
+    multiply(out, shape, a, b, depth, scale, false);
+}
+
+/// `out += a b`, otherwise as [`gemm`].
+fn gemm_add(out: &mut [f32], shape: [usize; 2], a: Matrix<'_>, b: Matrix<'_>, depth: usize) {
+    if !shape.contains(&0) && depth > 0 {
+        multiply(out, shape, a, b, depth, 1.0, true);
+    }
+}
+
+/// A product of some rows, columns and depth, added to `out` or in its place.
+fn multiply(
     out: &mut [f32],
     [rows, columns]: [usize; 2],
     a: Matrix<'_>,
     b: Matrix<'_>,
     depth: usize,
     scale: f32,
+    add: bool,
 ) {
-    if rows == 0 || columns == 0 || depth == 0 {
-        out.fill(0.0);
-        return;
-    }
     assert!(a.holds([rows, depth]) && b.holds([depth, columns]) && out.len() >= rows * columns);
     let stride = |n: usize| n as isize;
     // SAFETY: by the assertion every element that the three matrices consist of lies within their slices, and `out`
@@ -147,14 +162,14 @@ fn gemm(
             out.as_mut_ptr(),
             1,
             stride(columns),
-            false,
+            add,
             a.data.as_ptr(),
             stride(a.strides[1]),
             stride(a.strides[0]),
             b.data.as_ptr(),
             stride(b.strides[1]),
             stride(b.strides[0]),
-            0.0,
+            if add { 1.0 } else { 0.0 },
             scale,
             false,
             false,

@@ -23,7 +23,7 @@ impl Kernels {
         self.pool.each(work, pieces, |(x, out): (&[f32], &mut [f32])| {
             self.arch.dispatch(|| {
                 for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-                    row(x, scale, shift, norm.host.eps, out);
+                    row(x, scale, shift, norm.eps, out);
                 }
             });
         });

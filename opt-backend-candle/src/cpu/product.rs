@@ -142,7 +142,7 @@ impl Kernels {
             if bias.is_none() && matches!(after, Finish::Nothing) {
                 return Ok(());
             }
-            change::<f32>(op, &y, |y| {
+            change::<f32, _>(op, &y, |y| {
                 let share = self.pool.share(rows, y.len());
                 let pieces = y.chunks_mut((share * outputs).max(1)).enumerate().collect();
                 self.pool.each(rows * outputs, pieces, |(i, y): (usize, &mut [f32])| {

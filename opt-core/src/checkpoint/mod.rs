@@ -15,21 +15,29 @@ pub mod fuzzing;
 mod index;
 mod inspect;
 mod json;
+mod loose;
 mod names;
 mod pickle;
 mod quantized;
+mod rewrite;
 mod safetensors;
 mod source;
 mod tensor;
+#[cfg(not(target_arch = "wasm32"))]
+mod values;
 mod write;
 mod zip;
 
 pub use convert::{ConvertOptions, Converted, convert};
 pub use entry::FileDType;
 pub use files::Format;
+pub(crate) use loose::{read_tensors, tensors_from_bytes};
+pub(crate) use rewrite::{Rewrite, rewrite};
 pub use inspect::{FileSummary, Inspection, MemoryNeed, TensorSummary, inspect};
 pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
 pub use tensor::{Tensor, TensorInfo};
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use values::{array_bytes, model_files, write_arrays, write_replaced};
 
 use crate::{Error, ErrorKind, Result, config::OptConfig};
 use entry::{fail, shown};

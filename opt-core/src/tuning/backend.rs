@@ -75,10 +75,10 @@ impl<B: Train> Backend for Taped<B> {
     fn read_norm<'a>(&'a self, norm: &Self::Norm) -> Readback<'a, HostNorm> {
         match &**norm {
             NormParts::Frozen(norm) => self.backend.read_norm(norm),
-            NormParts::Trained(ids, eps) => {
+            NormParts::Trained(parts, eps) => {
                 let read = || {
                     let [weight, bias] =
-                        [self.param(ids[0])?, self.param(ids[1])?].map(|v| self.backend.read(&v));
+                        [self.vector(&parts[0])?, self.vector(&parts[1])?].map(|v| self.backend.read(&v));
                     let vector = |v: Array2<f32>| v.index_axis_move(Axis(0), 0);
                     let weight = vector(self.backend.block_on(weight)?);
                     let bias = vector(self.backend.block_on(bias)?);

@@ -50,11 +50,14 @@ pub(crate) trait Learn: Send {
     /// Names and shapes of what is trained.
     fn shapes(&self) -> Vec<(String, [usize; 2])>;
 
-    /// Reads what is trained, one after the other.
-    fn read(&self, see: &mut dyn FnMut(&str, Array2<f32>) -> Result<()>) -> Result<()>;
+    /// Reads a parameter.
+    fn value(&self, name: &str) -> Result<Array2<f32>>;
 
-    /// Reads what the optimizer remembers of each parameter.
-    fn read_memory(&self, see: &mut dyn FnMut(&str, Vec<Array2<f32>>) -> Result<()>) -> Result<()>;
+    /// Reads what the optimizer remembers of a parameter: nothing before the first step.
+    fn memory(&self, name: &str) -> Result<Vec<Array2<f32>>>;
+
+    /// Whether [`Learn::memory`] gives nothing.
+    fn memory_is_empty(&self, name: &str) -> bool;
 
     /// Sets a parameter, and what the optimizer remembers of it.
     fn restore(
@@ -202,17 +205,25 @@ impl<B: Train> Learn for Learner<B> {
         self.params().into_iter().map(shape).collect()
     }
 
-    fn read(&self, see: &mut dyn FnMut(&str, Array2<f32>) -> Result<()>) -> Result<()> {
+    fn value(&self, name: &str) -> Result<Array2<f32>> {
         let backend = &self.taped.backend;
-        self.params()
-            .into_iter()
-            .try_for_each(|(name, value)| see(&name, backend.block_on(backend.read(&value))?))
+        let found = self.params().into_iter().find(|(known, _)| known == name);
+        let Some((_, value)) = found else {
+            let message = format_args!("tensor {name}: nothing of this name is trained");
+            return Err(Error::new(ErrorKind::NotFound, message));
+        };
+        Ok(backend.block_on(backend.read(&value))?)
     }
 
-    fn read_memory(&self, see: &mut dyn FnMut(&str, Vec<Array2<f32>>) -> Result<()>) -> Result<()> {
-        let each = self.params().into_iter();
-        each.filter_map(|(name, _)| self.memory.get(&name).map(|memory| (name, memory)))
-            .try_for_each(|(name, memory)| see(&name, memory.read(&*self.taped.backend)?))
+    fn memory(&self, name: &str) -> Result<Vec<Array2<f32>>> {
+        match self.memory.get(name) {
+            Some(memory) => Ok(memory.read(&*self.taped.backend)?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn memory_is_empty(&self, name: &str) -> bool {
+        !self.memory.contains_key(name)
     }
 
     fn restore(

@@ -1,23 +1,34 @@
 //! Fine-tuning.
 
 mod backend;
+pub mod data;
 mod learner;
 mod ops;
 mod optimizer;
+mod options;
+pub mod schedule;
+mod scratch;
+mod start;
+mod store;
 mod tape;
-#[cfg(test)]
-mod tests;
+mod trainer;
+mod tuner;
 mod weights;
 
 pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
+pub use options::TrainOptions;
+pub use schedule::Schedule;
+pub use scratch::{new_model, train_tokenizer};
+pub use trainer::{Event, StepReport, TrainReport, Trainer};
+pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;
 
 /// Token ids to learn from, and from which of them on to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
-    ids: Vec<u32>,
-    from: usize,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) from: usize,
 }
 
 impl Example {

@@ -2,11 +2,11 @@
 
 use super::{
     tape::{Gradients, Taped, Var},
-    weights::{Bias, LinearParts, Lora, NormParts, ParamId, TableParts, Virtual, Weight},
+    weights::{Bias, LinearParts, Lora, NormParts, ParamId, TableParts, Vector, Virtual, Weight},
 };
-use ndarray::{Array2, Axis};
+use ndarray::Axis;
 use opt_backend::{
-    Activation, Attend, Backend, DType, Dropout, Error, ErrorKind, Layout, Result, Span, Then, Train,
+    Activation, Attend, DType, Dropout, Error, ErrorKind, Layout, Result, Span, Then, Train,
 };
 use std::sync::Arc;
 
@@ -338,12 +338,12 @@ impl<B: Train> Taped<B> {
 
     pub(super) fn wired_layer_norm(&self, x: &Var<B>, norm: &Arc<NormParts<B>>) -> Result<Var<B>> {
         let b = &*self.backend;
-        let of_params = |taped: &Self, ids: &[ParamId; 2], eps| {
-            taped.backend.norm_of(&*taped.param(ids[0])?, &*taped.param(ids[1])?, eps)
+        let of_params = |taped: &Self, parts: &[Vector<B>; 2], eps| {
+            taped.backend.norm_of(&*taped.vector(&parts[0])?, &*taped.vector(&parts[1])?, eps)
         };
         let y = match &**norm {
             NormParts::Frozen(norm) => b.layer_norm(&x.value, norm)?,
-            NormParts::Trained(ids, eps) => b.layer_norm(&x.value, &of_params(self, ids, *eps)?)?,
+            NormParts::Trained(parts, eps) => b.layer_norm(&x.value, &of_params(self, parts, *eps)?)?,
         };
         let trained = matches!(**norm, NormParts::Trained(..));
         if !self.recording() || !(trained || x.node.is_some()) {
@@ -355,11 +355,13 @@ impl<B: Train> Taped<B> {
             let made;
             let norm = match &*norm {
                 NormParts::Frozen(norm) => norm,
-                NormParts::Trained(ids, eps) => {
-                    made = of_params(taped, ids, *eps)?;
-                    let [weight, bias] = b.layer_norm_grad_params(&x.value, &made, &dy)?;
-                    taped.add_to_param(ids[0], weight)?;
-                    taped.add_to_param(ids[1], bias)?;
+                NormParts::Trained(parts, eps) => {
+                    made = of_params(taped, parts, *eps)?;
+                    for (part, gradient) in parts.iter().zip(b.layer_norm_grad_params(&x.value, &made, &dy)?) {
+                        if let Vector::Trained(id) = part {
+                            taped.add_to_param(*id, gradient)?;
+                        }
+                    }
                     &made
                 }
             };

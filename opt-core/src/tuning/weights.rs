@@ -72,6 +72,8 @@ pub(crate) struct Plan {
     /// Whether the tensor of this canonical name is trained.
     #[allow(clippy::type_complexity)]
     pub(crate) trains: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    /// What trained tensors start from where that is not the checkpoint's value; vectors are `[1, width]`.
+    pub(crate) instead: HashMap<String, Array2<f32>>,
     /// Side paths by the name of their linear, such as `layers.0.fc1`.
     pub(crate) lora: HashMap<String, LoraStart>,
     /// Virtual tokens.
@@ -86,6 +88,7 @@ impl Default for Plan {
             dtype: DType::F32,
             dropout: 0.0,
             trains: Box::new(|_| false),
+            instead: HashMap::new(),
             lora: HashMap::new(),
             tokens: None,
             padding: None,
@@ -142,8 +145,14 @@ pub(super) struct Dora {
 
 pub(crate) enum NormParts<B: Backend> {
     Frozen(B::Norm),
-    /// Weight and bias.
-    Trained([ParamId; 2], f32),
+    /// Weight and bias, of which at least one is trained, and ε.
+    Trained([Vector<B>; 2], f32),
+}
+
+/// A vector `[1, width]` that is trained or not.
+pub(crate) enum Vector<B: Backend> {
+    Fixed(Arc<B::Tensor>),
+    Trained(ParamId),
 }
 
 pub(crate) enum TableParts<B: Backend> {
@@ -206,6 +215,7 @@ impl<B: Train> Taped<B> {
     }
 
     pub(super) fn new_param(&self, name: String, value: ArrayView2<'_, f32>) -> Result<ParamId> {
+        let value = self.plan.instead.get(&name).map_or(value, |instead| instead.view());
         let value = Arc::new(self.backend.upload(value)?);
         let mut state = self.state();
         state.params.push(Param { name, value, gradient: None });
@@ -288,13 +298,29 @@ impl<B: Train> Taped<B> {
 
     pub(super) fn take_norm(&self, params: NormParams<'_>) -> Result<Arc<NormParts<B>>> {
         let name = self.loading();
+        let bias_name = format!("{}.bias", name.strip_suffix(".weight").unwrap_or(&name));
         match (params.weight, params.bias) {
-            (Some(weight), Some(bias)) if (self.plan.trains)(&name) => {
-                let bias_name = format!("{}.bias", name.strip_suffix(".weight").unwrap_or(&name));
-                let ids = [self.new_vector(name, weight)?, self.new_vector(bias_name, bias)?];
-                Ok(Arc::new(NormParts::Trained(ids, params.eps)))
+            (Some(weight), Some(bias)) if (self.plan.trains)(&name) || (self.plan.trains)(&bias_name) => {
+                let parts = [self.norm_part(name, weight)?, self.norm_part(bias_name, bias)?];
+                Ok(Arc::new(NormParts::Trained(parts, params.eps)))
             }
             _ => Ok(Arc::new(NormParts::Frozen(self.backend.new_norm(params)?))),
+        }
+    }
+
+    fn norm_part(&self, name: String, value: HostVector<'_>) -> Result<Vector<B>> {
+        if (self.plan.trains)(&name) {
+            return Ok(Vector::Trained(self.new_vector(name, value)?));
+        }
+        let value = self.backend.upload(value.to_f32().insert_axis(Axis(0)).view())?;
+        Ok(Vector::Fixed(Arc::new(value)))
+    }
+
+    /// The vector's value.
+    pub(super) fn vector(&self, vector: &Vector<B>) -> Result<Arc<B::Tensor>> {
+        match vector {
+            Vector::Fixed(value) => Ok(value.clone()),
+            Vector::Trained(id) => self.param(*id),
         }
     }
 

@@ -143,7 +143,7 @@ impl Codes {
     }
 
     /// The input that each place reads, if they are not in order; [`Regular::PADDING`] reads 0.
-    pub(crate) fn order(&self) -> Option<&[u32]> {
+    pub fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
     }
 

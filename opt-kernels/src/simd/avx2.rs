@@ -69,6 +69,38 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        unsafe {
+            let mut r = [_mm256_setzero_ps(); 8];
+            for (i, row) in r.iter_mut().enumerate() {
+                *row = _mm256_loadu_ps(from.add(i * from_stride));
+            }
+            // Within each half of a vector, 2 x 2 ...
+            let mut t = r;
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            // ... and 4 x 4: vector 4 i + c holds columns c and 4 + c of rows 4 i to 4 i + 3.
+            for i in 0..2 {
+                let (a, b) = (_mm256_castps_pd(t[4 * i]), _mm256_castps_pd(t[4 * i + 1]));
+                let (c, d) = (_mm256_castps_pd(t[4 * i + 2]), _mm256_castps_pd(t[4 * i + 3]));
+                r[4 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+                r[4 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+                r[4 * i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+                r[4 * i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+            }
+            for c in 0..4 {
+                let (low, high) = (
+                    _mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]),
+                    _mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]),
+                );
+                _mm256_storeu_ps(to.add(c * to_stride), low);
+                _mm256_storeu_ps(to.add((4 + c) * to_stride), high);
+            }
+        }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         unsafe { _mm256_set1_ps(x) }
     }

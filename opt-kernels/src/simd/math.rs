@@ -4,7 +4,7 @@ use super::{Kernel, Simd};
 use opt_backend::Activation;
 
 /// Applies an activation to each element. A kernel of its own, so that its code exists once per instruction set.
-pub struct Activate<'a>(pub(crate) Activation, pub(crate) &'a mut [f32]);
+pub struct Activate<'a>(pub Activation, pub &'a mut [f32]);
 
 impl Kernel for Activate<'_> {
     type Output = ();
@@ -163,6 +163,98 @@ fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
             unsafe { s.load(lanes.as_ptr()) }
         }
     }
+}
+
+/// Multiplies each element of the last by the slope of an activation at that of the second.
+pub struct Slope<'a>(pub Activation, pub &'a [f32], pub &'a mut [f32]);
+
+impl Kernel for Slope<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self(activation, xs, dys) = self;
+        let (mut x_lanes, mut dy_lanes) = ([0.0; 16], [0.0; 16]);
+        for (xs, dys) in xs.chunks(S::LANES).zip(dys.chunks_mut(S::LANES)) {
+            let (len, whole) = (dys.len(), dys.len() == S::LANES && xs.len() == S::LANES);
+            let (mut x, mut dy) = (xs.as_ptr(), dys.as_mut_ptr());
+            if !whole {
+                x_lanes[..xs.len()].copy_from_slice(xs);
+                dy_lanes[..len].copy_from_slice(dys);
+                (x, dy) = (x_lanes.as_ptr(), dy_lanes.as_mut_ptr());
+            }
+            // SAFETY: whole chunks have LANES elements, arrays of lanes at least as many.
+            unsafe { s.store(dy, s.mul(slope(s, activation, s.load(x)), s.load(dy))) };
+            if !whole {
+                dys.copy_from_slice(&dy_lanes[..len]);
+            }
+        }
+    }
+}
+
+/// The slope of the activation at each element; see [`Activation::slope`].
+#[inline(always)]
+#[allow(clippy::approx_constant)] // MEGA's rounded constants
+fn slope<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    match activation {
+        Activation::Linear => one,
+        Activation::Relu => s.where_less(zero, x, one, zero),
+        Activation::Relu6 => s.where_less(zero, x, s.where_less(x, s.splat(6.0), one, zero), zero),
+        Activation::Relu2 => s.mul(s.splat(2.0), s.max(zero, x)),
+        Activation::LeakyRelu => s.where_less(zero, x, one, s.splat(0.01)),
+        Activation::Gelu => gelu_slope(s, x),
+        Activation::Gelu10 => s.where_less(s.splat(10.0), gelu(s, x), zero, gelu_slope(s, x)),
+        // With t = tanh u: (1 + t) / 2 = σ(2u), 1 - t² = 4 σ(2u) σ(-2u).
+        Activation::GeluTanh => {
+            let square = s.mul(x, x);
+            let k = s.splat(2.0 * 0.797_884_6);
+            let u = s.mul(s.mul(s.fma(square, s.splat(0.044_715), one), x), k);
+            let inner = s.mul(s.fma(square, s.splat(3.0 * 0.044_715), one), k);
+            let (plus, minus) = (sigmoid(s, u), sigmoid(s, s.sub(zero, u)));
+            s.fma(s.mul(x, inner), s.mul(plus, minus), plus)
+        }
+        Activation::QuickGelu => gated_slope(s, s.mul(x, s.splat(1.702))),
+        Activation::Silu => gated_slope(s, x),
+        Activation::Sigmoid => s.mul(sigmoid(s, x), sigmoid(s, s.sub(zero, x))),
+        Activation::Tanh => {
+            let twice = s.add(x, x);
+            let product = s.mul(sigmoid(s, twice), sigmoid(s, s.sub(zero, twice)));
+            s.mul(s.splat(4.0), product)
+        }
+        Activation::Laplace => {
+            let z = s.mul(s.sub(x, s.splat(0.707_107)), s.splat(1.0 / 0.282_095));
+            s.mul(density(s, z), s.splat(1.0 / 0.282_095))
+        }
+        other => {
+            let mut lanes = [0.0; 16];
+            // SAFETY: no vector has more than sixteen lanes.
+            unsafe { s.store(lanes.as_mut_ptr(), x) };
+            for lane in &mut lanes {
+                *lane = other.slope(f64::from(*lane)) as f32;
+            }
+            // SAFETY: as above.
+            unsafe { s.load(lanes.as_ptr()) }
+        }
+    }
+}
+
+/// Of x σ(z), z being a multiple of x.
+#[inline(always)]
+fn gated_slope<S: Simd>(s: S, z: S::V) -> S::V {
+    let (plus, minus) = (sigmoid(s, z), sigmoid(s, s.sub(s.splat(0.0), z)));
+    s.fma(s.mul(z, minus), plus, plus)
+}
+
+#[inline(always)]
+fn gelu_slope<S: Simd>(s: S, x: S::V) -> S::V {
+    s.fma(x, density(s, x), normal(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))))
+}
+
+/// The density of the normal distribution.
+#[inline(always)]
+fn density<S: Simd>(s: S, z: S::V) -> S::V {
+    s.mul(exp(s, s.mul(s.mul(z, z), s.splat(-0.5))), s.splat(0.398_942_3))
 }
 
 #[inline(always)]

@@ -242,6 +242,20 @@ pub trait Simd: Copy {
     /// As [`Simd::prefetch`], but no nearer than the second cache.
     #[inline(always)]
     fn prefetch_far<T>(self, _: *const T) {}
+    /// Writes the transpose of the `LANES` rows of [`Simd::LANES`] elements at `from`, each `from_stride` after the
+    /// one before, to `to`. Elements are moved, whatever their bits.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        for row in 0..Self::LANES {
+            for column in 0..Self::LANES {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let x = from.cast::<u32>().add(row * from_stride + column).read_unaligned();
+                    to.cast::<u32>().add(column * to_stride + row).write_unaligned(x);
+                }
+            }
+        }
+    }
     fn splat(self, x: f32) -> Self::V;
     /// `a * b + c`, fused but for scalar.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;

@@ -19,6 +19,8 @@ pub trait Weight: Number + Send + Sync + 'static {
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
     /// Holds up to [`Weight::INPUTS`] numbers, rounded; those missing are 0.
     fn pack(numbers: &[f32]) -> Self;
+    /// Holds an operand, rounded.
+    fn of(operand: Self::Operand) -> Self;
     /// Writes up to [`Weight::INPUTS`] numbers.
     fn unpack(self, numbers: &mut [f32]);
 }
@@ -28,6 +30,10 @@ pub trait Operand: Weight<Operand = Self> + Default {
     fn splat<S: Simd>(self, s: S) -> S::V;
     /// `sum` plus the products of `x` and `column`.
     fn multiply_add<S: Simd>(s: S, x: S::V, column: S::V, sum: S::V) -> S::V;
+    /// One operand for each element of two neighbouring inputs; `second` is empty where there is none.
+    fn beside(first: &[f32], second: &[f32], out: &mut [Self]);
+    /// The operands of neighbouring inputs of one row, of which the last may be incomplete.
+    fn along(row: &[f32], out: &mut [Self]);
 }
 
 /// Two bf16 of neighbouring inputs, the first in the lower half: what [`Simd::dot_bf16`] takes in each lane.
@@ -51,6 +57,12 @@ impl Bf16x2 {
         Self(round(second) << 16 | round(first))
     }
 
+    /// The first numbers of both beside each other, that of `lower` in the lower half, and the second.
+    #[inline(always)]
+    pub fn exchange(lower: Bf16x2, upper: Bf16x2) -> [Bf16x2; 2] {
+        [Self(lower.0 & 0xffff | upper.0 << 16), Self(lower.0 >> 16 | upper.0 & 0xffff_0000)]
+    }
+
     #[inline(always)]
     pub fn numbers(self) -> [f32; 2] {
         [self.0 << 16, self.0 & 0xffff_0000].map(f32::from_bits)
@@ -64,6 +76,10 @@ impl Weight for f32 {
     unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load(p) }
+    }
+    #[inline(always)]
+    fn of(operand: f32) -> f32 {
+        operand
     }
     fn pack(numbers: &[f32]) -> f32 {
         numbers.first().copied().unwrap_or_default()
@@ -80,6 +96,10 @@ impl Weight for f16 {
         // SAFETY: the caller's promise.
         unsafe { s.load_f16(p) }
     }
+    #[inline(always)]
+    fn of(operand: f32) -> f16 {
+        f16::from_f32(operand)
+    }
     fn pack(numbers: &[f32]) -> f16 {
         f16::from_f32(f32::pack(numbers))
     }
@@ -94,6 +114,10 @@ impl Weight for bf16 {
     unsafe fn load<S: Simd>(s: S, p: *const bf16) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load_bf16(p) }
+    }
+    #[inline(always)]
+    fn of(operand: f32) -> bf16 {
+        bf16::from_bits(Bf16x2::new(operand, 0.0).0 as u16)
     }
     fn pack(numbers: &[f32]) -> bf16 {
         bf16::from_f32(f32::pack(numbers))
@@ -111,6 +135,10 @@ impl Weight for Bf16x2 {
     unsafe fn load<S: Simd>(s: S, p: *const Bf16x2) -> S::V {
         // SAFETY: the caller's promise; vectors are only bits until something is computed from them.
         unsafe { s.load(p.cast()) }
+    }
+    #[inline(always)]
+    fn of(operand: Bf16x2) -> Bf16x2 {
+        operand
     }
     fn pack(numbers: &[f32]) -> Bf16x2 {
         let number = |i: usize| numbers.get(i).copied().unwrap_or_default();
@@ -130,6 +158,18 @@ impl Operand for f32 {
     fn multiply_add<S: Simd>(s: S, x: S::V, column: S::V, sum: S::V) -> S::V {
         s.fma(x, column, sum)
     }
+    #[inline(always)]
+    fn beside(first: &[f32], _: &[f32], out: &mut [f32]) {
+        for (out, &x) in out.iter_mut().zip(first) {
+            *out = x;
+        }
+    }
+    #[inline(always)]
+    fn along(row: &[f32], out: &mut [f32]) {
+        for (out, &x) in out.iter_mut().zip(row) {
+            *out = x;
+        }
+    }
 }
 
 impl Operand for Bf16x2 {
@@ -140,6 +180,28 @@ impl Operand for Bf16x2 {
     #[inline(always)]
     fn multiply_add<S: Simd>(s: S, x: S::V, column: S::V, sum: S::V) -> S::V {
         s.dot_bf16(sum, x, column)
+    }
+    #[inline(always)]
+    fn beside(first: &[f32], second: &[f32], out: &mut [Bf16x2]) {
+        if second.is_empty() {
+            for (out, &x) in out.iter_mut().zip(first) {
+                *out = Bf16x2::new(x, 0.0);
+            }
+            return;
+        }
+        for ((out, &x), &y) in out.iter_mut().zip(first).zip(second) {
+            *out = Bf16x2::new(x, y);
+        }
+    }
+    #[inline(always)]
+    fn along(row: &[f32], out: &mut [Bf16x2]) {
+        let (whole, rest) = row.as_chunks::<2>();
+        for (out, x) in out.iter_mut().zip(whole) {
+            *out = Bf16x2::new(x[0], x[1]);
+        }
+        if let ([x], Some(out)) = (rest, out.get_mut(whole.len())) {
+            *out = Bf16x2::new(*x, 0.0);
+        }
     }
 }
 

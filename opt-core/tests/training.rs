@@ -1,0 +1,212 @@
+//! The trainer: resuming, what it leaves on disk, early stopping, bad settings.
+
+mod common;
+
+use common::{backend, fixtures};
+use opt_core::{
+    ErrorKind, Opt,
+    checkpoint::Checkpoint,
+    tuning::{
+        Event, Example, Method, Optimizer, Schedule, TrainOptions, TrainReport, Trainer, Tuner,
+        data::{DataOptions, Dataset},
+    },
+};
+use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
+
+/// Sequences with a pattern that can be learned.
+fn data(count: u32) -> Dataset {
+    let config = Checkpoint::open(fixtures().join("models/pre_ln")).unwrap().config().clone();
+    Dataset::new(examples(count), &DataOptions::new(&config, None)).unwrap()
+}
+
+fn examples(count: u32) -> Vec<Example> {
+    (0..count)
+        .map(|i| Example::new((0..9).map(|j| 3 + (i % 5 * 7 + j * (1 + i % 3)) % 90).collect()))
+        .collect()
+}
+
+fn options() -> TrainOptions {
+    let schedule = Schedule::Linear;
+    TrainOptions::default()
+        .lr(3e-3)
+        .max_steps(7)
+        .batch_size(2)
+        .grad_accum(2)
+        .warmup_steps(2)
+        .schedule(schedule)
+        .seed(5)
+}
+
+fn tuner(method: Method) -> Tuner {
+    Tuner::load(fixtures().join("models/pre_ln"), method, backend::load()).unwrap()
+}
+
+fn trainer(options: TrainOptions) -> Trainer<'static> {
+    Trainer::new(tuner(Method::full()), data(12), options)
+}
+
+/// The files of a directory that hold numbers, and the log without times.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            all.extend(contents(&path).into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if name == "log.jsonl" {
+            let text = fs::read_to_string(&path).unwrap();
+            let line = |line: &str| {
+                let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+                line.as_object_mut().unwrap().remove("tokens_per_second");
+                line.to_string()
+            };
+            all.insert(name, text.lines().map(line).collect::<Vec<_>>().join("\n").into_bytes());
+        } else {
+            all.insert(name, fs::read(&path).unwrap());
+        }
+    }
+    all
+}
+
+fn assert_same(found: &Path, expected: &Path, what: &str) {
+    let (found, expected) = (contents(found), contents(expected));
+    let names = |of: &BTreeMap<String, Vec<u8>>| of.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&found), names(&expected), "{what}");
+    for (name, bytes) in &found {
+        assert!(*bytes == expected[name], "{what}: {name} differs");
+    }
+}
+
+#[test]
+fn resuming_gives_what_never_stopping_gives() {
+    if !backend::deterministic() {
+        backend::skipped(format_args!("exact resuming ({} does not promise equal bits)", backend::name()));
+        return;
+    }
+    for optimizer in [Optimizer::default(), Optimizer::Sgd { momentum: 0.9 }] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = options().optimizer(optimizer).save_steps(2).save_limit(9).eval_steps(3);
+        let through = dir.path().join("through");
+        let eval = || data(5);
+        trainer(options.clone()).eval(eval()).run(&through).unwrap();
+        for stop in [1, 4, 6] {
+            let resumed = dir.path().join(format!("stopped-{stop}"));
+            let ending = move |event: &Event| match event {
+                Event::Step(report) if report.step == stop => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            };
+            let error = trainer(options.clone()).eval(eval()).callback(ending).run(&resumed).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+            let extra = resumed.join(format!("checkpoint-{stop}"));
+            assert!(extra.join("model.safetensors").exists());
+            trainer(options.clone()).eval(eval()).resume(true).run(&resumed).unwrap();
+            if !through.join(format!("checkpoint-{stop}")).exists() {
+                fs::remove_dir_all(extra).unwrap();
+            }
+            assert_same(&resumed, &through, &format!("stopped after {stop}"));
+        }
+    }
+}
+
+#[test]
+fn the_best_model_is_the_result_and_can_be_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("tuned");
+    let mut losses = Vec::new();
+    let watch = |event: &Event| {
+        if let Event::Evaluated { loss, .. } = event {
+            losses.push(*loss);
+        }
+        ControlFlow::Continue(())
+    };
+    let options = options().max_steps(30).eval_steps(5).save_steps(10).save_limit(1);
+    let report: TrainReport = trainer(options).eval(data(5)).callback(watch).run(&output).unwrap();
+    let (best, step) = report.best.unwrap();
+    assert!(losses.len() == 6 && losses.iter().all(|loss| *loss >= best) && best < losses[0]);
+    let steps: Vec<String> = fs::read_dir(&output)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("checkpoint-"))
+        .collect();
+    assert!(steps.len() <= 2 && steps.contains(&format!("checkpoint-{step}")), "{steps:?}");
+    assert_eq!(
+        fs::read(output.join("model.safetensors")).unwrap(),
+        fs::read(output.join(format!("checkpoint-{step}/model.safetensors"))).unwrap()
+    );
+    let opt = Opt::load(&output, backend::load()).unwrap();
+    assert!(opt.warnings().is_empty(), "{:?}", opt.warnings());
+    // What was written is what was evaluated.
+    let mut tuned = Tuner::load(&output, Method::full(), backend::load()).unwrap();
+    assert!((tuned.loss(&examples(5)).unwrap() - best).abs() < 1e-4);
+    let lines = fs::read_to_string(output.join("log.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 36);
+}
+
+#[test]
+fn it_stops_when_it_gets_no_better() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options().lr(1e-30).max_steps(50).eval_steps(1).patience(3);
+    let report = trainer(options).eval(data(3)).run(dir.path().join("out")).unwrap();
+    assert!(report.stopped_early);
+    assert_eq!(report.steps, 4);
+    assert_eq!(report.best.unwrap().1, 1);
+}
+
+#[test]
+fn a_loss_that_is_no_number_ends_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let options = options()
+        .lr(1e30)
+        .clip(None)
+        .warmup_steps(0)
+        .max_steps(50)
+        .save_steps(1)
+        .schedule(Schedule::Constant);
+    let error = trainer(options).run(&output).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Diverged, "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("step ")
+            && text.contains("the last good checkpoint is")
+            && text.contains("checkpoint-"),
+        "{text}"
+    );
+}
+
+#[test]
+fn output_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    fs::create_dir(&output).unwrap();
+    fs::write(output.join("thesis.txt"), "mine").unwrap();
+    let run = |options: TrainOptions, resume: bool| trainer(options).resume(resume).run(&output);
+    let short = options().max_steps(2);
+    let error = run(short.clone(), false).unwrap_err().to_string();
+    assert!(error.contains("holds something else"), "{error}");
+    assert!(run(short.clone(), true).is_err());
+    fs::remove_file(output.join("thesis.txt")).unwrap();
+    run(short.clone(), false).unwrap();
+    let error = run(short.clone(), false).unwrap_err().to_string();
+    assert!(error.contains("resume"), "{error}");
+    let error = run(short.clone().lr(1e-4), true).unwrap_err().to_string();
+    assert!(error.contains("options.lr: expected 0.003, found 0.0001"), "{error}");
+    // Nothing is left to do, and that is fine.
+    assert_eq!(run(short, true).unwrap().steps, 2);
+}
+
+#[test]
+fn options_out_of_range() {
+    let dir = tempfile::tempdir().unwrap();
+    for (options, name) in [
+        (options().batch_size(0), "batch_size"),
+        (options().lr(f64::NAN), "lr"),
+        (options().clip(0.0), "clip"),
+        (options().label_smoothing(1.0), "label_smoothing"),
+        (options().max_steps(0), "max_steps"),
+        (options().weight_decay(-1.0), "weight_decay"),
+    ] {
+        let error = trainer(options).run(dir.path().join("out")).unwrap_err();
+        assert!(error.kind() == ErrorKind::Option && error.to_string().starts_with(name), "{error}");
+    }
+}

@@ -1,0 +1,233 @@
+//! Gradients and steps against torch's autograd (and PEFT's adapters): loss, every gradient, twenty steps of AdamW.
+
+mod common;
+
+use common::{backend, fixtures};
+use ndarray::{Array2, ArrayView2};
+use opt_core::{
+    Load,
+    adapter::Adapter,
+    checkpoint::Checkpoint,
+    tuning::{Example, Method, StepOptions, Tuner},
+};
+use serde::Deserialize;
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+#[derive(Deserialize)]
+struct Recorded {
+    ids: Vec<u32>,
+    from: usize,
+}
+
+#[derive(Deserialize)]
+struct Meta {
+    base: String,
+    loss: f32,
+    smooth: f32,
+    losses: Vec<f32>,
+    norms: Vec<f32>,
+    trained: usize,
+    batch: Vec<Recorded>,
+    steps: Vec<Vec<Recorded>>,
+    activation: Option<String>,
+}
+
+struct Case {
+    name: String,
+    meta: Meta,
+    dir: PathBuf,
+}
+
+fn examples(recorded: &[Recorded]) -> Vec<Example> {
+    recorded.iter().map(|r| Example::completion(r.ids.clone(), r.from)).collect()
+}
+
+/// The cases whose names begin so.
+fn cases(start: &str) -> Vec<Case> {
+    let mut all: Vec<Case> = fs::read_dir(fixtures().join("gradients"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(start))
+        .map(|entry| Case {
+            name: entry.file_name().into_string().unwrap(),
+            meta: serde_json::from_slice(&fs::read(entry.path().join("meta.json")).unwrap()).unwrap(),
+            dir: entry.path(),
+        })
+        .collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+impl Case {
+    fn base(&self) -> Checkpoint {
+        let dir = fixtures().join("models").join(&self.meta.base);
+        match &self.meta.activation {
+            None => Checkpoint::open(dir).unwrap(),
+            Some(activation) => {
+                let config = fs::read_to_string(dir.join("config.json")).unwrap();
+                let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+                config["activation_function"] = activation.as_str().into();
+                let weights = fs::read(dir.join("model.safetensors")).unwrap();
+                Checkpoint::from_bytes(&config.to_string(), vec![weights]).unwrap()
+            }
+        }
+    }
+
+    fn tuner(&self, load: Load<'_>) -> Tuner {
+        let method = if self.name.starts_with("full") {
+            Method::full()
+        } else {
+            Method::further(Adapter::open(&self.dir).unwrap())
+        };
+        Tuner::from_checkpoint(self.base(), method, load).unwrap()
+    }
+
+    fn gradients(&self) -> BTreeMap<String, Array2<f32>> {
+        let bytes = fs::read(self.dir.join("gradients.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let array = |tensor: safetensors::tensor::TensorView<'_>| {
+            let values: Vec<f32> =
+                tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+            let shape = match tensor.shape() {
+                [width] => [1, *width],
+                [rows, width] => [*rows, *width],
+                other => panic!("{other:?}"),
+            };
+            Array2::from_shape_vec(shape, values).unwrap()
+        };
+        file.tensors().into_iter().map(|(name, tensor)| (name, array(tensor))).collect()
+    }
+}
+
+/// Relative to the largest gradient of the tensor.
+fn assert_near(found: ArrayView2<'_, f32>, expected: ArrayView2<'_, f32>, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: shapes {:?} and {:?}", found.dim(), expected.dim());
+    let largest = expected.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let off = found.iter().zip(expected.iter()).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
+    assert!(off <= 2e-5 * largest + 1e-6, "{what}: off by {off} where the largest is {largest}");
+}
+
+fn each_gradient(start: &str, options: StepOptions) {
+    let cases = cases(start);
+    assert!(!cases.is_empty());
+    for case in &cases {
+        let name = format!("{} on {}", case.name, backend::name());
+        let mut tuner = case.tuner(backend::load());
+        assert_eq!(tuner.trainable(), case.meta.trained, "{name}: parameters");
+        let batch = examples(&case.meta.batch);
+        let (loss, found) = tuner.gradients(&batch, options).unwrap();
+        let smooth = options.label_smoothing > 0.0;
+        let expected = if smooth { case.meta.smooth } else { case.meta.loss };
+        assert!((loss - expected).abs() < 1e-5 * expected, "{name}: loss {loss}, expected {expected}");
+        assert!(smooth || (tuner.loss(&batch).unwrap() - f64::from(expected)).abs() < 1e-4, "{name}");
+        if smooth {
+            continue;
+        }
+        let expected = case.gradients();
+        assert!(expected.len() > 1 || case.name.starts_with('p'), "{name}");
+        for (tensor, expected) in &expected {
+            let found = found.get(tensor).unwrap_or_else(|| panic!("{name}: no gradient of {tensor}"));
+            assert_near(found.view(), expected.view(), &format!("{name}: {tensor}"));
+        }
+        let unexpected: Vec<&String> = found.keys().filter(|name| !expected.contains_key(*name)).collect();
+        assert!(unexpected.is_empty(), "{name}: gradients of {unexpected:?}");
+    }
+}
+
+#[test]
+fn gradients_of_all_weights() {
+    each_gradient("full", StepOptions::default());
+}
+
+#[test]
+fn gradients_of_adapters() {
+    for method in ["lora", "dora", "prefix", "prompt"] {
+        each_gradient(method, StepOptions::default());
+    }
+}
+
+#[test]
+fn gradients_with_states_computed_again() {
+    let mut options = StepOptions::default();
+    options.gradient_checkpointing = true;
+    each_gradient("full", options);
+}
+
+#[test]
+fn label_smoothing() {
+    let mut options = StepOptions::default();
+    options.label_smoothing = 0.1;
+    each_gradient("full", options);
+}
+
+#[test]
+fn twenty_steps() {
+    // No start is the start of all names.
+    for case in cases("") {
+        let name = format!("{} on {}", case.name, backend::name());
+        let mut tuner = case.tuner(backend::load());
+        for (i, step) in case.meta.steps.iter().enumerate() {
+            let (first, second) = step.split_at(3);
+            let (first, second) = (examples(first), examples(second));
+            let mut options = StepOptions::default();
+            options.step = i as u64 + 1;
+            options.weight_decay = 0.1;
+            // Linear, with four steps of warm-up.
+            options.lr = 3e-3 * if i < 4 { i as f32 / 4.0 } else { (20 - i) as f32 / 16.0 };
+            let result = tuner.step(&[&first, &second], options).unwrap();
+            let (loss, norm) = (case.meta.losses[i], case.meta.norms[i]);
+            assert!(
+                (result.loss - loss).abs() < 1e-4,
+                "{name}, step {i}: loss {}, torch {loss}",
+                result.loss
+            );
+            let off = (result.grad_norm - norm).abs() / norm;
+            assert!(off < 1e-3, "{name}, step {i}: norm {}, torch {norm}", result.grad_norm);
+        }
+    }
+}
+
+#[test]
+fn only_chosen_layers_have_gradients() {
+    let case = cases("full_pre_ln").remove(0);
+    let mut tuner = Tuner::from_checkpoint(case.base(), Method::layers([1]), backend::load()).unwrap();
+    let (_, found) = tuner.gradients(&examples(&case.meta.batch), StepOptions::default()).unwrap();
+    assert!(found.keys().all(|name| name.starts_with("layers.1.")));
+    let expected = case.gradients();
+    let layer = expected.iter().filter(|(name, _)| name.starts_with("layers.1."));
+    assert_eq!(found.len(), layer.clone().count());
+    for (name, expected) in layer {
+        assert_near(found[name].view(), expected.view(), name);
+    }
+    assert!(Tuner::from_checkpoint(case.base(), Method::layers([2]), backend::load()).is_err());
+}
+
+#[test]
+fn dropout_is_of_the_seed() {
+    let case = cases("full_pre_ln").remove(0);
+    let dir = fixtures().join("models").join(&case.meta.base);
+    let config = fs::read_to_string(dir.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["dropout"] = 0.2.into();
+    let weights = fs::read(dir.join("model.safetensors")).unwrap();
+    let config = config.to_string();
+    let base = || Checkpoint::from_bytes(&config, vec![weights.clone()]).unwrap();
+    let batch = examples(&case.meta.batch);
+    let run = |seed: Option<u64>, again: bool| {
+        let mut tuner = Tuner::from_checkpoint(base(), Method::full(), backend::load()).unwrap();
+        let mut options = StepOptions::default();
+        (options.seed, options.gradient_checkpointing) = (seed, again);
+        tuner.gradients(&batch, options).unwrap()
+    };
+    let (first, gradients) = run(Some(3), false);
+    let (same, again) = run(Some(3), true);
+    assert_eq!(first, same);
+    // What is computed again has the masks it had.
+    for (name, gradient) in &gradients {
+        assert_near(again[name].view(), gradient.view(), name);
+    }
+    assert_ne!(first, run(Some(4), false).0);
+    let plain = run(None, false).0;
+    assert!((plain - case.meta.loss).abs() < 1e-4, "nothing is dropped without a seed");
+    assert!((first - plain).abs() < 2.0 && first != plain);
+}
