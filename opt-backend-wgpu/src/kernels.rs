@@ -172,6 +172,8 @@ sources!(
     "matmul",
     "matvec",
     "multiply",
+    "multiply_apart",
+    "operands",
     "packed",
     "packed_sums",
     "product",

@@ -7,7 +7,7 @@ use common::model::{Numbers, quantize};
 use opt_backend::{
     Activation, AdamW, Attend, Backend, Clip, DType, Dropout, ErrorKind, HostMatrix, Layout, NormParams, Op,
     Reference, Sgd, Smoothing, Span, Then, Train,
-    ndarray::{Array2, Axis},
+    ndarray::{Array2, Axis, s},
     quant::{Groups, Levels, NF4, Quantized, Zeros},
 };
 use opt_backend_wgpu::Wgpu;
@@ -59,7 +59,7 @@ fn compare(b: &Wgpu, tolerance: f32, on_host: fn(&mut Cases<'_, Reference>), her
 
 fn backends() -> Vec<Wgpu> {
     let Some(builder) = common::builder() else { return Vec::new() };
-    let tight = builder.clone().default_limits().features(false, false);
+    let tight = builder.clone().default_limits().features(false, false).software(false);
     [builder, tight].map(|builder| builder.build().expect("the adapter was there a moment ago")).into()
 }
 
@@ -453,5 +453,50 @@ fn a_step_stays_on_the_device() {
             }
         }
         assert_eq!(found, read(&b));
+    }
+}
+
+/// OPT's own table in f32, 147 MiB, trained as embedding and head under the 128 MiB that any device allows.
+#[test]
+fn the_real_table_at_default_limits() {
+    let Some(builder) = common::builder() else { return };
+    let b = builder.default_limits().build().expect("the adapter was there a moment ago");
+    let (entries, width) = (50272, 768);
+    let host =
+        Array2::from_shape_fn((entries, width), |(i, j)| ((i * 31 + j * 17) % 1009) as f32 / 1009.0 - 0.5);
+    let x = host.slice(s![100..102, ..]).to_owned() * 0.1;
+    let mut table = b.upload(host.view()).expect("upload");
+    let hidden = b.upload(x.view()).expect("upload");
+    // Around the seam, which is at row 43,680, and at both ends.
+    let rows = [0, 43_679, 43_680, 43_681, 43_690, 43_695, 50_271];
+    let logits = b.matmul(&hidden, &table, Layout::TimesTransposed, DType::F32, None).expect("logits");
+    let logits = b.block_on(b.read(&logits)).expect("read");
+    let d = Array2::from_shape_fn((2, entries), |(i, j)| ((i * 7 + j * 3) % 11) as f32 * 0.1 - 0.5);
+    let dy = b.upload(d.view()).expect("upload");
+    let dx = b.matmul(&dy, &table, Layout::Times, DType::F32, None).expect("gradient of the hidden rows");
+    let dx = b.block_on(b.read(&dx)).expect("read");
+    let gradient = b.matmul(&dy, &hidden, Layout::TransposedTimes, DType::F32, None).expect("gradient");
+    let embedded = b.upload(host.slice(s![0..7, ..])).expect("upload");
+    let gradient = b.scatter_add(gradient, &rows, &embedded).expect("scatter_add");
+    let sgd = Sgd { lr: 1.0, momentum: 0.0, weight_decay: 0.0 };
+    b.sgd(&mut table, &gradient, None, sgd, None).expect("sgd");
+    let found = b.block_on(b.read(&b.take_rows(&table, &rows).expect("take_rows"))).expect("read");
+    for (i, &row) in rows.iter().enumerate() {
+        for (j, found) in found.row(i).iter().enumerate() {
+            let step = d[[0, row]] * x[[0, j]] + d[[1, row]] * x[[1, j]] + host[[i, j]];
+            let expected = host[[row, j]] - step;
+            assert!(
+                (found - expected).abs() < 1e-5,
+                "row {row}, column {j}: expected {expected}, found {found}"
+            );
+        }
+        for k in 0..2 {
+            let expected = x.row(k).dot(&host.row(row));
+            assert!((logits[[k, row]] - expected).abs() < 1e-4, "logit {row} of {k}");
+        }
+    }
+    let expected = d.dot(&host);
+    for (found, expected) in dx.iter().zip(&expected) {
+        assert!((found - expected).abs() < 0.05, "expected {expected}, found {found}");
     }
 }

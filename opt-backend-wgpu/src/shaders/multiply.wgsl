@@ -2,51 +2,10 @@
 // next to each other, over sixteen steps of the depth at a time that all threads have copied to workgroup memory.
 //
 // A tile holds row (or column) 4 i + c of each step at c * 16 + i, and steps are 65 numbers apart, so that neither
-// storing nor loading has many threads at one bank. An operand lies ACROSS where each of its rows in memory is one step
-// of the depth; otherwise its rows run along the depth. With WEIGHT set, b is a weight as products hold it.
-#if NATIVE
-enable f16;
-#endif
-
-struct Args {
-    // Rows and columns of out that this dispatch computes, and how deep it sums.
-    rows: u32,
-    columns: u32,
-    depth: u32,
-    // Quads from one row in memory to the next, and the quad of each row at which this dispatch begins.
-    a_stride: u32,
-    a_at: u32,
-    b_stride: u32,
-    out_stride: u32,
-    out_at: u32,
-    // Workgroups that share the columns.
-    column_groups: u32,
-    // Whether what out holds is added.
-    add: u32,
-#if PACKED
-    // As in product.wgsl.
-    groups: u32,
-    group_vectors: u32,
-    zeros_at: u32,
-#endif
-}
+// storing nor loading has many threads at one bank.
+#include operands
 
 const STEP: u32 = 65u;
-
-@group(0) @binding(0) var<uniform> args: Args;
-@group(0) @binding(1) var<storage, read_write> out: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> a: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> w: array<$QUAD>;
-#if PACKED
-@group(0) @binding($PARAMETERS) var<storage, read> p: array<$ENTRY>;
-
-#include packed
-#else
-#include weights
-
-fn unit(which: u32) -> f32 { return 1.0; }
-#endif
-
 var<workgroup> a_tile: array<f32, 1040>;
 var<workgroup> b_tile: array<f32, 1040>;
 
@@ -89,7 +48,7 @@ fn main(
         if (a_step < args.depth && first_row + along < args.rows) {
             av = a[(first_row + along) * args.a_stride + args.a_at + a_step / 4u];
             // What follows in the row is not of this dispatch, and need not be finite.
-            av = select(vec4<f32>(0.0), av, vec4<u32>(a_step) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(args.depth));
+            av = select(vec4<f32>(0.0), av, columns_from(a_step) < vec4<u32>(args.depth));
         }
 #repeat c 4
         a_tile[(4u * along_quad + $cu) * STEP + along_slot] = av[$c];
@@ -98,11 +57,7 @@ fn main(
         var bv = vec4<f32>(0.0);
 #if ACROSS_B
         if (k + ty < args.depth && first_column + 4u * tx < args.columns) {
-#if PACKED
-            bv = expanded(k + ty, first_column / 4u + tx);
-#else
-            bv = widen(w[(k + ty) * args.b_stride + first_column / 4u + tx]);
-#endif
+            bv = b_quad(k + ty, first_column / 4u + tx);
         }
 #repeat c 4
         b_tile[ty * STEP + $cu * 16u + tx] = bv[$c];
@@ -130,15 +85,8 @@ fn main(
         workgroupBarrier();
     }
 
-    let column = first_column + 4u * tx;
-    if (column >= args.columns) { return; }
-    let inside = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(args.columns);
+    if (first_column + 4u * tx >= args.columns) { return; }
 #repeat r 4
-    if (first_row + 4u * ty + $ru < args.rows) {
-        let at = (first_row + 4u * ty + $ru) * args.out_stride + args.out_at + column / 4u;
-        var v = select(vec4<f32>(0.0), sum$r * unit(0u), inside);
-        if (args.add != 0u) { v += out[at]; }
-        out[at] = v;
-    }
+    if (first_row + 4u * ty + $ru < args.rows) { finish(first_row + 4u * ty + $ru, first_column / 4u + tx, sum$r); }
 #end
 }

@@ -45,8 +45,9 @@ fn main(
         let vs = student[at + k] / t - s.largest;
         let vp = teacher[at + k] / t - p.largest;
         let weight = exp(vp) / p.sum;
-        // Where the teacher's weight is nothing, so is the loss.
-        let of_quad = select(vec4<f32>(0.0), weight * (vp - vs + log_ratio), inside);
+        // Where the teacher's weight is nothing, so is the loss, whatever its logarithm.
+        let counts = select(vec4<bool>(false), inside, weight > vec4<f32>(0.0));
+        let of_quad = select(vec4<f32>(0.0), weight * (vp - vs + log_ratio), counts);
         loss += dot(of_quad, vec4<f32>(1.0));
         student[at + k] = select(vec4<f32>(0.0), args.scale * t * (exp(vs) / s.sum - weight), inside);
     }

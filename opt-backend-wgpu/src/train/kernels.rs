@@ -56,10 +56,16 @@ impl Each {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Training {
     Each(Each),
-    /// A product of tensors.
-    Multiply(Layout),
+    /// A product of tensors, in tiles or by threads apart.
+    Multiply {
+        layout: Layout,
+        tiled: bool,
+    },
     /// A tensor times a weight.
-    Grad(Format),
+    Grad {
+        format: Format,
+        tiled: bool,
+    },
     /// A tensor held as a weight.
     Hold(DType),
     /// The gradient of LayerNorm, or what that of its parameters needs.
@@ -97,7 +103,8 @@ impl Training {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Training::Each(_) => "each",
-            Training::Multiply(_) | Training::Grad(_) => "multiply",
+            Training::Multiply { tiled: true, .. } | Training::Grad { tiled: true, .. } => "multiply",
+            Training::Multiply { .. } | Training::Grad { .. } => "multiply_apart",
             Training::Hold(_) => "hold",
             Training::LayerNorm { .. } => "layer_norm_grad",
             Training::Columns { .. } => "columns",
@@ -115,8 +122,8 @@ impl Training {
     /// How the weights are held that it reads.
     pub(crate) fn format(self) -> Option<Format> {
         match self {
-            Training::Grad(format) => Some(format),
-            Training::Multiply(_) => Some(Format::Plain(DType::F32)),
+            Training::Grad { format, .. } => Some(format),
+            Training::Multiply { .. } => Some(Format::Plain(DType::F32)),
             _ => None,
         }
     }
@@ -127,8 +134,8 @@ impl Training {
         match self {
             Training::Each(each) if each.operand() => &[W, R],
             Training::Each(_) => &[W],
-            Training::Grad(_) if packed => &[W, R, R, R],
-            Training::Multiply(_) | Training::Grad(_) => &[W, R, R],
+            Training::Grad { .. } if packed => &[W, R, R, R],
+            Training::Multiply { .. } | Training::Grad { .. } => &[W, R, R],
             Training::Hold(_) | Training::Total | Training::Squares => &[W, R],
             Training::LayerNorm { stats: true, .. } => &[W, R],
             Training::LayerNorm { stats: false, .. } => &[W, R, R, R],
@@ -161,11 +168,16 @@ impl Training {
                 define(each.name(), 1);
                 define("OPERAND", each.operand().into());
             }
-            Training::Multiply(layout) => {
+            Training::Multiply { layout, .. } => {
+                define("UNROLLED", 4);
                 define("ACROSS_A", (layout == Layout::TransposedTimes).into());
                 define("ACROSS_B", (layout != Layout::TimesTransposed).into());
             }
-            Training::Grad(_) => define("ACROSS_B", 1),
+            Training::Grad { tiled, format } => {
+                define("ACROSS_B", 1);
+                define("UNROLLED", if matches!(format, Format::Packed(_)) { 1 } else { 4 });
+                define("TREE", (!tiled).into());
+            }
             Training::Hold(dtype) => {
                 let (name, unit) = match dtype {
                     DType::F16 => ("F16", "vec2<u32>"),
@@ -212,8 +224,10 @@ impl Training {
         let mut all = vec![Training::CrossEntropy, Training::SoftTargets, Training::Total];
         all.extend([Training::Squares, Training::Scatter]);
         all.extend(Each::ALL.map(Training::Each));
-        all.extend([Layout::Times, Layout::TimesTransposed, Layout::TransposedTimes].map(Training::Multiply));
-        all.extend(formats.map(Training::Grad));
+        for layout in [Layout::Times, Layout::TimesTransposed, Layout::TransposedTimes] {
+            all.extend(both.map(|tiled| Training::Multiply { layout, tiled }));
+        }
+        all.extend(formats.flat_map(|format| both.map(|tiled| Training::Grad { format, tiled })));
         all.extend(crate::weights::DTYPES.map(Training::Hold));
         for stats in both {
             all.extend([64, 256].map(|threads| Training::LayerNorm { stats, threads }));

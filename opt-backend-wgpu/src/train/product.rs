@@ -11,6 +11,10 @@ use crate::{
 use opt_backend::{Layout, Result, check};
 use std::{ops::Range, sync::Arc};
 
+/// Threads of `multiply_apart.wgsl`, and rows of each.
+const APART_THREADS: usize = 64;
+const APART_ROWS: usize = 8;
+
 /// What one dispatch computes.
 struct Piece<'a> {
     a: Slice<'a>,
@@ -97,7 +101,8 @@ impl Gpu {
             }
         }
         let strides = [a.quads(), b.quads()];
-        self.record_pieces(op, Training::Multiply(layout), strides, &out, &pieces)?;
+        let kernel = Training::Multiply { layout, tiled: !self.software };
+        self.record_pieces(op, kernel, strides, &out, &pieces)?;
         Ok(out)
     }
 
@@ -164,7 +169,8 @@ impl Gpu {
             }
         }
         let strides = [dy.quads(), quads(matrix.shape[1])];
-        self.record_pieces(op, Training::Grad(format), strides, &out, &pieces)?;
+        let kernel = Training::Grad { format, tiled: !self.software };
+        self.record_pieces(op, kernel, strides, &out, &pieces)?;
         Ok(out)
     }
 
@@ -214,8 +220,12 @@ impl Gpu {
                 buffers.push(Some(parameters));
                 uniforms.extend(numbers);
             }
-            let groups = (piece.rows.len().div_ceil(TILE) * column_groups) as u64;
-            recorder.dispatch(self, op, Variant::Train(kernel), &uniforms, &buffers, groups)?;
+            let groups = if self.software {
+                (piece.rows.len().div_ceil(APART_ROWS) * quads(piece.columns.len())).div_ceil(APART_THREADS)
+            } else {
+                piece.rows.len().div_ceil(TILE) * column_groups
+            };
+            recorder.dispatch(self, op, Variant::Train(kernel), &uniforms, &buffers, groups as u64)?;
         }
         Ok(())
     }
