@@ -46,6 +46,7 @@ pub mod hub;
 pub mod prompt;
 pub mod quantize;
 pub mod tokenizer;
+pub mod tuning;
 
 pub use callbacks::ProgressFn;
 use decoder::Decoder;
