@@ -8,6 +8,7 @@ mod generate;
 mod quantize;
 mod refusals;
 mod score;
+mod tune;
 
 use serde_json::Value;
 use std::{
