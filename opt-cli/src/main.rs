@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod generate;
 mod inspect;
+mod merge;
 mod model;
 mod out;
 mod progress;
@@ -55,6 +56,8 @@ enum Command {
     Convert(convert::Convert),
     /// Write a model with its weights in few bits, and measure what that costs in accuracy.
     Quantize(Box<quantize::Quantize>),
+    /// Write the model that a model and a LoRA adapter are together.
+    Merge(merge::Merge),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Score(score) => score.run(),
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
+        Command::Merge(merge) => merge.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

@@ -117,6 +117,11 @@ impl<B: Backend> Decoder<B> {
         Ok(backend.gather(&self.embed_tokens, ids)?)
     }
 
+    /// The token table.
+    pub(crate) fn embed_table(&self) -> &B::Table {
+        &self.embed_tokens
+    }
+
     /// The state before the first layer, `[rows, hidden_size]`, of embedded tokens at these positions.
     pub(crate) fn start(&self, b: &B, embedded: B::Tensor, positions: &[u32]) -> Result<B::Tensor> {
         let positions: Vec<u32> = positions.iter().map(|p| p + POSITION_OFFSET as u32).collect();
@@ -268,6 +273,48 @@ impl<B: Backend> Layer<B> {
             h = b.layer_norm(&h, &self.ffn_norm)?;
         }
         Ok(h)
+    }
+}
+
+/// A weight of a decoder.
+pub(crate) enum WeightMut<'a, B: Backend> {
+    Linear(&'a mut B::Linear),
+    Norm(&'a mut B::Norm),
+    Table(&'a mut B::Table),
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Shows every weight, with the canonical name of its module: `layers.0.fc1`.
+    pub(crate) fn visit_mut(
+        &mut self,
+        see: &mut dyn FnMut(&str, WeightMut<'_, B>) -> Result<()>,
+    ) -> Result<()> {
+        see("embed_tokens", WeightMut::Table(&mut self.embed_tokens))?;
+        see("embed_positions", WeightMut::Table(&mut self.embed_positions))?;
+        for (name, linear) in [("project_in", &mut self.project_in), ("project_out", &mut self.project_out)] {
+            linear.as_mut().map_or(Ok(()), |linear| see(name, WeightMut::Linear(linear)))?;
+        }
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let Layer { attn_norm, q, k, v, out, ffn_norm, fc1, fc2 } = layer;
+            let linears = [
+                ("self_attn.q_proj", q),
+                ("self_attn.k_proj", k),
+                ("self_attn.v_proj", v),
+                ("self_attn.out_proj", out),
+                ("fc1", fc1),
+                ("fc2", fc2),
+            ];
+            for (name, linear) in linears {
+                see(&format!("layers.{index}.{name}"), WeightMut::Linear(linear))?;
+            }
+            for (name, norm) in [("self_attn_layer_norm", attn_norm), ("final_layer_norm", ffn_norm)] {
+                see(&format!("layers.{index}.{name}"), WeightMut::Norm(norm))?;
+            }
+        }
+        self.final_layer_norm
+            .as_mut()
+            .map_or(Ok(()), |norm| see("final_layer_norm", WeightMut::Norm(norm)))?;
+        self.lm_head.as_mut().map_or(Ok(()), |head| see("lm_head", WeightMut::Table(head)))
     }
 }
 

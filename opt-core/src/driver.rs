@@ -19,7 +19,10 @@ pub(crate) const MAX_ROWS: usize = 512;
 /// One request under way.
 pub(crate) struct Active {
     pub(crate) strategy: Box<dyn Strategy>,
-    pub(crate) assistant: Option<Arc<dyn Engine>>,
+    /// The model that drafts, and what it wears.
+    pub(crate) assistant: Option<(Arc<dyn Engine>, Option<Arc<str>>)>,
+    /// What the model wears.
+    pub(crate) adapter: Option<Arc<str>>,
     pub(crate) embeds: Option<Array2<f32>>,
     /// A session's cache: holds the first tokens of the prompt.
     pub(crate) start: Option<KvCache>,
@@ -176,7 +179,7 @@ impl Driver {
                     (ModelRole::Target, _) => {
                         target.push(Job::new(&*self.engine, request, run, (index, at))?)
                     }
-                    (ModelRole::Assistant, Some(engine)) => {
+                    (ModelRole::Assistant, Some((engine, _))) => {
                         let engine = Arc::clone(engine);
                         draft.push(Job::new(&*engine, request, run, (index, at))?);
                     }
@@ -188,7 +191,7 @@ impl Driver {
                     }
                 }
             }
-            if let Some(engine) = request.assistant.clone().filter(|_| !draft.is_empty()) {
+            if let Some((engine, _)) = request.assistant.clone().filter(|_| !draft.is_empty()) {
                 run_jobs(&*engine, &mut draft, &cancels, watch.as_deref_mut()).await?;
                 finish_jobs(draft, std::slice::from_mut(request), index, &mut replies)?;
             }
@@ -238,6 +241,7 @@ struct Job {
     slot: usize,
     prompt: bool,
     cache: KvCache,
+    adapter: Option<Arc<str>>,
     keep_cache: bool,
     /// Everything to run, embeddings first.
     embeds: Option<Array2<f32>>,
@@ -284,6 +288,10 @@ impl Job {
             slot: run.slot,
             prompt: run.prompt,
             cache,
+            adapter: match run.model {
+                ModelRole::Target => request.adapter.clone(),
+                ModelRole::Assistant => request.assistant.as_ref().and_then(|(_, adapter)| adapter.clone()),
+            },
             keep_cache: request.use_cache,
             embeds: with_embeds,
             tokens,
@@ -319,8 +327,8 @@ impl Job {
             ScoreNeed::Full => Want::Logits { rows: wanted },
         };
         let hidden = if self.need.hidden { Hidden::Last } else { Hidden::None };
-        let cache = Some(&mut self.cache);
-        (len, Sequence { cache, hidden, ..Sequence::new(input).want(want) })
+        let (cache, adapter) = (Some(&mut self.cache), self.adapter.as_deref());
+        (len, Sequence { cache, hidden, adapter, ..Sequence::new(input).want(want) })
     }
 
     fn take(&mut self, len: usize, output: Output) -> Result<()> {

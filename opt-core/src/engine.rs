@@ -5,11 +5,14 @@
 
 mod cache;
 mod local;
+mod wardrobe;
 
 pub use cache::KvCache;
 pub use local::LocalEngine;
 pub(crate) use local::check_vocabulary;
 pub use opt_backend::BoxFuture;
+pub use wardrobe::LoadedAdapter;
+pub(crate) use wardrobe::{Front, Piece, Wardrobe, find as find_adapter};
 
 use crate::{CancelToken, ProgressFn, Result, config::OptConfig};
 use ndarray::{Array2, Array3, ArrayView2};
@@ -26,6 +29,11 @@ pub trait Engine: MaybeSend + MaybeSync {
     /// Default bodies called and transfers made so far.
     fn counts(&self) -> Counts;
 
+    /// The adapters that sequences may wear.
+    fn adapters(&self) -> &[LoadedAdapter] {
+        &[]
+    }
+
     /// An empty cache for one sequence.
     ///
     /// # Errors
@@ -38,7 +46,8 @@ pub trait Engine: MaybeSend + MaybeSync {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Prompt`] for ids outside the vocabulary, embeddings of another width, or positions past
-    /// the context; [`crate::ErrorKind::Cancelled`]; [`crate::ErrorKind::Backend`].
+    /// the context; [`crate::ErrorKind::Option`] for an adapter that is not loaded, or is not the cache's;
+    /// [`crate::ErrorKind::Cancelled`]; [`crate::ErrorKind::Backend`].
     fn forward<'a>(&'a self, batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>>;
 
     /// [`Engine::forward`], waiting for it.
@@ -63,7 +72,10 @@ pub struct Forward<'a> {
 pub struct Sequence<'a> {
     /// What to run.
     pub input: Input<'a>,
-    /// Positions of the tokens, each below the context; `None` continues from the cache's length.
+    /// The adapter it wears; `None` is the model as it is. What a cache holds belongs to the adapter it was made with.
+    pub adapter: Option<&'a str>,
+    /// Positions of the tokens, each below the context; `None` continues from the cache's length. They are counted
+    /// from behind the virtual tokens of an adapter.
     pub positions: Option<&'a [u32]>,
     /// What came before; receives the new keys and values. Without one the sequence begins and ends here.
     pub cache: Option<&'a mut KvCache>,
@@ -80,12 +92,20 @@ impl<'a> Sequence<'a> {
     pub fn new(input: impl Into<Input<'a>>) -> Self {
         Self {
             input: input.into(),
+            adapter: None,
             positions: None,
             cache: None,
             want: Want::Nothing,
             hidden: Hidden::None,
             attentions: false,
         }
+    }
+
+    /// Sets the adapter it wears.
+    #[must_use]
+    pub fn adapter(mut self, name: Option<&'a str>) -> Self {
+        self.adapter = name;
+        self
     }
 
     /// Sets what is wanted of the last rows.

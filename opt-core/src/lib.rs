@@ -36,6 +36,7 @@ mod score;
 mod session;
 mod stream;
 
+pub mod adapter;
 pub mod backends;
 pub mod checkpoint;
 pub mod config;
@@ -51,7 +52,7 @@ pub use callbacks::ProgressFn;
 use decoder::Decoder;
 pub use error::{Error, ErrorKind, Result};
 pub use opt::{Load, Opt};
-pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, TargetScore, TopK, ndarray};
+pub use opt_backend::{Activation, Backend, CacheDType, DType, Info, TargetScore, TopK, Train, ndarray};
 pub use progress::{CancelToken, Progress};
 pub use request::{Generated, GeneratedSequence, Prompt, Request};
 pub use score::{ScoreInput, Scored};

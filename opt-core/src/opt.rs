@@ -1,11 +1,14 @@
 use crate::{
     CancelToken, Error, ErrorKind, Generated, Progress, ProgressFn, Prompt, Request, Result, Session,
     StreamToken, TokenStream,
+    adapter::{Adapter, AdapterSource},
     backends::{self, BackendOptions, Chosen},
     checkpoint::Checkpoint,
     config::OptConfig,
     driver::{Active, Driver, Slots},
-    engine::{Engine, Forward, Hidden, KvCache, LocalEngine, Output, Sequence, Want},
+    engine::{
+        Engine, Forward, Hidden, KvCache, LoadedAdapter, LocalEngine, Output, Sequence, Want, find_adapter,
+    },
     generation::{
         Extras, GenerationConfig, Method, ProcessorChain, Request as StrategyRequest, StopStrings, Stopping,
         strategy,
@@ -16,7 +19,7 @@ use crate::{
     tokenizer::Tokenizer,
 };
 use ndarray::{Array2, Array3};
-use opt_backend::{Backend, DType, Info, MaybeSend, MaybeSync};
+use opt_backend::{DType, Info, MaybeSend, MaybeSync, Train};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -42,6 +45,8 @@ pub struct Opt {
     generation: Arc<GenerationConfig>,
     warnings: Arc<Vec<String>>,
     weights: Arc<str>,
+    /// What requests wear that do not say.
+    adapter: Option<LoadedAdapter>,
     token_bytes: Arc<OnceLock<Arc<Vec<Vec<u8>>>>>,
 }
 
@@ -60,6 +65,7 @@ pub(crate) trait MakeEngine: MaybeSend {
         self: Box<Self>,
         checkpoint: &Checkpoint,
         holding: &Holding,
+        adapters: &[Adapter],
         cancel: Option<&CancelToken>,
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>>;
@@ -72,20 +78,25 @@ pub(crate) trait MakeEngine: MaybeSend {
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()>;
 }
 
-impl<B: Backend> MakeEngine for B {
+impl<B: Train> MakeEngine for B {
     fn make(
         self: Box<Self>,
         checkpoint: &Checkpoint,
         holding: &Holding,
+        adapters: &[Adapter],
         cancel: Option<&CancelToken>,
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>> {
-        Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?))
+        if adapters.is_empty() {
+            return Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?));
+        }
+        let engine = LocalEngine::load_adapted(*self, checkpoint, holding, adapters, cancel, progress)?;
+        Ok(Arc::new(engine))
     }
 
     #[cfg(feature = "quantize")]
     fn info(&self) -> Info {
-        Backend::info(self)
+        opt_backend::Backend::info(self)
     }
 
     fn walk(&self, job: &mut WalkJob<'_>) -> Result<()> {
@@ -104,13 +115,14 @@ impl<B: Backend> MakeEngine for B {
 pub struct Load<'a> {
     engine: Option<Box<dyn MakeEngine>>,
     holding: Holding,
+    adapters: Vec<AdapterSource>,
     cancel: Option<CancelToken>,
     progress: Option<&'a mut ProgressFn<'a>>,
 }
 
 impl<'a> Load<'a> {
     /// Loads on a backend of the caller's.
-    pub fn on(backend: impl Backend) -> Self {
+    pub fn on(backend: impl Train) -> Self {
         Self { engine: Some(Box::new(backend)), ..Self::default() }
     }
 
@@ -138,6 +150,16 @@ impl<'a> Load<'a> {
     #[must_use]
     pub fn replace(mut self, weights: Arc<QuantizedWeights>) -> Self {
         self.holding.given = Some(weights);
+        self
+    }
+
+    /// Loads an adapter beside the model: an [`Adapter`], or the directory of one, by whose name it is then called. There
+    /// may be several. Nothing wears one unless it asks for it: see [`Opt::adapted`] and [`Request::adapter`].
+    ///
+    /// Low-rank terms stay beside the weights, which stay as they are, quantized or not.
+    #[must_use]
+    pub fn adapter(mut self, adapter: impl Into<AdapterSource>) -> Self {
+        self.adapters.push(adapter.into());
         self
     }
 
@@ -171,7 +193,7 @@ impl Opt {
     /// # Errors
     /// [`ErrorKind::NotFound`], [`ErrorKind::Config`], [`ErrorKind::Checkpoint`] or [`ErrorKind::Tokenizer`], naming
     /// the file; [`ErrorKind::Cancelled`]; [`ErrorKind::Backend`]; [`ErrorKind::Option`] for weights that cannot be
-    /// quantized as asked.
+    /// quantized as asked; those of [`Adapter::open`] and [`Adapter::check`].
     pub fn load(path: impl AsRef<Path>, load: Load<'_>) -> Result<Self> {
         let path = path.as_ref();
         let checkpoint = Checkpoint::open(path)?;
@@ -204,6 +226,11 @@ impl Opt {
         let mut warnings: Vec<String> = checkpoint.validate()?.iter().map(ToString::to_string).collect();
         let config = checkpoint.config();
         load.holding.check(checkpoint)?;
+        let adapters: Vec<Adapter> =
+            load.adapters.into_iter().map(AdapterSource::open).collect::<Result<_>>()?;
+        for adapter in &adapters {
+            warnings.extend(adapter.check(config)?);
+        }
         if let Some(tokenizer) = tokenizer.as_ref().filter(|t| t.vocab_size() > config.vocab_size) {
             warnings.push(format!(
                 "the tokenizer knows {} tokens, the model {}: some texts will not run",
@@ -222,13 +249,14 @@ impl Opt {
             Some(layout) => layout,
             None => load.holding.name(),
         };
-        let engine = backend.make(checkpoint, &load.holding, load.cancel.as_ref(), progress)?;
+        let engine = backend.make(checkpoint, &load.holding, &adapters, load.cancel.as_ref(), progress)?;
         Ok(Self {
             engine,
             tokenizer,
             generation: Arc::new(generation),
             warnings: Arc::new(warnings),
             weights: weights.into(),
+            adapter: None,
             token_bytes: Arc::default(),
         })
     }
@@ -261,6 +289,40 @@ impl Opt {
     /// What the backend found on this machine.
     pub fn info(&self) -> Info {
         self.engine.info()
+    }
+
+    /// The adapters that were loaded beside the model.
+    pub fn adapters(&self) -> &[LoadedAdapter] {
+        self.engine.adapters()
+    }
+
+    /// The same model wearing this adapter in all that it does, unless a request asks for another.
+    ///
+    /// ```no_run
+    /// use opt_core::{Load, Opt};
+    ///
+    /// let opt = Opt::load("opt-125m", Load::default().adapter("adapters/poems").adapter("adapters/recipes"))?;
+    /// let (poems, recipes) = (opt.adapted("poems")?, opt.adapted("recipes")?);
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for one that is not loaded.
+    pub fn adapted(&self, name: &str) -> Result<Self> {
+        let loaded = self.adapters();
+        let adapter = loaded.get(find_adapter(loaded, name)?).cloned();
+        Ok(Self { adapter, ..self.clone() })
+    }
+
+    /// The adapter that all of this wears; see [`Opt::adapted`].
+    pub fn adapter(&self) -> Option<&str> {
+        self.adapter.as_ref().map(|adapter| &*adapter.name)
+    }
+
+    /// Tokens that a sequence may have: the model's positions less the virtual tokens of the adapter it wears.
+    pub fn context(&self) -> usize {
+        let front = self.adapter.as_ref().map_or(0, |adapter| adapter.virtual_tokens);
+        self.config().max_position_embeddings.saturating_sub(front)
     }
 
     /// The model on its backend, for work that the methods here do not cover.
@@ -399,6 +461,7 @@ impl Opt {
     }
 
     async fn run_one<'a>(&'a self, sequence: Sequence<'a>) -> Result<Output> {
+        let sequence = sequence.adapter(self.adapter());
         if sequence.input.is_empty() {
             return Err(Error::new(ErrorKind::Prompt, "expected at least one token, found none"));
         }
@@ -408,6 +471,10 @@ impl Opt {
 
     /// Everything a request needs to run. `start` is a cache that holds the first tokens of the prompt.
     pub(crate) fn prepare(&self, request: Request, start: Option<KvCache>) -> Result<(Active, Head)> {
+        if let Some(name) = request.adapter.as_deref().filter(|name| self.adapter() != Some(name)) {
+            let request = Request { adapter: None, ..request.clone() };
+            return self.adapted(name)?.prepare(request, start);
+        }
         let Request { prompt, config, hooks, assistant, bos, overflow, .. } = request;
         let config = config.over(&self.generation);
         let (ids, embeds) = match prompt {
@@ -415,7 +482,7 @@ impl Opt {
             Prompt::Ids(ids) => (ids, None),
             Prompt::Embeds(rows) => (Vec::new(), Some(rows)),
         };
-        let context = self.config().max_position_embeddings;
+        let context = self.context();
         let new_tokens = config.max_new_tokens.unwrap_or(20);
         let bos_id = self.tokenizer.as_ref().filter(|t| t.adds_bos()).and_then(Tokenizer::bos_id);
         // A prompt that is cut leaves room for what is to be generated; one token of it stays in any case.
@@ -435,7 +502,8 @@ impl Opt {
             has_assistant: assistant.is_some(),
         };
         let embeds_len = embeds.as_ref().map_or(0, Array2::nrows);
-        let (settings, warnings) = config.resolve(self.config(), &ids, embeds_len, &extras)?;
+        let model = OptConfig { max_position_embeddings: context, ..self.config().clone() };
+        let (settings, warnings) = config.resolve(&model, &ids, embeds_len, &extras)?;
         if let Some(assistant) = &assistant {
             self.check_assistant(assistant, embeds_len, settings.max_length)?;
         }
@@ -453,7 +521,9 @@ impl Opt {
         let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
-            assistant: assistant.map(|assistant| assistant.engine),
+            assistant: assistant
+                .map(|assistant| (assistant.engine, assistant.adapter.map(|adapter| adapter.name))),
+            adapter: self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.name)),
             embeds,
             start,
             cache_dtype: request.cache_dtype,
@@ -485,7 +555,7 @@ impl Opt {
             return Err(Error::new(ErrorKind::Option, message));
         }
         // The last token is the target's, and the one before it is drafted but not run.
-        let (least, found) = (max_length.saturating_sub(2), assistant.config().max_position_embeddings);
+        let (least, found) = (max_length.saturating_sub(2), assistant.context());
         if found < least {
             let message = format!(
                 "assistant model: expected a context of at least {least} tokens for this request, found {found}"

@@ -76,6 +76,9 @@ pub struct Request {
     pub hooks: Hooks,
     /// Draft model of assisted decoding; must share the tokenizer.
     pub assistant: Option<Opt>,
+    /// The adapter that the model wears for it; `None` is what the [`Opt`] wears, which is nothing unless it came from
+    /// [`Opt::adapted`].
+    pub adapter: Option<String>,
     /// Whether BOS is put in front of a text.
     pub bos: Bos,
     /// What happens to a prompt longer than the context.
@@ -100,6 +103,7 @@ impl Request {
             config: GenerationConfig::default(),
             hooks: Hooks::default(),
             assistant: None,
+            adapter: None,
             bos: Bos::default(),
             overflow: Overflow::default(),
             top_alternatives: 0,
@@ -145,6 +149,13 @@ impl Request {
     #[must_use]
     pub fn assistant(mut self, assistant: Opt) -> Self {
         self.assistant = Some(assistant);
+        self
+    }
+
+    /// Lets the model wear an adapter that was loaded beside it, by its name.
+    #[must_use]
+    pub fn adapter(mut self, name: impl Into<String>) -> Self {
+        self.adapter = Some(name.into());
         self
     }
 

@@ -122,7 +122,9 @@ impl Opt {
         let sequences = inputs.iter().map(|input| {
             // The last token is only ever a target.
             let run = input.ids.len().saturating_sub(1);
-            Sequence::new(&input.ids[..run]).want(Want::LogProbs { targets: &input.ids[input.from..] })
+            Sequence::new(&input.ids[..run])
+                .want(Want::LogProbs { targets: &input.ids[input.from..] })
+                .adapter(self.adapter())
         });
         let batch = Forward { sequences: sequences.collect(), cancel: Some(cancel), watch: None };
         let outputs = self.engine().forward(batch).await?;
@@ -142,7 +144,7 @@ impl Opt {
 
     fn check_score_input(&self, input: &ScoreInput) -> Result<()> {
         let len = input.ids.len();
-        let context = self.config().max_position_embeddings;
+        let context = self.context();
         let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
         if len == 0 {
             return fail("expected at least one token, found none".to_owned());

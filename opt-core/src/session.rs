@@ -60,7 +60,7 @@ impl Session {
     pub async fn append_async(&mut self, prompt: impl Into<Prompt>) -> Result<()> {
         let mut ids = self.ids.clone();
         ids.extend(self.encode(prompt.into(), Bos::Model)?);
-        let context = self.opt.config().max_position_embeddings;
+        let context = self.opt.context();
         if ids.len() > context {
             let message =
                 format!("session: expected at most {context} tokens (the context), found {}", ids.len());
@@ -73,7 +73,7 @@ impl Session {
         let mut result = Ok(Vec::new());
         let before = cache.len();
         for piece in ids[before..].chunks(crate::driver::MAX_ROWS) {
-            let mut sequence = Sequence::new(piece);
+            let mut sequence = Sequence::new(piece).adapter(self.opt.adapter());
             sequence.cache = Some(&mut cache);
             let batch = Forward { sequences: vec![sequence], ..Forward::default() };
             result = self.opt.engine().forward(batch).await;
@@ -187,8 +187,11 @@ impl Session {
             None => Vec::new(),
         };
         let probe = self.probe().await?;
-        let metadata =
+        let mut metadata =
             HashMap::from([("format".to_owned(), FORMAT.to_owned()), ("config".to_owned(), self.shape())]);
+        if let Some(adapter) = self.opt.adapter() {
+            metadata.insert("adapter".to_owned(), adapter.to_owned());
+        }
         let write = || -> std::result::Result<Vec<u8>, Box<dyn std::error::Error + Send + Sync>> {
             let mut tensors = vec![
                 ("ids".to_owned(), TensorView::new(Dtype::U32, vec![self.ids.len()], cast_slice(&self.ids))?),
@@ -222,6 +225,14 @@ impl Session {
         if metadata.get("config") != Some(&session.shape()) {
             return Err(damaged("it was saved with a model of another shape"));
         }
+        let adapter = metadata.get("adapter").map(String::as_str);
+        if adapter != opt.adapter() {
+            let shown = |name: Option<&str>| name.map_or("none".to_owned(), |name| format!("{name:?}"));
+            let message = format!("expected adapter {}, found {}", shown(opt.adapter()), shown(adapter));
+            return Err(damaged(&message));
+        }
+        // Virtual tokens are in the cache as well.
+        let front = opt.config().max_position_embeddings - opt.context();
         let numbers = |name: &str, dtype: Dtype| {
             let view = file.tensor(name).map_err(|e| damaged(&format!("{name}: {e}")))?;
             if view.dtype() != dtype {
@@ -255,7 +266,7 @@ impl Session {
                     let &[rows, width] = &shape[..] else {
                         return Err(damaged(&format!("{name}: {shape:?}")));
                     };
-                    if rows > session.ids.len() || width != opt.config().hidden_size {
+                    if rows > session.ids.len() + front || rows < front || width != opt.config().hidden_size {
                         return Err(damaged(&format!("{name}: unexpected shape {shape:?}")));
                     }
                     Array2::from_shape_vec((rows, width), data).map_err(|e| damaged(&e.to_string()))
@@ -264,6 +275,9 @@ impl Session {
             }
             let mut cache = opt.engine().new_cache(Default::default())?;
             cache.seed(&layers)?;
+            let name =
+                opt.adapters().iter().map(|loaded| &loaded.name).find(|name| Some(&***name) == adapter);
+            cache.wear(name.cloned(), front);
             session.cache = Some(cache);
         }
         Ok(session)
@@ -280,7 +294,7 @@ impl Session {
     /// A few logits, less their mean, by which the model is told from another of the same shape.
     async fn probe(&self) -> Result<Vec<f32>> {
         let config = self.opt.config();
-        let count = config.max_position_embeddings.min(4) as u32;
+        let count = self.opt.context().min(4) as u32;
         let ids: Vec<u32> = (0..count).map(|id| id % config.vocab_size.max(1) as u32).collect();
         let logits = self.opt.logits_async(&ids).await?;
         let rows = logits.outer_iter().flat_map(|row| {

@@ -61,7 +61,7 @@ impl Format {
     }
 
     /// By a file's first bytes.
-    fn sniff(file: &[u8]) -> Self {
+    pub(super) fn sniff(file: &[u8]) -> Self {
         // A safetensors header starts at byte 8 with a brace; in MessagePack that byte is inside a name or a length.
         match (zip::is_zip(file), file.get(8), file.first()) {
             (true, ..) => Format::Pickle,
@@ -71,7 +71,7 @@ impl Format {
         }
     }
 
-    fn read(self, source: &Source) -> Result<Vec<Entry>> {
+    pub(super) fn read(self, source: &Source) -> Result<Vec<Entry>> {
         let read = match self {
             Format::Safetensors => safetensors::read,
             Format::Pickle => pickle::read,

@@ -10,12 +10,22 @@ pub struct KvCache {
     inner: Box<dyn ErasedCache>,
     spec: CacheSpec,
     len: usize,
+    /// Positions before those of the tokens: an adapter's.
+    front: usize,
+    /// What the tokens wore.
+    adapter: Option<Arc<str>>,
 }
 
 impl KvCache {
     pub(super) fn new<B: Backend>(backend: Arc<B>, spec: CacheSpec) -> Result<Self> {
         let cache = backend.new_cache(spec)?;
-        Ok(Self { inner: Box::new(BackendCache { backend, cache, layers: spec.layers }), spec, len: 0 })
+        Ok(Self {
+            inner: Box::new(BackendCache { backend, cache, layers: spec.layers }),
+            spec,
+            len: 0,
+            front: 0,
+            adapter: None,
+        })
     }
 
     /// Layers, heads and width of a head.
@@ -23,7 +33,7 @@ impl KvCache {
         [self.spec.layers, self.spec.heads, self.spec.head_dim]
     }
 
-    /// Positions held.
+    /// Positions held, those of an adapter's virtual tokens not counted.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -38,20 +48,21 @@ impl KvCache {
     /// # Errors
     /// [`crate::ErrorKind::Backend`] if the device fails.
     pub fn fork(&self) -> Result<Self> {
-        Ok(Self { inner: self.inner.fork()?, spec: self.spec, len: self.len })
+        let Self { inner, spec, len, front, adapter } = self;
+        Ok(Self { inner: inner.fork()?, spec: *spec, len: *len, front: *front, adapter: adapter.clone() })
     }
 
-    /// Forgets all but the first `len` positions.
+    /// Forgets all but the first `len` positions (and those of virtual tokens, which stay).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Backend`] if the device fails.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        self.inner.truncate(len)?;
+        self.inner.truncate(self.front.saturating_add(len))?;
         self.len = self.len.min(len);
         Ok(())
     }
 
-    /// Keys and values of each layer, each `[positions, hidden_size]`.
+    /// Keys and values of each layer, each `[positions, hidden_size]`, those of virtual tokens first.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Backend`] if the device fails.
@@ -89,13 +100,39 @@ impl KvCache {
         Ok(())
     }
 
+    /// Positions of virtual tokens.
+    pub(crate) fn front(&self) -> usize {
+        self.front
+    }
+
+    /// What the tokens wore.
+    pub(crate) fn adapter(&self) -> Option<&Arc<str>> {
+        self.adapter.as_ref()
+    }
+
+    /// Says of what was appended so far that it was made wearing an adapter, with so many virtual tokens in front.
+    pub(crate) fn wear(&mut self, adapter: Option<Arc<str>>, front: usize) {
+        self.len = (self.len + self.front).saturating_sub(front);
+        self.front = front;
+        self.adapter = adapter;
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&mut self) -> Result<()> {
+        self.inner.truncate(0)?;
+        (self.len, self.front, self.adapter) = (0, 0, None);
+        Ok(())
+    }
+
     /// The backend's own cache, if this is one of `B`'s. Appending to it must be reported by [`KvCache::grow`].
     pub(super) fn downcast<B: Backend>(&mut self) -> Option<&mut B::Cache> {
         self.inner.as_any_mut().downcast_mut::<BackendCache<B>>().map(|cache| &mut cache.cache)
     }
 
-    pub(super) fn grow(&mut self, rows: usize) {
+    /// Counts new positions, and says what they wore and how many virtual tokens stand before all of them.
+    pub(super) fn grow(&mut self, rows: usize, adapter: Option<Arc<str>>, front: usize) {
         self.len += rows;
+        (self.front, self.adapter) = (front, adapter);
     }
 }
 

@@ -1,13 +1,19 @@
-use super::{BoxFuture, Engine, Forward, Hidden, Input, KvCache, Output, Want};
+use super::{
+    BoxFuture, Engine, Forward, Front, Hidden, Input, KvCache, LoadedAdapter, Output, Piece, Want, Wardrobe,
+    find_adapter,
+};
 use crate::{
     CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result,
+    adapter::{Adapted, Adapter, Loaded},
     checkpoint::Checkpoint,
     config::OptConfig,
     decoder::{Rows, Trace},
     quantize::Holding,
 };
 use ndarray::{Array2, Array3, s};
-use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK};
+use opt_backend::{
+    Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK, Train,
+};
 use std::{ops::Range, sync::Arc};
 
 /// A decoder together with the backend that keeps its weights.
@@ -15,6 +21,8 @@ pub struct LocalEngine<B: Backend> {
     backend: Arc<B>,
     decoder: Decoder<B>,
     config: OptConfig,
+    /// Adapters that sequences may wear; their terms lie beside the decoder's weights.
+    wardrobe: Option<Box<dyn Wardrobe<B>>>,
 }
 
 impl<B: Backend> LocalEngine<B> {
@@ -59,14 +67,74 @@ impl<B: Backend> LocalEngine<B> {
         };
         let decoder = Decoder::load(&backend, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
         taken("")?;
-        Ok(Self { backend: Arc::new(backend), decoder, config })
+        Ok(Self { backend: Arc::new(backend), decoder, config, wardrobe: None })
     }
 
-    /// Runs a batch. The caches are not yet told how many rows they grew by.
-    async fn run(&self, batch: &mut Forward<'_>) -> Result<Vec<Output>> {
+    /// Runs a batch. The caches are not yet told how many rows they grew by; what they must be told is in the plan.
+    async fn run(&self, batch: &mut Forward<'_>, worn: &mut Vec<Wear>) -> Result<Vec<Output>> {
+        for sequence in &mut batch.sequences {
+            // An empty cache has virtual tokens of no use to another adapter.
+            if let Some(cache) = sequence.cache.as_deref_mut()
+                && cache.is_empty()
+                && cache.adapter().map(|name| &**name) != sequence.adapter
+            {
+                cache.clear()?;
+            }
+        }
         let plan = self.check(batch)?;
-        let embedded = self.embed(&batch.sequences).await?;
+        worn.clone_from(&plan.worn);
+        let embedded = match &self.wardrobe {
+            Some(wardrobe) => {
+                wardrobe.embed(&self.backend, self.decoder.embed_table(), &plan.pieces(&batch.sequences))?
+            }
+            None => self.embed(&batch.sequences).await?,
+        };
         self.enqueue(batch, plan, embedded)?.wait(&batch.sequences).await
+    }
+
+    /// The adapters that sequences may wear.
+    fn adapters(&self) -> &[LoadedAdapter] {
+        self.wardrobe.as_ref().map_or(&[], |wardrobe| wardrobe.adapters())
+    }
+
+    /// What a sequence wears, and what is to be put before its tokens in this pass.
+    fn wear(&self, sequence: &super::Sequence<'_>) -> Result<Wear> {
+        let adapter = sequence.adapter.map(|name| find_adapter(self.adapters(), name)).transpose()?;
+        let name =
+            adapter.and_then(|index| self.adapters().get(index)).map(|adapter| Arc::clone(&adapter.name));
+        let held = sequence.cache.as_ref().map_or(0, |cache| cache.front() + cache.len());
+        if let Some(cache) = sequence.cache.as_ref().filter(|_| held > 0)
+            && cache.adapter() != name.as_ref()
+        {
+            let shown = |name: Option<&Arc<str>>| match name {
+                Some(name) => format!("adapter {name:?}"),
+                None => "no adapter".to_owned(),
+            };
+            let message = format!(
+                "expected {} as in what the cache holds, found {}",
+                shown(cache.adapter()),
+                shown(name.as_ref())
+            );
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        let mut wear = Wear { adapter, name, ..Wear::default() };
+        let front = match (&self.wardrobe, adapter) {
+            (Some(wardrobe), Some(index)) => wardrobe.front(index),
+            _ => Front::Nothing,
+        };
+        match front {
+            _ if held > 0 => wear.front = sequence.cache.as_ref().map_or(0, |cache| cache.front()),
+            Front::Nothing => {}
+            Front::Prefix(layers) => {
+                wear.front = layers.first().map_or(0, |layer| layer.keys.nrows());
+                wear.seed = true;
+            }
+            Front::Prompt(tokens) => {
+                wear.front = tokens;
+                wear.run = tokens;
+            }
+        }
+        Ok(wear)
     }
 
     /// Starts the work; what is left to wait for is in the result.
@@ -99,7 +167,8 @@ impl<B: Backend> LocalEngine<B> {
         let wanted = (plan.wanted.len() < plan.positions.len()).then_some(&plan.wanted[..]);
         let rows = Rows { positions: &plan.positions, spans: &plan.spans, wanted };
         let last = {
-            let mut caches = Caches::new(backend, &mut batch.sequences)?;
+            let mut made = Vec::new();
+            let mut caches = self.caches(&mut batch.sequences, &plan.worn, &mut made)?;
             self.decoder.forward(backend, embedded, rows, caches.get(), trace)?
         };
 
@@ -196,11 +265,11 @@ impl<B: Backend> LocalEngine<B> {
     fn check(&self, batch: &Forward<'_>) -> Result<BatchPlan> {
         let config = &self.config;
         let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
-        let mut plan = BatchPlan {
-            spans: Span::lay_out(batch.sequences.iter().map(|s| s.input.len())),
-            ..Default::default()
-        };
-        for (sequence, span) in batch.sequences.iter().zip(&plan.spans) {
+        let worn: Vec<Wear> =
+            batch.sequences.iter().map(|sequence| self.wear(sequence)).collect::<Result<_>>()?;
+        let lengths = batch.sequences.iter().zip(&worn).map(|(s, wear)| wear.run + s.input.len());
+        let mut plan = BatchPlan { spans: Span::lay_out(lengths), worn, ..Default::default() };
+        for ((sequence, span), wear) in batch.sequences.iter().zip(&plan.spans).zip(&plan.worn) {
             let shape = [config.num_hidden_layers, config.num_attention_heads, config.head_dim()];
             if let Some(found) = sequence.cache.as_ref().map(|c| c.shape()).filter(|found| *found != shape) {
                 let message = format!(
@@ -209,12 +278,14 @@ impl<B: Backend> LocalEngine<B> {
                 return Err(Error::new(ErrorKind::Option, message));
             }
             let past = sequence.cache.as_ref().map_or(0, |cache| cache.len());
-            let (len, most) = (span.len, config.max_position_embeddings);
+            let (len, front) = (sequence.input.len(), wear.front);
+            let most = config.max_position_embeddings.saturating_sub(front);
+            let context = match front {
+                0 => "the context".to_owned(),
+                front => format!("the context less {front} virtual tokens"),
+            };
             if past + len > most {
-                return fail(format!(
-                    "expected at most {most} positions (the context), found {}",
-                    past + len
-                ));
+                return fail(format!("expected at most {most} positions ({context}), found {}", past + len));
             }
             match sequence.input {
                 Input::Ids(ids) => check_vocabulary(ids, config.vocab_size)?,
@@ -231,6 +302,8 @@ impl<B: Backend> LocalEngine<B> {
             if rows > len {
                 return fail(format!("expected to be asked about at most {len} rows, found {rows}"));
             }
+            plan.positions.extend((0..wear.run).map(|p| p as u32));
+            let past = front + past;
             match sequence.positions {
                 None => plan.positions.extend((past..past + len).map(|p| p as u32)),
                 Some(positions) if positions.len() != len => {
@@ -241,18 +314,36 @@ impl<B: Backend> LocalEngine<B> {
                 }
                 Some(positions) => {
                     if let Some(found) = positions.iter().find(|p| **p as usize >= most) {
-                        return fail(format!("expected positions below {most} (the context), found {found}"));
+                        return fail(format!("expected positions below {most} ({context}), found {found}"));
                     }
-                    plan.positions.extend(positions);
+                    plan.positions.extend(positions.iter().map(|p| p + front as u32));
                 }
             }
             let kept = if sequence.hidden == Hidden::None { rows } else { len };
             let first = plan.wanted.len();
-            plan.wanted.extend(span.start + len - kept..span.start + len);
+            let end = span.start + span.len;
+            plan.wanted.extend(end - kept..end);
             plan.kept.push(first..first + kept);
             plan.scored.push(first + kept - rows..first + kept);
         }
         Ok(plan)
+    }
+}
+
+impl<B: Train> LocalEngine<Adapted<B>> {
+    /// [`LocalEngine::load_as`], with adapters that sequences may wear.
+    pub(crate) fn load_adapted(
+        backend: B,
+        checkpoint: &Checkpoint,
+        holding: &Holding,
+        adapters: &[Adapter],
+        cancel: Option<&CancelToken>,
+        progress: Option<&mut ProgressFn<'_>>,
+    ) -> Result<Self> {
+        let mut engine = Self::load_as(Adapted { inner: backend }, checkpoint, holding, cancel, progress)?;
+        let loaded = Loaded::attach(&engine.backend, &mut engine.decoder, checkpoint, holding, adapters)?;
+        engine.wardrobe = Some(Box::new(loaded));
+        Ok(engine)
     }
 }
 
@@ -308,6 +399,37 @@ struct BatchPlan {
     kept: Vec<Range<usize>>,
     /// For each sequence, those of them that go through the LM head.
     scored: Vec<Range<usize>>,
+    /// For each sequence, its adapter.
+    worn: Vec<Wear>,
+}
+
+/// The adapter of a sequence.
+#[derive(Debug, Clone, Default)]
+struct Wear {
+    adapter: Option<usize>,
+    name: Option<Arc<str>>,
+    /// Positions of virtual tokens, there already or from this pass on.
+    front: usize,
+    /// Whether their keys and values must be put into the cache first.
+    seed: bool,
+    /// How many of them are rows of this pass, before the sequence's own.
+    run: usize,
+}
+
+impl BatchPlan {
+    /// Where the rows come from.
+    fn pieces<'a>(&self, sequences: &[super::Sequence<'a>]) -> Vec<(Piece<'a>, Option<usize>)> {
+        let each = sequences.iter().zip(&self.worn);
+        each.flat_map(|(sequence, wear)| {
+            let own = match sequence.input {
+                Input::Ids(ids) => Piece::Ids(ids),
+                Input::Embeds(rows) => Piece::Embeds(rows),
+            };
+            let prompt = (wear.run > 0).then_some((Piece::Prompt(wear.run), wear.adapter));
+            prompt.into_iter().chain([(own, wear.adapter)])
+        })
+        .collect()
+    }
 }
 
 /// Results on their way from the device.
@@ -370,14 +492,17 @@ impl Pending<'_> {
                 }
             }
             if sequence.hidden == Hidden::All {
-                let rows = self.plan.spans[index].rows();
+                let mut rows = self.plan.spans[index].rows();
+                rows.start += self.plan.worn[index].run;
                 output.hidden = layers.iter().map(|h| h.slice(s![rows.clone(), ..]).to_owned()).collect();
             }
             if let (true, Some(last)) = (sequence.hidden != Hidden::None, &last) {
                 output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
             }
             if sequence.attentions {
-                output.attentions = attentions.iter().map(|spans| spans[index].clone()).collect();
+                let from = self.plan.worn[index].run;
+                let own = |spans: &Vec<Array3<f32>>| spans[index].slice(s![.., from.., ..]).to_owned();
+                output.attentions = attentions.iter().map(own).collect();
             }
             outputs.push(output);
         }
@@ -397,33 +522,69 @@ struct Caches<'a, B: Backend> {
     caches: Option<Vec<&'a mut B::Cache>>,
 }
 
-impl<'a, B: Backend> Caches<'a, B> {
-    fn new(backend: &B, sequences: &'a mut [super::Sequence<'_>]) -> Result<Self> {
-        if sequences.iter().all(|sequence| sequence.cache.is_none()) {
-            return Ok(Self { caches: None });
+impl<B: Backend> LocalEngine<B> {
+    fn cache_spec(&self, dtype: CacheDType) -> CacheSpec {
+        let config = &self.config;
+        CacheSpec {
+            layers: config.num_hidden_layers,
+            heads: config.num_attention_heads,
+            head_dim: config.head_dim(),
+            dtype,
+            capacity_hint: 0,
         }
-        let mut caches = Vec::with_capacity(sequences.len());
-        for sequence in sequences {
-            let Some(cache) = sequence.cache.as_deref_mut() else {
-                let message = "expected a cache for each sequence of the batch or for none";
-                return Err(Error::new(ErrorKind::Option, message));
-            };
-            let len = cache.len();
-            let Some(inner) = cache.downcast::<B>() else {
-                return Err(Error::new(
-                    ErrorKind::Option,
-                    "expected a cache that this engine's backend made",
-                ));
-            };
-            // A pass that failed or was dropped half-way may have left rows of its first layers behind.
-            if backend.cache_len(inner, 0) > len {
-                backend.cache_truncate(inner, len)?;
-            }
-            caches.push(inner);
-        }
-        Ok(Self { caches: Some(caches) })
     }
 
+    /// The caches of a batch, prefixes in them. `made` receives those of sequences that have none and need one.
+    fn caches<'a>(
+        &self,
+        sequences: &'a mut [super::Sequence<'_>],
+        worn: &[Wear],
+        made: &'a mut Vec<B::Cache>,
+    ) -> Result<Caches<'a, B>> {
+        let backend = &*self.backend;
+        let mut caches = Vec::with_capacity(sequences.len());
+        if sequences.iter().all(|sequence| sequence.cache.is_none()) {
+            if worn.iter().all(|wear| !wear.seed) {
+                return Ok(Caches { caches: None });
+            }
+            let spec = self.cache_spec(CacheDType::default());
+            made.extend(
+                worn.iter().map(|_| backend.new_cache(spec)).collect::<opt_backend::Result<Vec<_>>>()?,
+            );
+            caches.extend(made.iter_mut());
+        } else {
+            for sequence in sequences {
+                let Some(cache) = sequence.cache.as_deref_mut() else {
+                    let message = "expected a cache for each sequence of the batch or for none";
+                    return Err(Error::new(ErrorKind::Option, message));
+                };
+                let len = cache.front() + cache.len();
+                let Some(inner) = cache.downcast::<B>() else {
+                    return Err(Error::new(
+                        ErrorKind::Option,
+                        "expected a cache that this engine's backend made",
+                    ));
+                };
+                // A pass that failed or was dropped half-way may have left rows of its first layers behind.
+                if backend.cache_len(inner, 0) > len {
+                    backend.cache_truncate(inner, len)?;
+                }
+                caches.push(inner);
+            }
+        }
+        for (cache, wear) in caches.iter_mut().zip(worn).filter(|(_, wear)| wear.seed) {
+            let front = self.wardrobe.as_ref().zip(wear.adapter).map(|(all, index)| all.front(index));
+            if let Some(Front::Prefix(layers)) = front {
+                for (index, layer) in layers.iter().enumerate() {
+                    backend.cache_seed(cache, index, layer.keys.view(), layer.values.view())?;
+                }
+            }
+        }
+        Ok(Caches { caches: Some(caches) })
+    }
+}
+
+impl<'a, B: Backend> Caches<'a, B> {
     fn get(&mut self) -> Option<&mut [&'a mut B::Cache]> {
         self.caches.as_deref_mut()
     }
@@ -442,27 +603,27 @@ impl<B: Backend> Engine for LocalEngine<B> {
         self.backend.counters().counts()
     }
 
+    fn adapters(&self) -> &[LoadedAdapter] {
+        Self::adapters(self)
+    }
+
     fn new_cache(&self, dtype: CacheDType) -> Result<KvCache> {
-        let config = &self.config;
-        let spec = CacheSpec {
-            layers: config.num_hidden_layers,
-            heads: config.num_attention_heads,
-            head_dim: config.head_dim(),
-            dtype,
-            capacity_hint: 0,
-        };
-        KvCache::new(Arc::clone(&self.backend), spec)
+        KvCache::new(Arc::clone(&self.backend), self.cache_spec(dtype))
     }
 
     fn forward<'a>(&'a self, mut batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>> {
         Box::pin(async move {
-            let result = self.run(&mut batch).await;
+            let mut worn = Vec::new();
+            let result = self.run(&mut batch, &mut worn).await;
+            let mut worn = worn.into_iter();
             for sequence in &mut batch.sequences {
                 let rows = sequence.input.len();
+                let wear = worn.next();
                 if let Some(cache) = sequence.cache.as_deref_mut() {
-                    match &result {
-                        Ok(_) => cache.grow(rows),
-                        Err(_) => cache.truncate(cache.len())?,
+                    match (&result, wear) {
+                        (Ok(_), Some(wear)) => cache.grow(rows, wear.name, wear.front),
+                        (Ok(_), None) => cache.grow(rows, None, 0),
+                        (Err(_), _) => cache.truncate(cache.len())?,
                     }
                 }
             }
