@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod generate;
 mod inspect;
+mod merge;
 mod model;
 mod out;
 mod progress;
@@ -58,6 +59,8 @@ enum Command {
     Quantize(Box<quantize::Quantize>),
     /// Adapt a model to texts: its weights, or an adapter beside them.
     Tune(Box<tune::Tune>),
+    /// Write the model that a model and a LoRA adapter are together.
+    Merge(merge::Merge),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
         Command::Tune(tune) => tune.run(),
+        Command::Merge(merge) => merge.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

@@ -1,5 +1,6 @@
 //! Runs the built command: what it prints, and how it ends.
 
+mod adapters;
 mod backends;
 mod bench;
 mod checkpoints;
