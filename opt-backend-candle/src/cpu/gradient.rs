@@ -225,7 +225,8 @@ impl Kernels {
         let share = self.pool.share(x.len() / width.max(1), work) * width.max(1);
         let mut sums = vec![[vec![0.0; width], vec![0.0; width]]; x.len().div_ceil(share)];
         let parts = x.chunks(share).zip(dy.chunks(share)).zip(&mut sums).collect();
-        self.pool.each(work, parts, |((x, dy), [weight, bias]): ((&[f32], &[f32]), &mut [Vec<f64>; 2])| {
+        type Part<'a> = ((&'a [f32], &'a [f32]), &'a mut [Vec<f64>; 2]);
+        self.pool.each(work, parts, |((x, dy), [weight, bias]): Part<'_>| {
             gradient::layer_norm_params(x, norm.eps, dy, [weight, bias]);
         });
         let total = |which: usize| {
