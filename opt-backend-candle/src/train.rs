@@ -67,6 +67,11 @@ impl Train for Candle {
         Ok(Norm::of(width, weight?, bias?, eps))
     }
 
+    fn zeros(&self, shape: [usize; 2]) -> Result<Tensor> {
+        let zeros = candle_core::Tensor::zeros(&shape[..], candle_core::DType::F32, &self.device);
+        Self::tensor("zeros", shape, zeros)
+    }
+
     fn copy(&self, x: &Tensor) -> Result<Tensor> {
         Ok(Tensor { data: self.copied("copy", x, candle_core::DType::F32)?, shape: x.shape })
     }

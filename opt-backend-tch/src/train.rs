@@ -54,6 +54,14 @@ impl Train for Tch {
         Norm::of(OP, [weight, bias], eps)
     }
 
+    fn zeros(&self, shape: [usize; 2]) -> Result<Tensor> {
+        let _at_work = self.at_work();
+        let [rows, width] = shape.map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+        let data =
+            tch::Tensor::f_zeros([rows, width], (Kind::Float, self.device())).map_err(torch("zeros"))?;
+        Ok(Tensor::new(data, Kind::Float, shape))
+    }
+
     /// Nothing is copied until one of the two is written to.
     fn copy(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.share())

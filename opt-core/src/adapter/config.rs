@@ -278,6 +278,18 @@ impl LoraConfig {
     }
 }
 
+macro_rules! from {
+    ($($kind:ident: $config:ty),*) => {$(
+        impl From<$config> for AdapterConfig {
+            fn from(config: $config) -> Self {
+                Self::new(AdapterMethod::$kind(config))
+            }
+        }
+    )*};
+}
+
+from!(Lora: LoraConfig, Prefix: PrefixConfig, Prompt: PromptConfig);
+
 impl AdapterConfig {
     /// An adapter of this kind for a causal language model.
     pub fn new(method: AdapterMethod) -> Self {

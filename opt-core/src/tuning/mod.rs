@@ -19,7 +19,7 @@ pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
 pub use options::TrainOptions;
 pub use schedule::Schedule;
-pub use scratch::{new_model, train_tokenizer};
+pub use scratch::{SideFiles, new_model, train_tokenizer};
 pub use trainer::{Event, StepReport, TrainReport, Trainer};
 pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;

@@ -46,7 +46,7 @@ impl<B: Train> Taped<B> {
             Then::Add(residual) if whole && !self.drops(self.plan.dropout) => {
                 let (x, parts, node) = (x.clone(), parts.clone(), residual.node);
                 let y = self.product(&x, &parts, Then::Add(self.owned(residual)?))?;
-                if !follows && !(self.recording() && node.is_some()) {
+                if !(follows || self.recording() && node.is_some()) {
                     return Ok(Var::constant(y));
                 }
                 Ok(self.step(y, move |taped, dy, gradients| {

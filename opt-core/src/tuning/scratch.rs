@@ -24,6 +24,9 @@ use tokenizers::{
     processors::{PostProcessorWrapper, template::TemplateProcessing},
 };
 
+/// Files that stand beside a model's weights: names and contents.
+pub type SideFiles = Vec<(String, Vec<u8>)>;
+
 /// OPT's special tokens, by id.
 const SPECIAL: [&str; 4] = ["<s>", "<pad>", "</s>", "<unk>"];
 
@@ -77,11 +80,7 @@ pub fn new_model(config: &OptConfig, seed: u64) -> Result<Checkpoint> {
 /// # Errors
 /// [`ErrorKind::Io`] and [`ErrorKind::NotFound`] for files that cannot be read, [`ErrorKind::Tokenizer`] if there are too
 /// few tokens for 256 bytes and the special tokens.
-pub fn train_tokenizer(
-    files: &[&Path],
-    vocab_size: usize,
-    context: usize,
-) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
+pub fn train_tokenizer(files: &[&Path], vocab_size: usize, context: usize) -> Result<(Tokenizer, SideFiles)> {
     let least = 256 + SPECIAL.len();
     if vocab_size < least {
         let message = format_args!(

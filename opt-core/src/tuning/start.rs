@@ -179,7 +179,7 @@ impl Plan {
         let slots = config.slots(model)?;
         let tensor = |part: &Part| {
             let key = &slots.iter().find(|slot| slot.part == *part)?.key;
-            given?.tensors().get(key).map(|tensor| matrix(tensor))
+            given?.tensors().get(key).map(matrix)
         };
         let mut starts = HashMap::new();
         for target in lora.targets(model, &config.modules_to_save)? {

@@ -251,7 +251,11 @@ impl Run<'_> {
     }
 
     fn tell(&mut self, event: &Event) -> bool {
-        self.trainer.callbacks.iter_mut().fold(false, |ends, callback| callback(event).is_break() || ends)
+        let mut ends = false;
+        for callback in &mut self.trainer.callbacks {
+            ends |= callback(event).is_break();
+        }
+        ends
     }
 
     fn step(&mut self) -> Result<StepReport> {

@@ -177,7 +177,7 @@ impl Tuner {
     /// Puts these files beside the weights of a whole model, in the place of those of the model it was made from: for
     /// one that was made from nothing. An adapter has none.
     #[must_use]
-    pub fn files(mut self, files: Vec<(String, Vec<u8>)>) -> Self {
+    pub fn files(mut self, files: super::SideFiles) -> Self {
         if let Artifact::Model(_, all) = &mut self.artifact {
             for (name, contents) in files {
                 all.retain(|(known, _)| *known != name);
