@@ -44,7 +44,7 @@ pub async fn compare_async(
         let message = format!("expected a vocabulary of {}, found {}", first.vocab_size, second.vocab_size);
         return fail(ErrorKind::Option, message);
     }
-    let context = first.max_position_embeddings.min(second.max_position_embeddings);
+    let context = base.context().min(other.context());
     if window < 2 || window > context {
         let message = format!("window: expected 2 to {context} (the context), found {window}");
         return fail(ErrorKind::Option, message);
@@ -106,7 +106,7 @@ pub fn compare(
 }
 
 async fn logits(opt: &Opt, ids: &[u32], cache: &mut KvCache, cancel: &CancelToken) -> Result<Array2<f32>> {
-    let mut sequence = Sequence::new(ids).want(Want::Logits { rows: ids.len() });
+    let mut sequence = Sequence::new(ids).want(Want::Logits { rows: ids.len() }).adapter(opt.adapter());
     sequence.cache = Some(cache);
     let batch = Forward { sequences: vec![sequence], cancel: Some(cancel), watch: None };
     let logits = opt.engine().forward(batch).await?.pop().and_then(|output| output.logits);
