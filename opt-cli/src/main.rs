@@ -4,6 +4,7 @@ mod args;
 mod backends;
 mod bench;
 mod convert;
+mod distill;
 mod generate;
 mod inspect;
 mod model;
@@ -13,6 +14,7 @@ mod prompts;
 mod quantize;
 mod score;
 mod settings;
+mod training;
 mod tune;
 
 use clap::{Parser, Subcommand};
@@ -58,6 +60,8 @@ enum Command {
     Quantize(Box<quantize::Quantize>),
     /// Adapt a model to texts: its weights, or an adapter beside them.
     Tune(Box<tune::Tune>),
+    /// Let a smaller model learn from a larger one.
+    Distill(Box<distill::Distill>),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
         Command::Tune(tune) => tune.run(),
+        Command::Distill(distill) => distill.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),
