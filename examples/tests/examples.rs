@@ -91,3 +91,23 @@ fn all_are_run() {
         assert!(test.contains(&format!("output(\"{name}\")")), "{name} is not run by this test");
     }
 }
+
+#[test]
+fn tune() {
+    let text = output("tune");
+    assert!(text.contains(" parameters are trained"), "{text}");
+    let losses: Vec<f32> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("step ")?.split("loss ").nth(1)?.parse().ok())
+        .collect();
+    assert!(losses.len() == 8 && losses[7] < losses[0] - 1.0, "{text}");
+}
+
+#[test]
+fn qlora() {
+    let text = output("qlora");
+    let losses: Vec<f32> =
+        text.lines().filter_map(|line| line.split("loss ").nth(1)?.split(',').next()?.parse().ok()).collect();
+    assert!(losses.len() == 5 && losses[4] < losses[0], "{text}");
+    assert!(text.ends_with("saved: true\n"), "{text}");
+}

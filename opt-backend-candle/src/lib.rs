@@ -48,7 +48,7 @@
 //! | `weights`, `quant`, `cache` | what the device holds |
 //! | `plain` | every op as candle's own |
 //! | `cpu` | every op on the CPU, fused |
-//! | `backend` | the [`opt_backend::Backend`] implementation: checks, then one of the two above |
+//! | `backend`, `train` | the [`opt_backend::Backend`] and [`opt_backend::Train`] implementations: checks, then one of the two above |
 
 mod backend;
 mod cache;

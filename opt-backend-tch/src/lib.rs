@@ -38,6 +38,15 @@
 //! embedded backend is built on too ([`Builder::compute`]), with threads of their own; on other devices they are
 //! expanded to f32 for each product, 8 MiB at a time: what they save there is memory, not time. Results are f32.
 //!
+//! # Training
+//!
+//! Gradients are added to and parameters are updated in place; a copy is one only once either side is written to. A
+//! linear made of an f32 parameter is the parameter's memory, and it is not packed: that would be work for each step.
+//! Through packed weights that stay frozen gradients go by their rows, which are held beside from the first on (f32
+//! and bf16 weights on the CPU then take twice their size). bf16 is multiplied in bf16 where the processor can, f16 on
+//! the CPU always in f32. Losses, norms and optimizers are f32. On the CPU the gradients of norms, dropout and the
+//! optimizers are loops over memory with the threads of quantized products; all else is LibTorch's ops.
+//!
 //! # Caches
 //!
 //! Caches are written in place and double when they are full. Forks share storage; after a fork one side appends in

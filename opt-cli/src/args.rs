@@ -3,9 +3,13 @@
 use crate::{model, out::Failure, progress::Console};
 use clap::{Args, ValueEnum};
 use opt_core::{
-    CacheDType, DType, Load, Opt, backends, prompt::Overflow, quantize::QuantSpec, tokenizer::Bos,
+    CacheDType, DType, Load, Opt, adapter::Adapter, backends, prompt::Overflow, quantize::QuantSpec,
+    tokenizer::Bos,
 };
-use std::{num::NonZeroUsize, path::PathBuf};
+use std::{
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
 
 /// Flags of every subcommand that runs a model.
 #[derive(Debug, Args)]
@@ -43,6 +47,10 @@ pub(crate) struct ModelArgs {
     /// held as --dtype says.
     #[arg(long, value_name = "FORMAT", help_heading = "Model")]
     pub(crate) quantize: Option<Quantized>,
+
+    /// Let the model wear this adapter: a directory that PEFT saved (LoRA, prefix tuning, prompt tuning).
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub(crate) adapter: Option<PathBuf>,
 }
 
 /// Which model, and where.
@@ -241,13 +249,19 @@ impl PlaceArgs {
 impl ModelArgs {
     /// Loads the model that the flags name, with a progress bar; its warnings are printed.
     pub(crate) fn load(&self, console: &Console) -> Result<Opt, Failure> {
-        self.load_from(self.place.model.as_deref(), console)
+        let adapter = self.adapter.as_deref().map(Adapter::open).transpose()?;
+        self.load_wearing(self.place.model.as_deref(), adapter, console)
     }
 
-    /// [`ModelArgs::load`] for another model on the same kind of backend.
-    pub(crate) fn load_from(
+    /// [`ModelArgs::load`] for another model on the same kind of backend, without adapter.
+    pub(crate) fn load_from(&self, name: Option<&Path>, console: &Console) -> Result<Opt, Failure> {
+        self.load_wearing(name, None, console)
+    }
+
+    fn load_wearing(
         &self,
-        name: Option<&std::path::Path>,
+        name: Option<&Path>,
+        adapter: Option<Adapter>,
         console: &Console,
     ) -> Result<Opt, Failure> {
         // A wrong backend is told before a download begins.
@@ -262,7 +276,12 @@ impl ModelArgs {
         if let Some(format) = self.quantize {
             load = load.quantize(format.spec());
         }
+        let worn = adapter.as_ref().map(|adapter| adapter.name().to_owned());
+        if let Some(adapter) = adapter {
+            load = load.adapter(adapter);
+        }
         let opt = Opt::load(&path, load)?;
+        let opt = worn.map_or(Ok(opt.clone()), |name| opt.adapted(&name))?;
         drop(bar);
         opt.warnings().iter().for_each(|warning| console.warn(warning));
         if self.place.threads.is_some() && opt.info().threads == 0 {

@@ -164,7 +164,7 @@ impl Bench {
     }
 
     fn check(&self, opt: &Opt) -> Result<(), Failure> {
-        let context = opt.config().max_position_embeddings;
+        let context = opt.context();
         if let Some(tokens) = self.prompt_tokens.iter().find(|tokens| **tokens > context) {
             return Err(Failure::usage(format!(
                 "--prompt-tokens: expected at most {context} (the context), found {tokens}"
@@ -254,7 +254,7 @@ impl Work<'_> {
             self.decode(1, steps).map(|_| self.opt.engine().counts().since(&before))
         };
         // The prompt is in both.
-        let room = self.opt.config().max_position_embeddings.saturating_sub(DECODE_PROMPT);
+        let room = self.opt.context().saturating_sub(DECODE_PROMPT);
         let steps = STEPS.min(room);
         let (prompt, both) = (counts(0)?, counts(steps)?);
         let per_token = |both: u64, prompt: u64| both.saturating_sub(prompt) as f64 / steps.max(1) as f64;
@@ -266,6 +266,7 @@ impl Work<'_> {
 
     /// One batch; the most probable next tokens where they were asked for.
     fn forward<'a>(&'a self, sequences: Vec<Sequence<'a>>) -> Result<Vec<u32>, Failure> {
+        let sequences = sequences.into_iter().map(|sequence| sequence.adapter(self.opt.adapter())).collect();
         let batch = Forward { sequences, cancel: Some(&self.console.cancel), watch: None };
         let outputs = self.opt.engine().forward_blocking(batch)?;
         let best = outputs.iter().map(|output| output.top_k.first().and_then(|top| top.ids.first().copied()));

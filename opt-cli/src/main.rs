@@ -7,6 +7,7 @@ mod convert;
 mod distill;
 mod generate;
 mod inspect;
+mod merge;
 mod model;
 mod out;
 mod progress;
@@ -62,6 +63,8 @@ enum Command {
     Tune(Box<tune::Tune>),
     /// Let a smaller model learn from a larger one.
     Distill(Box<distill::Distill>),
+    /// Write the model that a model and a LoRA adapter are together.
+    Merge(merge::Merge),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Quantize(quantize) => quantize.run(),
         Command::Tune(tune) => tune.run(),
         Command::Distill(distill) => distill.run(),
+        Command::Merge(merge) => merge.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

@@ -90,7 +90,7 @@ impl Score {
             )));
         }
         // The last token is scored but not run.
-        let limit = opt.config().max_position_embeddings + 1;
+        let limit = opt.context() + 1;
         let front = opt.tokenizer().filter(|t| t.adds_bos()).and_then(|t| t.bos_id());
         let overflow: Overflow = self.run.truncate.into();
         let fitted = fit(ids, limit, overflow, front)?;

@@ -19,8 +19,7 @@ pub(crate) const MAX_ROWS: usize = 512;
 /// One request under way.
 pub(crate) struct Active {
     pub(crate) strategy: Box<dyn Strategy>,
-    /// The model that drafts, and what it wears.
-    pub(crate) assistant: Option<(Arc<dyn Engine>, Option<Arc<str>>)>,
+    pub(crate) assistant: Option<Assistant>,
     /// What the model wears.
     pub(crate) adapter: Option<Arc<str>>,
     pub(crate) embeds: Option<Array2<f32>>,
@@ -32,6 +31,14 @@ pub(crate) struct Active {
     pub(crate) max_time: Option<Duration>,
     pub(crate) cancel: CancelToken,
     pub(crate) slots: Slots,
+}
+
+/// The model that drafts.
+#[derive(Clone)]
+pub(crate) struct Assistant {
+    pub(crate) engine: Arc<dyn Engine>,
+    /// What it wears.
+    pub(crate) adapter: Option<Arc<str>>,
 }
 
 /// The cache slots of a request's two models.
@@ -179,7 +186,7 @@ impl Driver {
                     (ModelRole::Target, _) => {
                         target.push(Job::new(&*self.engine, request, run, (index, at))?)
                     }
-                    (ModelRole::Assistant, Some((engine, _))) => {
+                    (ModelRole::Assistant, Some(Assistant { engine, .. })) => {
                         let engine = Arc::clone(engine);
                         draft.push(Job::new(&*engine, request, run, (index, at))?);
                     }
@@ -191,7 +198,7 @@ impl Driver {
                     }
                 }
             }
-            if let Some((engine, _)) = request.assistant.clone().filter(|_| !draft.is_empty()) {
+            if let Some(Assistant { engine, .. }) = request.assistant.clone().filter(|_| !draft.is_empty()) {
                 run_jobs(&*engine, &mut draft, &cancels, watch.as_deref_mut()).await?;
                 finish_jobs(draft, std::slice::from_mut(request), index, &mut replies)?;
             }
@@ -290,7 +297,9 @@ impl Job {
             cache,
             adapter: match run.model {
                 ModelRole::Target => request.adapter.clone(),
-                ModelRole::Assistant => request.assistant.as_ref().and_then(|(_, adapter)| adapter.clone()),
+                ModelRole::Assistant => {
+                    request.assistant.as_ref().and_then(|assistant| assistant.adapter.clone())
+                }
             },
             keep_cache: request.use_cache,
             embeds: with_embeds,

@@ -3,6 +3,7 @@
 //! Inside, the decoder is generic over its backend; [`Engine`] hides which one it is, so that generation,
 //! scoring and serving compile once and an application chooses its backend at run time.
 
+mod batch;
 mod cache;
 mod local;
 mod wardrobe;

@@ -5,7 +5,7 @@ use crate::{
     backends::{self, BackendOptions, Chosen},
     checkpoint::Checkpoint,
     config::OptConfig,
-    driver::{Active, Driver, Slots},
+    driver::{Active, Assistant, Driver, Slots},
     engine::{
         Engine, Forward, Hidden, KvCache, LoadedAdapter, LocalEngine, Output, Sequence, Want, find_adapter,
     },
@@ -542,8 +542,10 @@ impl Opt {
         let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
-            assistant: assistant
-                .map(|assistant| (assistant.engine, assistant.adapter.map(|adapter| adapter.name))),
+            assistant: assistant.map(|Opt { engine, adapter, .. }| Assistant {
+                engine,
+                adapter: adapter.map(|adapter| adapter.name),
+            }),
             adapter: self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.name)),
             embeds,
             start,

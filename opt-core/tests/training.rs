@@ -5,6 +5,7 @@ mod common;
 use common::{backend, fixtures};
 use opt_core::{
     ErrorKind, Opt,
+    adapter::{AdapterConfig, AdapterMethod, Bias, LoraConfig, PrefixConfig, PromptConfig},
     checkpoint::Checkpoint,
     tuning::{
         Event, Example, Method, Optimizer, Schedule, TrainOptions, TrainReport, Trainer, Tuner,
@@ -83,7 +84,28 @@ fn resuming_gives_what_never_stopping_gives() {
         backend::skipped(format_args!("exact resuming ({} does not promise equal bits)", backend::name()));
         return;
     }
-    for optimizer in [Optimizer::default(), Optimizer::Sgd { momentum: 0.9 }] {
+    let lora = |change: &dyn Fn(&mut LoraConfig)| {
+        let mut lora = LoraConfig::default();
+        lora.lora_dropout = 0.1;
+        change(&mut lora);
+        Method::adapter(AdapterConfig::new(AdapterMethod::Lora(lora)), 7)
+    };
+    let prefix = |projection: bool| {
+        let mut prefix = PrefixConfig::default();
+        (prefix.sizes.num_virtual_tokens, prefix.prefix_projection) = (3, projection);
+        Method::adapter(AdapterConfig::new(AdapterMethod::Prefix(prefix)), 7)
+    };
+    let momentum = Optimizer::Sgd { momentum: 0.9 };
+    for (method, optimizer) in [
+        (Method::full(), Optimizer::default()),
+        (Method::layers([0]), momentum),
+        (lora(&|_| ()), Optimizer::default()),
+        (lora(&|lora| (lora.use_dora, lora.bias) = (true, Bias::All)), Optimizer::default()),
+        (prefix(false), Optimizer::Sgd { momentum: 0.0 }),
+        (prefix(true), Optimizer::default()),
+        (Method::adapter(AdapterConfig::new(AdapterMethod::Prompt(PromptConfig::default())), 7), momentum),
+    ] {
+        let trainer = |options: TrainOptions| Trainer::new(tuner(method.clone()), data(12), options);
         let dir = tempfile::tempdir().unwrap();
         let options = options().optimizer(optimizer).save_steps(2).save_limit(9).eval_steps(3);
         let through = dir.path().join("through");
@@ -98,12 +120,14 @@ fn resuming_gives_what_never_stopping_gives() {
             let error = trainer(options.clone()).eval(eval()).callback(ending).run(&resumed).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
             let extra = resumed.join(format!("checkpoint-{stop}"));
-            assert!(extra.join("model.safetensors").exists());
+            let whole = matches!(method, Method::Full(_));
+            let file = if whole { "model.safetensors" } else { "adapter_model.safetensors" };
+            assert!(extra.join(file).exists());
             trainer(options.clone()).eval(eval()).resume(true).run(&resumed).unwrap();
             if !through.join(format!("checkpoint-{stop}")).exists() {
                 fs::remove_dir_all(extra).unwrap();
             }
-            assert_same(&resumed, &through, &format!("stopped after {stop}"));
+            assert_same(&resumed, &through, &format!("{method:?} stopped after {stop}"));
         }
     }
 }

@@ -4,14 +4,20 @@ mod common;
 
 use common::{backend, fixtures};
 use ndarray::{Array2, ArrayView2};
+use opt_backend::Op;
 use opt_core::{
     Load,
     adapter::Adapter,
     checkpoint::Checkpoint,
+    quantize::QuantSpec,
     tuning::{Example, Method, StepOptions, Tuner},
 };
 use serde::Deserialize;
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 #[derive(Deserialize)]
 struct Recorded {
@@ -230,4 +236,89 @@ fn dropout_is_of_the_seed() {
     let plain = run(None, false).0;
     assert!((plain - case.meta.loss).abs() < 1e-4, "nothing is dropped without a seed");
     assert!((first - plain).abs() < 2.0 && first != plain);
+}
+
+/// What a step moves between host and device, and which ops go through the host.
+#[test]
+fn a_step_reads_once() {
+    for start in ["full_pre_ln", "lora", "prompt"] {
+        let case = cases(start).remove(0);
+        let mut tuner = case.tuner(backend::load());
+        let batch = examples(&case.meta.batch);
+        tuner.step(&[&batch], StepOptions::default()).unwrap();
+        let before = tuner.counts();
+        tuner.step(&[&batch, &batch], StepOptions::default()).unwrap();
+        let counts = tuner.counts().since(&before);
+        if backend::name() == "reference" {
+            assert!(counts.default_bodies(Op::Matmul) > 0);
+            continue;
+        }
+        let name = format!("{} on {}: {counts}", case.name, backend::name());
+        let called: Vec<Op> = Op::ALL.into_iter().filter(|op| counts.default_bodies(*op) > 0).collect();
+        assert!(called.is_empty(), "{name}: default bodies of {called:?}");
+        assert_eq!((counts.reads, counts.uploads), (1, 0), "{name}");
+    }
+}
+
+/// Weights that stay packed can have side paths.
+#[test]
+fn quantized_bases() {
+    for spec in
+        [QuantSpec::int8().group_size(16), QuantSpec::int4().group_size(16), QuantSpec::nf4().group_size(16)]
+    {
+        let case = cases("lora").remove(0);
+        let name = format!("{spec:?} on {}", backend::name());
+        let mut tuner = case.tuner(backend::load_exact().quantize(spec));
+        let batch = examples(&case.meta.batch);
+        // The same model with its weights unpacked.
+        let base = case.base();
+        let dir = tempfile::tempdir().unwrap();
+        let plain = dir.path().join("plain");
+        unpacked(&base, &spec, &plain);
+        let method = Method::further(Adapter::open(&case.dir).unwrap());
+        let mut expected = Tuner::load(&plain, method, backend::load_exact()).unwrap();
+        let (loss, found) = tuner.gradients(&batch, StepOptions::default()).unwrap();
+        let (expected_loss, expected) = expected.gradients(&batch, StepOptions::default()).unwrap();
+        assert!((loss - expected_loss).abs() < 1e-3 * expected_loss, "{name}: {loss} and {expected_loss}");
+        for (tensor, expected) in &expected {
+            let largest = expected.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            let off = (&found[tensor] - expected).iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            assert!(off < 5e-3 * largest, "{name}: {tensor} off by {off} where the largest is {largest}");
+        }
+        let error = Tuner::from_checkpoint(case.base(), Method::full(), backend::load().quantize(spec));
+        assert!(error.err().unwrap().to_string().contains("quantized"), "{name}");
+    }
+}
+
+/// Writes a model whose weights are what quantizing makes of them, in f32.
+fn unpacked(base: &Checkpoint, spec: &QuantSpec, output: &Path) {
+    fs::create_dir(output).unwrap();
+    let mut tensors = Vec::new();
+    for (name, shape) in base.config().tensor_shapes() {
+        let values: Vec<f32> = match (spec.of_tensor(&name), &shape[..]) {
+            (Some(spec), &[rows, width]) => {
+                let tensor = base.tensor(&name, &[rows, width]).unwrap();
+                spec.quantize(&name, tensor.matrix().unwrap()).unwrap().dequantize().iter().copied().collect()
+            }
+            (None, &[rows, width]) => base
+                .tensor(&name, &[rows, width])
+                .unwrap()
+                .matrix()
+                .unwrap()
+                .to_f32()
+                .iter()
+                .copied()
+                .collect(),
+            _ => base.tensor(&name, &shape).unwrap().vector().unwrap().to_f32().to_vec(),
+        };
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let full = if name.starts_with("lm_head") { name } else { format!("model.decoder.{name}") };
+        tensors.push((full, shape, bytes));
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    fs::write(output.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let config = fs::read(base.directory().unwrap().join("config.json")).unwrap();
+    fs::write(output.join("config.json"), config).unwrap();
 }

@@ -13,7 +13,7 @@
 
 use opt_backend::{
     Attend, Backend, CacheLayer, CacheSpec, Counters, DType, HostLinear, HostMatrix, HostNorm, HostVector,
-    Info, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK,
+    Info, MaybeSend, NormParams, Readback, Result, TargetScore, Then, TopK, Train,
     ndarray::{Array2, Array3, ArrayView2},
     quant::Quantized,
 };
@@ -98,6 +98,9 @@ impl fmt::Display for Tally {
         Ok(())
     }
 }
+
+// Training and adapters, by the bodies there are: right, but through the host.
+impl<B: Backend> Train for Counting<B> {}
 
 impl<B: Backend> Backend for Counting<B> {
     // What the backend inside holds goes through unchanged. A wrapper that has something to keep beside a tensor

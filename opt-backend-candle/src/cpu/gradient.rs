@@ -225,7 +225,8 @@ impl Kernels {
         let share = self.pool.share(x.len() / width.max(1), work) * width.max(1);
         let mut sums = vec![[vec![0.0; width], vec![0.0; width]]; x.len().div_ceil(share)];
         let parts = x.chunks(share).zip(dy.chunks(share)).zip(&mut sums).collect();
-        self.pool.each(work, parts, |((x, dy), [weight, bias]): ((&[f32], &[f32]), &mut [Vec<f64>; 2])| {
+        type Part<'a> = ((&'a [f32], &'a [f32]), &'a mut [Vec<f64>; 2]);
+        self.pool.each(work, parts, |((x, dy), [weight, bias]): Part<'_>| {
             gradient::layer_norm_params(x, norm.eps, dy, [weight, bias]);
         });
         let total = |which: usize| {
@@ -418,12 +419,12 @@ fn row_cross_entropy(arch: Arch, row: &mut [f32], target: usize, smoothing: Smoo
 fn row_soft_targets(arch: Arch, student: &mut [f32], teacher: &[f32], temperature: f32, scale: f32) -> f64 {
     let mut p: Vec<f32> = teacher.iter().map(|v| v / temperature).collect();
     student.iter_mut().for_each(|v| *v /= temperature);
-    let apart: Vec<f32> = p.iter().zip(&*student).map(|(t, s)| t - s).collect();
+    let apart: Vec<f64> = p.iter().zip(&*student).map(|(t, s)| f64::from(*t) - f64::from(*s)).collect();
     let (p_max, p_sum) = exponentials(arch, &mut p);
     let (s_max, s_sum) = exponentials(arch, student);
     let totals = (f64::from(p_max) + p_sum.ln()) - (f64::from(s_max) + s_sum.ln());
     // Σ p (log p - log s) = Σ p (t - s) - (totals' difference), since Σ p is 1.
-    let mixed: f64 = p.iter().zip(&apart).map(|(p, apart)| f64::from(*p) * f64::from(*apart)).sum();
+    let mixed: f64 = p.iter().zip(&apart).map(|(p, apart)| f64::from(*p) * apart).sum();
     let (of_s, of_p) = ((1.0 / s_sum) as f32, (1.0 / p_sum) as f32);
     let factor = scale * temperature;
     student.iter_mut().zip(&p).for_each(|(s, p)| *s = factor * (*s * of_s - p * of_p));

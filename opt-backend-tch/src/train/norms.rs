@@ -24,7 +24,7 @@ pub(crate) fn input(tch: &Tch, x: &Tensor, norm: &Norm, dy: &Tensor) -> Result<T
     let shape = x.shape();
     if !tch.host_kernels() {
         let (x, dy) = (x.matrix_as(OP, Kind::Float)?, dy.matrix_as(OP, Kind::Float)?);
-        let weight = norm.weight.as_ref().map(|weight| &**weight);
+        let weight = norm.weight.as_deref();
         let dx = composed(&x, &dy, weight, norm).map_err(torch(OP))?;
         return Ok(Tensor::new(dx, Kind::Float, shape));
     }

@@ -1,5 +1,6 @@
 //! Runs the built command: what it prints, and how it ends.
 
+mod adapters;
 mod backends;
 mod bench;
 mod checkpoints;
@@ -8,6 +9,7 @@ mod generate;
 mod quantize;
 mod refusals;
 mod score;
+mod tune;
 
 use serde_json::Value;
 use std::{

@@ -283,13 +283,10 @@ impl<'a> LayerRule<'a> {
     }
 }
 
-fn patterns<'a, T: Copy>(
+fn patterns<'a, T: Copy + 'a>(
     key: &str,
     map: impl IntoIterator<Item = (&'a String, &'a T)>,
-) -> Result<Vec<(Pattern, T)>>
-where
-    T: 'a,
-{
+) -> Result<Vec<(Pattern, T)>> {
     // As `re.match(rf"(.*\.)?({key})$", name)` in PEFT.
     map.into_iter()
         .map(|(text, value)| Ok((Pattern::new(key, &format!(r"(.*\.)?({text})"))?, *value)))

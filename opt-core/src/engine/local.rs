@@ -1,5 +1,6 @@
 use super::{
-    BoxFuture, Engine, Forward, Front, Hidden, Input, KvCache, LoadedAdapter, Output, Piece, Want, Wardrobe,
+    BoxFuture, Engine, Forward, Front, Hidden, Input, KvCache, LoadedAdapter, Output, Want, Wardrobe,
+    batch::{BatchPlan, Pending, Wear},
     find_adapter,
 };
 use crate::{
@@ -10,11 +11,9 @@ use crate::{
     decoder::{Rows, Trace},
     quantize::Holding,
 };
-use ndarray::{Array2, Array3, s};
-use opt_backend::{
-    Backend, CacheDType, CacheSpec, Counts, DType, Info, Readback, Span, TargetScore, TopK, Train,
-};
-use std::{ops::Range, sync::Arc};
+use ndarray::{Array2, s};
+use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Span, Train};
+use std::sync::Arc;
 
 /// A decoder together with the backend that keeps its weights.
 pub struct LocalEngine<B: Backend> {
@@ -389,135 +388,6 @@ pub(crate) fn check_vocabulary(ids: &[u32], vocab_size: usize) -> Result<()> {
             );
             Err(Error::new(ErrorKind::Prompt, found))
         }
-    }
-}
-
-/// Which rows are whose.
-#[derive(Default)]
-struct BatchPlan {
-    spans: Vec<Span>,
-    positions: Vec<u32>,
-    /// Rows of which the last hidden state is needed.
-    wanted: Vec<usize>,
-    /// For each sequence, where its rows lie among `wanted`.
-    kept: Vec<Range<usize>>,
-    /// For each sequence, those of them that go through the LM head.
-    scored: Vec<Range<usize>>,
-    /// For each sequence, its adapter.
-    worn: Vec<Wear>,
-}
-
-/// The adapter of a sequence.
-#[derive(Debug, Clone, Default)]
-struct Wear {
-    adapter: Option<usize>,
-    name: Option<Arc<str>>,
-    /// Positions of virtual tokens, there already or from this pass on.
-    front: usize,
-    /// Whether their keys and values must be put into the cache first.
-    seed: bool,
-    /// How many of them are rows of this pass, before the sequence's own.
-    run: usize,
-}
-
-impl BatchPlan {
-    /// Where the rows come from.
-    fn pieces<'a>(&self, sequences: &[super::Sequence<'a>]) -> Vec<(Piece<'a>, Option<usize>)> {
-        let each = sequences.iter().zip(&self.worn);
-        each.flat_map(|(sequence, wear)| {
-            let own = match sequence.input {
-                Input::Ids(ids) => Piece::Ids(ids),
-                Input::Embeds(rows) => Piece::Embeds(rows),
-            };
-            let prompt = (wear.run > 0).then_some((Piece::Prompt(wear.run), wear.adapter));
-            prompt.into_iter().chain([(own, wear.adapter)])
-        })
-        .collect()
-    }
-}
-
-/// Results on their way from the device.
-#[derive(Default)]
-struct Pending<'a> {
-    plan: BatchPlan,
-    /// One per layer, all rows.
-    hidden: Vec<Readback<'a, Array2<f32>>>,
-    /// The wanted rows.
-    last: Option<Readback<'a, Array2<f32>>>,
-    logits: Option<Readback<'a, Array2<f32>>>,
-    top_k: Option<Readback<'a, Vec<TopK>>>,
-    log_probs: Option<Readback<'a, Vec<TargetScore>>>,
-    /// For each layer, for each span.
-    attentions: Vec<Readback<'a, Vec<Array3<f32>>>>,
-}
-
-impl Pending<'_> {
-    /// Waits for everything and deals it out to the sequences.
-    async fn wait(self, sequences: &[super::Sequence<'_>]) -> Result<Vec<Output>> {
-        let mut layers = Vec::with_capacity(self.hidden.len());
-        for readback in self.hidden {
-            layers.push(readback.await?);
-        }
-        let mut attentions = Vec::with_capacity(self.attentions.len());
-        for readback in self.attentions {
-            attentions.push(readback.await?);
-        }
-        let last = wait(self.last).await?;
-        let mut logits = wait(self.logits).await?;
-        let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
-        let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
-        let scored: usize =
-            sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
-
-        let mut first = 0;
-        let mut outputs = Vec::with_capacity(sequences.len());
-        for (index, sequence) in sequences.iter().enumerate() {
-            let mut output = Output::default();
-            match sequence.want {
-                Want::Nothing => {}
-                Want::Logits { rows } => {
-                    // All rows of one sequence (a long prompt's logits may be large) change hands without a copy.
-                    output.logits = if rows == scored {
-                        logits.take()
-                    } else {
-                        logits.as_ref().map(|logits| logits.slice(s![first..first + rows, ..]).to_owned())
-                    };
-                    first += rows;
-                }
-                Want::TopK { rows, k } => {
-                    output.top_k = top_k.by_ref().take(rows).collect();
-                    for row in &mut output.top_k {
-                        row.ids.truncate(k);
-                        row.logits.truncate(k);
-                    }
-                }
-                Want::LogProbs { targets } => {
-                    output.log_probs = log_probs.by_ref().take(targets.len()).collect()
-                }
-            }
-            if sequence.hidden == Hidden::All {
-                let mut rows = self.plan.spans[index].rows();
-                rows.start += self.plan.worn[index].run;
-                output.hidden = layers.iter().map(|h| h.slice(s![rows.clone(), ..]).to_owned()).collect();
-            }
-            if let (true, Some(last)) = (sequence.hidden != Hidden::None, &last) {
-                output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
-            }
-            if sequence.attentions {
-                let from = self.plan.worn[index].run;
-                let own = |spans: &Vec<Array3<f32>>| spans[index].slice(s![.., from.., ..]).to_owned();
-                output.attentions = attentions.iter().map(own).collect();
-            }
-            outputs.push(output);
-        }
-        Ok(outputs)
-    }
-}
-
-async fn wait<T>(readback: Option<Readback<'_, T>>) -> Result<Option<T>> {
-    match readback {
-        None => Ok(None),
-        Some(readback) => Ok(Some(readback.await?)),
     }
 }
 

@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2};
 use opt_backend::{
     Attend, Backend, BoxFuture, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear,
     HostMatrix, HostNorm, HostVector, Info, MaybeSend, NormParams, Readback, Reference, ReferenceCache,
-    Result, TargetScore, Then, TopK, ndarray,
+    Result, TargetScore, Then, TopK, Train, ndarray,
 };
 use std::{
     collections::VecDeque,
@@ -111,6 +111,8 @@ impl Late {
         Self { device: Reference::new(), events: events.clone() }
     }
 }
+
+impl Train for Late {}
 
 impl Backend for Late {
     type Tensor = Array2<f32>;

@@ -82,9 +82,9 @@ impl Writer {
     }
 
     pub(super) fn finish(self) -> Result<Store> {
-        let bytes = |writer: BufWriter<SpooledTempFile>| {
+        let bytes = |writer: BufWriter<SpooledTempFile>| -> Result<Bytes> {
             let file = writer.into_inner().map_err(|e| io("cannot write", e.into_error()))?;
-            Ok::<_, Error>(match file.into_inner() {
+            Ok(match file.into_inner() {
                 SpooledData::InMemory(cursor) => Bytes::Memory(cursor.into_inner()),
                 SpooledData::OnDisk(file) => Bytes::Disk(Mutex::new(file)),
             })

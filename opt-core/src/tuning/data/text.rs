@@ -72,7 +72,8 @@ impl<R: Read> Text<R> {
     /// pre-tokenizer cuts in any case, so that the tokens of pieces are those of the whole: after a single line break
     /// between words or, should there be none, in front of a single space. The last piece is what remains.
     pub(super) fn piece(&mut self, size: usize) -> Result<Option<(u64, String)>> {
-        let mut wanted = size.clamp(1, MOST);
+        // At least a byte order mark.
+        let mut wanted = size.clamp(4, MOST);
         loop {
             let missing = wanted.saturating_sub(self.held.len()) as u64;
             let first = self.bytes == 0;
@@ -195,7 +196,7 @@ mod tests {
                 assert!(line || space, "{before:?} {after:?}");
             }
         }
-        assert_eq!(pieces("\u{feff}one two", 4), ["one", " two"]);
+        assert_eq!(pieces("\u{feff}one two three", 4), ["one", " two", " three"]);
         assert_eq!(pieces("", 4), [""; 0]);
         assert_eq!(pieces("\u{feff}", 4), [""; 0]);
         assert_eq!(pieces("\u{1f600}\u{1f600}", 1), ["\u{1f600}\u{1f600}"]);

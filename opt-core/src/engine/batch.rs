@@ -1,0 +1,136 @@
+//! One batch on its way through a local engine: which rows are whose, and what is waited for.
+
+use super::{Hidden, Input, Output, Piece, Sequence, Want};
+use crate::Result;
+use ndarray::{Array2, Array3, s};
+use opt_backend::{Readback, Span, TargetScore, TopK};
+use std::{ops::Range, sync::Arc};
+
+/// Which rows are whose.
+#[derive(Default)]
+pub(super) struct BatchPlan {
+    pub(super) spans: Vec<Span>,
+    pub(super) positions: Vec<u32>,
+    /// Rows of which the last hidden state is needed.
+    pub(super) wanted: Vec<usize>,
+    /// For each sequence, where its rows lie among `wanted`.
+    pub(super) kept: Vec<Range<usize>>,
+    /// For each sequence, those of them that go through the LM head.
+    pub(super) scored: Vec<Range<usize>>,
+    /// For each sequence, its adapter.
+    pub(super) worn: Vec<Wear>,
+}
+
+/// The adapter of a sequence.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Wear {
+    pub(super) adapter: Option<usize>,
+    pub(super) name: Option<Arc<str>>,
+    /// Positions of virtual tokens, there already or from this pass on.
+    pub(super) front: usize,
+    /// Whether their keys and values must be put into the cache first.
+    pub(super) seed: bool,
+    /// How many of them are rows of this pass, before the sequence's own.
+    pub(super) run: usize,
+}
+
+impl BatchPlan {
+    /// Where the rows come from.
+    pub(super) fn pieces<'a>(&self, sequences: &[Sequence<'a>]) -> Vec<(Piece<'a>, Option<usize>)> {
+        let each = sequences.iter().zip(&self.worn);
+        each.flat_map(|(sequence, wear)| {
+            let own = match sequence.input {
+                Input::Ids(ids) => Piece::Ids(ids),
+                Input::Embeds(rows) => Piece::Embeds(rows),
+            };
+            let prompt = (wear.run > 0).then_some((Piece::Prompt(wear.run), wear.adapter));
+            prompt.into_iter().chain([(own, wear.adapter)])
+        })
+        .collect()
+    }
+}
+
+/// Results on their way from the device.
+#[derive(Default)]
+pub(super) struct Pending<'a> {
+    pub(super) plan: BatchPlan,
+    /// One per layer, all rows.
+    pub(super) hidden: Vec<Readback<'a, Array2<f32>>>,
+    /// The wanted rows.
+    pub(super) last: Option<Readback<'a, Array2<f32>>>,
+    pub(super) logits: Option<Readback<'a, Array2<f32>>>,
+    pub(super) top_k: Option<Readback<'a, Vec<TopK>>>,
+    pub(super) log_probs: Option<Readback<'a, Vec<TargetScore>>>,
+    /// For each layer, for each span.
+    pub(super) attentions: Vec<Readback<'a, Vec<Array3<f32>>>>,
+}
+
+impl Pending<'_> {
+    /// Waits for everything and deals it out to the sequences.
+    pub(super) async fn wait(self, sequences: &[Sequence<'_>]) -> Result<Vec<Output>> {
+        let mut layers = Vec::with_capacity(self.hidden.len());
+        for readback in self.hidden {
+            layers.push(readback.await?);
+        }
+        let mut attentions = Vec::with_capacity(self.attentions.len());
+        for readback in self.attentions {
+            attentions.push(readback.await?);
+        }
+        let last = wait(self.last).await?;
+        let mut logits = wait(self.logits).await?;
+        let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
+        let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
+        let scored: usize =
+            sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
+
+        let mut first = 0;
+        let mut outputs = Vec::with_capacity(sequences.len());
+        for (index, sequence) in sequences.iter().enumerate() {
+            let mut output = Output::default();
+            match sequence.want {
+                Want::Nothing => {}
+                Want::Logits { rows } => {
+                    // All rows of one sequence (a long prompt's logits may be large) change hands without a copy.
+                    output.logits = if rows == scored {
+                        logits.take()
+                    } else {
+                        logits.as_ref().map(|logits| logits.slice(s![first..first + rows, ..]).to_owned())
+                    };
+                    first += rows;
+                }
+                Want::TopK { rows, k } => {
+                    output.top_k = top_k.by_ref().take(rows).collect();
+                    for row in &mut output.top_k {
+                        row.ids.truncate(k);
+                        row.logits.truncate(k);
+                    }
+                }
+                Want::LogProbs { targets } => {
+                    output.log_probs = log_probs.by_ref().take(targets.len()).collect()
+                }
+            }
+            if sequence.hidden == Hidden::All {
+                let mut rows = self.plan.spans[index].rows();
+                rows.start += self.plan.worn[index].run;
+                output.hidden = layers.iter().map(|h| h.slice(s![rows.clone(), ..]).to_owned()).collect();
+            }
+            if let (true, Some(last)) = (sequence.hidden != Hidden::None, &last) {
+                output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
+            }
+            if sequence.attentions {
+                let from = self.plan.worn[index].run;
+                let own = |spans: &Vec<Array3<f32>>| spans[index].slice(s![.., from.., ..]).to_owned();
+                output.attentions = attentions.iter().map(own).collect();
+            }
+            outputs.push(output);
+        }
+        Ok(outputs)
+    }
+}
+
+async fn wait<T>(readback: Option<Readback<'_, T>>) -> Result<Option<T>> {
+    match readback {
+        None => Ok(None),
+        Some(readback) => Ok(Some(readback.await?)),
+    }
+}
