@@ -111,3 +111,10 @@ fn qlora() {
     assert!(losses.len() == 5 && losses[4] < losses[0], "{text}");
     assert!(text.ends_with("saved: true\n"), "{text}");
 }
+
+#[test]
+fn distill() {
+    let text = output("distill");
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("3 layers, ")).collect();
+    assert!(lines.len() == 2 && lines.iter().all(|line| line.ends_with(" after 8 steps")), "{text}");
+}

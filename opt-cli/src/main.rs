@@ -4,6 +4,7 @@ mod args;
 mod backends;
 mod bench;
 mod convert;
+mod distill;
 mod generate;
 mod inspect;
 mod merge;
@@ -14,6 +15,7 @@ mod prompts;
 mod quantize;
 mod score;
 mod settings;
+mod training;
 mod tune;
 
 use clap::{Parser, Subcommand};
@@ -59,6 +61,8 @@ enum Command {
     Quantize(Box<quantize::Quantize>),
     /// Adapt a model to texts: its weights, or an adapter beside them.
     Tune(Box<tune::Tune>),
+    /// Let a smaller model learn from a larger one.
+    Distill(Box<distill::Distill>),
     /// Write the model that a model and a LoRA adapter are together.
     Merge(merge::Merge),
     /// Say what is in a model and what running it takes, without loading it.
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
         Command::Tune(tune) => tune.run(),
+        Command::Distill(distill) => distill.run(),
         Command::Merge(merge) => merge.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),

@@ -4,6 +4,7 @@ mod adapters;
 mod backends;
 mod bench;
 mod checkpoints;
+mod distill;
 mod ends;
 mod generate;
 mod quantize;

@@ -1,7 +1,8 @@
 //! A model that is being trained, on one backend.
 
 use super::{
-    Example,
+    DistillOptions, Example,
+    distill::Distill,
     optimizer::{Memory, Rates},
     tape::{Taped, Var},
     weights::Plan,
@@ -67,6 +68,15 @@ pub(crate) trait Learn: Send {
         memory: &[ArrayView2<'_, f32>],
     ) -> Result<()>;
 
+    /// Lets steps and gradients be those of a distillation from a teacher, which is held as `holding` says.
+    fn distill(
+        &mut self,
+        teacher: &Checkpoint,
+        holding: &Holding,
+        options: DistillOptions,
+        cancel: &CancelToken,
+    ) -> Result<()>;
+
     /// Loss and gradients of the parameters over one batch.
     fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)>;
 
@@ -84,6 +94,33 @@ pub(crate) struct Learner<B: Train> {
     memory: HashMap<String, Memory<B::Tensor>>,
     /// Positions in front of the tokens' own: those of a trained prefix.
     offset: usize,
+    /// A teacher, where there is one.
+    distill: Option<Distill<B>>,
+}
+
+/// What a pass came to, in the rows that predict a target.
+pub(super) struct Forward<B: Backend> {
+    /// `[targets, vocab_size]`.
+    pub(super) logits: Var<B>,
+    pub(super) targets: Vec<u32>,
+    /// The state after each layer, `[targets, hidden_size]`, where that was asked for.
+    pub(super) states: Vec<Var<B>>,
+    /// What the LM head sees, `[targets, word_embed_proj_dim]`.
+    pub(super) last: Var<B>,
+}
+
+/// The rows that predict a target, where each example is at the end of its span, and these targets.
+pub(super) fn wanted_rows(examples: &[Example], spans: &[Span]) -> (Vec<usize>, Vec<u32>) {
+    let mut rows = Vec::new();
+    let mut targets = Vec::new();
+    for (example, span) in examples.iter().zip(spans) {
+        let first = span.start + span.len - example.ids().len();
+        for (i, target) in example.targets() {
+            rows.push(first + i - 1);
+            targets.push(target);
+        }
+    }
+    (rows, targets)
 }
 
 impl<B: Train> Learner<B> {
@@ -104,11 +141,11 @@ impl<B: Train> Learner<B> {
         };
         let decoder = Decoder::load(&taped, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
         taped.take_tokens(config.num_hidden_layers)?;
-        Ok(Self { taped, decoder: Arc::new(decoder), config, memory: HashMap::new(), offset })
+        Ok(Self { taped, decoder: Arc::new(decoder), config, memory: HashMap::new(), offset, distill: None })
     }
 
-    /// The logits of the rows that predict a target, and these targets.
-    fn logits(&self, examples: &[Example], pass: Pass) -> Result<(Var<B>, Vec<u32>)> {
+    /// Runs the model; with `keeps_states`, what is after each layer is handed out.
+    fn forward(&self, examples: &[Example], pass: Pass, keeps_states: bool) -> Result<Forward<B>> {
         let taped = &self.taped;
         let ids: Vec<u32> = examples.iter().flat_map(|example| example.ids()).copied().collect();
         let spans = Span::lay_out(examples.iter().map(|example| example.ids().len()));
@@ -127,28 +164,24 @@ impl<B: Train> Learner<B> {
             .flat_map(|span| self.offset..self.offset + span.len)
             .map(|position| position as u32)
             .collect();
-        let mut h = self.decoder.start(taped, embedded, &positions)?;
-        for index in 0..self.config.num_hidden_layers {
-            if self.is_dropped(index, pass) {
-                continue;
-            }
-            h = self.layer(index, h, &wide, pass.checkpointing)?;
-        }
         // Only rows that predict something go through the head.
-        let mut rows = Vec::new();
-        let mut targets = Vec::new();
-        for (example, span) in examples.iter().zip(&wide) {
-            let first = span.start + span.len - example.ids().len();
-            for (i, target) in example.targets() {
-                rows.push(first + i - 1);
-                targets.push(target);
+        let (rows, targets) = wanted_rows(examples, &wide);
+        let of_targets = |h: &Var<B>| {
+            if rows.len() < positions.len() { taped.take_rows(h, &rows) } else { Ok(h.clone()) }
+        };
+        let mut h = self.decoder.start(taped, embedded, &positions)?;
+        let mut states = Vec::new();
+        for index in 0..self.config.num_hidden_layers {
+            if !self.is_dropped(index, pass) {
+                h = self.layer(index, h, &wide, pass.checkpointing)?;
+            }
+            if keeps_states {
+                states.push(of_targets(&h)?);
             }
         }
-        if rows.len() < taped.shape(&h)[0] {
-            h = taped.take_rows(&h, &rows)?;
-        }
-        let h = self.decoder.finish(taped, h)?;
-        Ok((taped.logits(&h, self.decoder.head())?, targets))
+        let last = self.decoder.finish(taped, of_targets(&h)?)?;
+        let logits = taped.logits(&last, self.decoder.head())?;
+        Ok(Forward { logits, targets, states, last })
     }
 
     fn layer(&self, index: usize, h: Var<B>, spans: &[Span], checkpointing: bool) -> Result<Var<B>> {
@@ -175,14 +208,27 @@ impl<B: Train> Learner<B> {
 
     /// Runs forward and backward: the gradients are added to what the parameters have; the loss is left where it is.
     fn forward_backward(&self, examples: &[Example], pass: Pass) -> Result<B::Tensor> {
-        self.taped.record(pass.seed);
-        let (logits, targets) = self.logits(examples, pass)?;
-        let smoothing = Smoothing { scale: pass.scale, epsilon: pass.label_smoothing };
-        let backend = &self.taped.backend;
-        let node = logits.node;
-        let [loss, gradient] = backend.cross_entropy(self.taped.owned(logits)?, &targets, smoothing)?;
-        self.taped.start_from(node, gradient);
-        self.taped.backward()?;
+        let (taped, backend) = (&self.taped, &self.taped.backend);
+        // First, so that what the teacher needs meanwhile is free again when the student runs.
+        let distill = match &self.distill {
+            Some(distill) => Some((distill, distill.teach(backend, examples)?)),
+            None => None,
+        };
+        taped.record(pass.seed);
+        let keeps_states = distill.as_ref().is_some_and(|(distill, _)| distill.compares_states());
+        let forward = self.forward(examples, pass, keeps_states)?;
+        let loss = match distill {
+            Some((distill, taught)) => distill.losses(taped, forward, taught, pass)?,
+            None => {
+                let Forward { logits, targets, .. } = forward;
+                let smoothing = Smoothing { scale: pass.scale, epsilon: pass.label_smoothing };
+                let node = logits.node;
+                let [loss, gradient] = backend.cross_entropy(taped.owned(logits)?, &targets, smoothing)?;
+                taped.start_from(node, gradient);
+                loss
+            }
+        };
+        taped.backward()?;
         Ok(loss)
     }
 
@@ -252,6 +298,17 @@ impl<B: Train> Learn for Learner<B> {
         Ok(())
     }
 
+    fn distill(
+        &mut self,
+        teacher: &Checkpoint,
+        holding: &Holding,
+        options: DistillOptions,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        self.distill = Some(Distill::load(&self.taped, &self.config, teacher, holding, options, cancel)?);
+        Ok(())
+    }
+
     fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)> {
         let loss = self.forward_backward(examples, pass)?;
         let backend = self.taped.backend.clone();
@@ -301,7 +358,7 @@ impl<B: Train> Learn for Learner<B> {
 
     fn evaluate(&mut self, examples: &[Example]) -> Result<f64> {
         self.taped.evaluate();
-        let (logits, targets) = self.logits(examples, Pass::default())?;
+        let Forward { logits, targets, .. } = self.forward(examples, Pass::default(), false)?;
         let backend = &self.taped.backend;
         let smoothing = Smoothing { scale: 1.0, epsilon: 0.0 };
         let [loss, _] = backend.cross_entropy(self.taped.owned(logits)?, &targets, smoothing)?;

@@ -2,6 +2,7 @@
 
 mod backend;
 pub mod data;
+mod distill;
 mod learner;
 mod ops;
 mod optimizer;
@@ -10,16 +11,19 @@ pub mod schedule;
 mod scratch;
 mod start;
 mod store;
+mod student;
 mod tape;
 mod trainer;
 mod tuner;
 mod weights;
 
+pub use distill::DistillOptions;
 pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
 pub use options::TrainOptions;
 pub use schedule::Schedule;
 pub use scratch::{SideFiles, new_model, train_tokenizer};
+pub use student::{student_layers, student_of};
 pub use trainer::{Event, StepReport, TrainReport, Trainer};
 pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;

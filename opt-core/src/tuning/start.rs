@@ -1,6 +1,7 @@
 //! What a training starts from: the plan of a method for one model, new parameters, and how they become files again.
 
 use super::{
+    distill::is_projection,
     learner::Learn,
     store::write_model,
     tuner::{Full, Method},
@@ -39,9 +40,9 @@ impl Artifact {
         }
     }
 
-    /// Whether the trained values cannot be read from the files again.
-    pub(super) fn keeps_values(&self) -> bool {
-        matches!(self, Self::Adapter(..))
+    /// Whether what was trained under this name cannot be read from the files again.
+    pub(super) fn leaves_out(&self, name: &str) -> bool {
+        matches!(self, Self::Adapter(..)) || is_projection(name)
     }
 }
 

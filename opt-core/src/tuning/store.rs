@@ -120,15 +120,15 @@ impl Store {
         Ok(steps)
     }
 
-    /// Writes a checkpoint. `values` says whether what is trained is kept beside the optimizer's memory, since it
-    /// cannot be read from the artifact again.
+    /// Writes a checkpoint. `kept` says which values are kept beside the optimizer's memory, since they cannot be read
+    /// from the artifact again.
     pub(super) fn save(
         &self,
         state: &State,
         learner: &dyn Learn,
         optimizer: Optimizer,
         artifact: Artifact<'_>,
-        values: bool,
+        kept: &dyn Fn(&str) -> bool,
     ) -> Result<PathBuf> {
         let path = self.checkpoint(state.step);
         let save = || {
@@ -137,7 +137,7 @@ impl Store {
                 .tempdir_in(&self.output)
                 .map_err(|e| io("cannot create a directory in", &self.output, e))?;
             artifact(inside.path(), learner)?;
-            write_memory(&inside.path().join(OPTIMIZER), learner, optimizer, values)?;
+            write_memory(&inside.path().join(OPTIMIZER), learner, optimizer, kept)?;
             let text = pretty(&serde_json::to_value(state).unwrap_or_default())?;
             let file = inside.path().join(STATE);
             fs::write(&file, text).map_err(|e| io("cannot write", &file, e))?;
@@ -268,15 +268,21 @@ pub(super) fn write_model(
     Ok(())
 }
 
-fn write_memory(path: &Path, learner: &dyn Learn, optimizer: Optimizer, values: bool) -> Result<()> {
-    let parts: Vec<&str> =
-        values.then_some("value").into_iter().chain(memory_names(optimizer).iter().copied()).collect();
+fn write_memory(
+    path: &Path,
+    learner: &dyn Learn,
+    optimizer: Optimizer,
+    kept: &dyn Fn(&str) -> bool,
+) -> Result<()> {
     let mut entries = Vec::new();
     for (name, [rows, width]) in learner.shapes() {
         // Before the first step, and of what has no gradient, nothing is remembered.
         let remembers = !learner.memory_is_empty(&name);
-        for part in &parts {
-            if *part == "value" || remembers {
+        if kept(&name) {
+            entries.push((format!("{name}.value"), vec![rows, width]));
+        }
+        for part in memory_names(optimizer) {
+            if remembers {
                 entries.push((format!("{name}.{part}"), vec![rows, width]));
             }
         }

@@ -339,9 +339,8 @@ impl Run<'_> {
         let (optimizer, limit) = (self.trainer.options.optimizer, self.trainer.options.save_limit);
         let artifact = self.trainer.tuner.artifact();
         let write: Artifact<'_> = &|inside, learner| artifact.write(inside, learner);
-        let values = artifact.keeps_values();
-        let path =
-            self.store.save(&self.state, self.trainer.tuner.learner_ref(), optimizer, write, values)?;
+        let kept = |name: &str| artifact.leaves_out(name);
+        let path = self.store.save(&self.state, self.trainer.tuner.learner_ref(), optimizer, write, &kept)?;
         self.store.prune(limit, self.state.best.map(|(_, step)| step))?;
         Ok(self.tell(&Event::Saved { step: self.state.step, path }))
     }

@@ -1,16 +1,17 @@
 use super::{
-    Example, Learn, Optimizer,
+    DistillOptions, Example, Learn, Optimizer,
     learner::Pass,
     optimizer::Rates,
     start::{Artifact, adapter},
     weights::Plan,
 };
 use crate::{
-    Error, ErrorKind, Load, Result,
+    CancelToken, Error, ErrorKind, Load, Result,
     adapter::{Adapter, AdapterConfig},
     backends::{self, BackendOptions},
     checkpoint::{Checkpoint, model_files},
     config::OptConfig,
+    quantize::Holding,
 };
 use ndarray::Array2;
 use opt_backend::{Counts, DType, Info};
@@ -128,6 +129,11 @@ pub struct Tuner {
     config: OptConfig,
     method: Method,
     artifact: Artifact,
+    /// How models are loaded.
+    holding: Holding,
+    cancel: CancelToken,
+    /// How it is distilled, and from a teacher of which shape.
+    distilled: Option<(DistillOptions, OptConfig)>,
 }
 
 impl Tuner {
@@ -165,7 +171,7 @@ impl Tuner {
                 Artifact::Adapter(Box::new(adapter.config().clone()), config.clone())
             }
         };
-        Ok(Self { learner, config, method, artifact })
+        Ok(Self { learner, config, method, artifact, holding: load.holding, cancel, distilled: None })
     }
 
     fn model_artifact(checkpoint: Checkpoint, learner: &dyn Learn) -> Result<Artifact> {
@@ -185,6 +191,47 @@ impl Tuner {
             }
         }
         self
+    }
+
+    /// Lets what follows learn from a teacher's outputs too: steps and gradients are of the losses that
+    /// [`DistillOptions`] lists, while [`Tuner::loss`] stays the cross-entropy. The teacher can have any shape of the
+    /// student's vocabulary; it is held as [`Tuner::load`] was told to hold what is not trained, on the same backend,
+    /// and nothing is dropped in it.
+    ///
+    /// ```
+    /// use opt_core::{Load, checkpoint::Checkpoint};
+    /// use opt_core::tuning::{DistillOptions, Example, Method, StepOptions, Tuner, student_of};
+    ///
+    /// let teacher = Checkpoint::open("../models/opt-novels")?;
+    /// let (student, files) = student_of(&teacher, 2)?;
+    /// let tuner = Tuner::from_checkpoint(student, Method::full(), Load::default())?.files(files);
+    /// let mut tuner = tuner.distill(teacher, DistillOptions::default())?;
+    /// let step = tuner.step(&[&[Example::new(vec![2, 100, 200, 300])]], StepOptions::default())?;
+    /// assert!(step.loss > 0.0);
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for options out of range, another vocabulary, and a student that has a teacher already;
+    /// those of [`crate::Opt::load`] for the teacher.
+    pub fn distill(mut self, teacher: Checkpoint, options: DistillOptions) -> Result<Self> {
+        options.validate()?;
+        let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
+        if self.distilled.is_some() {
+            return fail("expected a student without a teacher, found one that has one".to_owned());
+        }
+        let (own, found) = (self.config.vocab_size, teacher.config().vocab_size);
+        if own != found {
+            return fail(format!(
+                "teacher: expected the student's vocabulary of {own} tokens, found {found}"
+            ));
+        }
+        let place = |e: Error| e.at("teacher");
+        teacher.validate().map_err(place)?;
+        self.holding.check(&teacher).map_err(place)?;
+        self.learner.distill(&teacher, &self.holding, options, &self.cancel)?;
+        self.distilled = Some((options, teacher.config().clone()));
+        Ok(self)
     }
 
     /// The model's shape.
@@ -322,10 +369,15 @@ impl Tuner {
 
     /// What must be the same for a training to be resumed.
     pub(super) fn settings(&self) -> serde_json::Value {
-        match &self.method {
+        let mut settings = match &self.method {
             Method::Full(full) => serde_json::json!({ "full": { "layers": full.layers } }),
             Method::New(adapter, seed) => serde_json::json!({ "new": adapter.to_json(), "seed": seed }),
             Method::Continue(adapter) => serde_json::json!({ "continue": adapter.config().to_json() }),
+        };
+        if let (Some((options, teacher)), Some(settings)) = (&self.distilled, settings.as_object_mut()) {
+            settings
+                .insert("distill".to_owned(), serde_json::json!({ "options": options, "teacher": teacher }));
         }
+        settings
     }
 }
