@@ -2,8 +2,8 @@
 //!
 //! Nothing is packed ahead: what a gradient multiplies by has just been computed and is used once. The left operand is
 //! woven some megabytes at a time; of the right one, a task makes one block of a panel at a time, in the first cache,
-//! and multiplies all rows of its share by it. Sums are in the order of [`crate::gemm`]: a chain over each block of
-//! [`DEPTH`] places, then the blocks one after the other. So results do not depend on how work is shared out, and those
+//! and multiplies all rows of its share by it. Sums are in the order of `gemm.rs`: a chain over each block of
+//! 256 places, then the blocks one after the other. So results do not depend on how work is shared out, and those
 //! of f32 equal those of a packed weight, bit by bit.
 
 mod left;
