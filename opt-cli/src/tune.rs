@@ -33,9 +33,12 @@ completion only) or {\"ids\": [...]}.
 OUTPUT holds the result, checkpoints that can be used and resumed, and the log
 of every step as log.jsonl. Ctrl-C ends after the step it is in and saves.";
 
+/// What `--adapter` means here.
+const ADAPTER: &str = "Train this adapter further, in the place of a new one";
+
 /// Adapt a model to texts: its weights (full) or an adapter beside them.
 #[derive(Debug, Args)]
-#[command(after_help = HELP)]
+#[command(after_help = HELP, mut_arg("adapter", |adapter| adapter.help(ADAPTER).help_heading("Method")))]
 pub(crate) struct Tune {
     /// What is trained.
     #[arg(value_name = "METHOD")]
@@ -86,9 +89,6 @@ pub(crate) struct Tune {
     /// prompt: start as the embeddings of this text.
     #[arg(long, value_name = "TEXT", help_heading = "Method")]
     init_text: Option<String>,
-    /// Train this adapter further, in the place of a new one.
-    #[arg(long, value_name = "DIR", help_heading = "Method")]
-    adapter: Option<PathBuf>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -215,7 +215,7 @@ impl Tune {
     fn method(&self, model: &Path) -> Result<Method, Failure> {
         self.check_flags()?;
         let base = model.display().to_string();
-        if let Some(directory) = &self.adapter {
+        if let Some(directory) = &self.model.adapter {
             return Ok(Method::further(Adapter::open(directory)?));
         }
         let config = match self.method {
@@ -282,7 +282,7 @@ impl Tune {
             ("--prefix-projection", self.prefix_projection, &[Prefix]),
             ("--init", self.init.is_some(), &[Prompt]),
             ("--init-text", self.init_text.is_some(), &[Prompt]),
-            ("--adapter", self.adapter.is_some(), &[Lora, Prefix, Prompt]),
+            ("--adapter", self.model.adapter.is_some(), &[Lora, Prefix, Prompt]),
         ];
         let wrong = flags.iter().find(|(_, given, methods)| *given && !methods.contains(&self.method));
         if let Some((flag, _, methods)) = wrong {
