@@ -33,6 +33,8 @@ const SETTINGS: &str = "training.json";
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const LOG: &str = "log.jsonl";
+/// What names begin with until files and directories are complete.
+const UNFINISHED: &str = ".opt-tune-";
 
 /// Where a training stands.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -75,17 +77,27 @@ impl Store {
                     "cannot be resumed with other settings: {key}: expected {expected}, found {found}"
                 ));
             }
+            store.remove_unfinished();
             return Ok(store);
         }
         if output.exists() {
             let mut entries = fs::read_dir(output).map_err(|e| io("cannot read", output, e))?;
-            if entries.next().is_some() {
+            if entries.any(|entry| !entry.is_ok_and(|entry| is_unfinished(&entry))) {
                 return fail("holds something else; expected an empty or a new directory".to_owned());
             }
         }
         fs::create_dir_all(output).map_err(|e| io("cannot create", output, e))?;
         store.replace(SETTINGS, pretty(settings)?.as_bytes())?;
         Ok(store)
+    }
+
+    /// Removes what a training that was killed had not finished writing. That it is still there does no harm.
+    fn remove_unfinished(&self) {
+        let entries = fs::read_dir(&self.output).into_iter().flatten().flatten();
+        for entry in entries.filter(is_unfinished) {
+            let path = entry.path();
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
     }
 
     pub(super) fn output(&self) -> &Path {
@@ -96,7 +108,7 @@ impl Store {
     pub(super) fn replace(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.output.join(name);
         let write = || {
-            let mut file = tempfile::Builder::new().prefix(".opt-tune-").tempfile_in(&self.output)?;
+            let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.output)?;
             file.write_all(contents)?;
             readable(file.path())?;
             file.persist(&path).map_err(|e| e.error)?;
@@ -133,7 +145,7 @@ impl Store {
         let path = self.checkpoint(state.step);
         let save = || {
             let inside = tempfile::Builder::new()
-                .prefix(".opt-tune-")
+                .prefix(UNFINISHED)
                 .tempdir_in(&self.output)
                 .map_err(|e| io("cannot create a directory in", &self.output, e))?;
             artifact(inside.path(), learner)?;
@@ -207,7 +219,7 @@ impl Store {
             }
             let target = self.output.join(&name);
             let copy = || {
-                let file = tempfile::Builder::new().prefix(".opt-tune-").tempfile_in(&self.output)?;
+                let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.output)?;
                 fs::copy(entry.path(), file.path())?;
                 readable(file.path())?;
                 file.persist(&target).map_err(|e| e.error)?;
@@ -338,6 +350,11 @@ fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array2<f32>>> {
         arrays.insert(name, Array2::from_shape_vec((rows, width), values).map_err(|e| damaged(&e))?);
     }
     Ok(arrays)
+}
+
+/// Whether it has the name of something that is being written.
+fn is_unfinished(entry: &fs::DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with(UNFINISHED)
 }
 
 /// Where two settings differ first: the key, what was, and what is.

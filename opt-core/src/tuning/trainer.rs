@@ -278,18 +278,8 @@ impl Run<'_> {
             gradient_checkpointing: options.gradient_checkpointing,
         };
         let result = tuner.step(&micros, step)?;
-        if !(result.loss.is_finite() && result.grad_norm.is_finite()) {
-            let what = if result.loss.is_finite() { "norm of the gradients" } else { "loss" };
-            let found = if result.loss.is_finite() { result.grad_norm } else { result.loss };
-            let good = match self.store.steps()?.last() {
-                Some(step) => {
-                    format!("the last good checkpoint is {}", self.store.checkpoint(*step).display())
-                }
-                None => "there is no checkpoint yet".to_owned(),
-            };
-            let message = format_args!("step {}: expected a finite {what}, found {found}; {good}", made + 1);
-            return Err(Error::new(ErrorKind::Diverged, message));
-        }
+        self.finite(made + 1, "loss", f64::from(result.loss))?;
+        self.finite(made + 1, "norm of the gradients", f64::from(result.grad_norm))?;
         let tokens = batch.targets() as u64;
         let run: usize = batch.micro_batches.iter().flatten().map(|example| example.ids().len()).sum();
         self.state.step += 1;
@@ -314,6 +304,20 @@ impl Run<'_> {
         Ok(report)
     }
 
+    /// # Errors
+    /// [`ErrorKind::Diverged`], naming what there is to go back to.
+    fn finite(&self, step: u64, what: &str, found: f64) -> Result<()> {
+        if found.is_finite() {
+            return Ok(());
+        }
+        let good = match self.store.steps()?.last() {
+            Some(step) => format!("the last good checkpoint is {}", self.store.checkpoint(*step).display()),
+            None => "there is no checkpoint yet".to_owned(),
+        };
+        let message = format_args!("step {step}: expected a finite {what}, found {found}; {good}");
+        Err(Error::new(ErrorKind::Diverged, message))
+    }
+
     fn evaluate(&mut self) -> Result<(Event, bool)> {
         let Trainer { tuner, options, eval, .. } = &mut self.trainer;
         let (mut sum, mut targets) = (0.0, 0);
@@ -324,6 +328,7 @@ impl Run<'_> {
             targets += count;
         }
         let (step, loss) = (self.state.step, sum / targets.max(1) as f64);
+        self.finite(step, "evaluation loss", loss)?;
         let best = self.state.best.is_none_or(|(best, _)| loss < best);
         if best {
             (self.state.best, self.state.stale) = (Some((loss, step)), 0);
