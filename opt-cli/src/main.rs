@@ -10,6 +10,7 @@ mod inspect;
 mod merge;
 mod model;
 mod out;
+mod plot;
 mod progress;
 mod prompts;
 mod quantize;

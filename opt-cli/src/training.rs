@@ -3,6 +3,7 @@
 use crate::{
     args::ShowArgs,
     out::{Failure, Out, bytes},
+    plot,
     progress::{Console, duration},
 };
 use clap::{Args, ValueEnum};
@@ -263,6 +264,9 @@ impl TrainArgs {
             return Err(failure);
         }
         let report = report?;
+        if let Err(problem) = plot::draw(&report.output.join("loss.svg"), &report.log) {
+            console.warn(&problem);
+        }
         let best = report.best.map(|(loss, step)| json!({ "loss": loss, "step": step }));
         if show.json {
             return out.json(&json!({
