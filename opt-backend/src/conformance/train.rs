@@ -82,7 +82,7 @@ fn every_op<B: Train>(b: &B, data: &mut Data, dtype: DType) -> Result<Vec<(&'sta
     let clip = || Some(Clip { sum_squares: &sum, max_norm: 1.0 });
     let (mut param, mut moments) = (new(6, 24)?, [upload(b, &Array2::zeros((6, 24)))?, new(6, 24)?]);
     // Second moments are not negative.
-    moments[1] = upload(b, &Array2::zeros((6, 24)))?;
+    moments[1] = b.zeros([6, 24])?;
     let adam = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, step: 1 };
     b.adamw(&mut param, &x, &mut moments, adam, clip())?;
     let [first, second] = moments;
@@ -91,6 +91,7 @@ fn every_op<B: Train>(b: &B, data: &mut Data, dtype: DType) -> Result<Vec<(&'sta
     Ok(vec![
         ("linear_of", b.linear(&x, &linear, Then::Nothing)?),
         ("norm_of", b.layer_norm(&x, &norm)?),
+        ("zeros", b.zeros([6, 24])?),
         ("copy", b.copy(&x)?),
         ("matmul", b.matmul(&x, &weight, Layout::TimesTransposed, dtype, None)?),
         ("matmul, into", b.matmul(&x, &y, Layout::TransposedTimes, DType::F32, Some(new(24, 24)?))?),

@@ -24,6 +24,14 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
             b.scale(tensor, 3.0)?;
             super::unchanged(b, "the copy, once x is scaled", &copy, &x)
         });
+        run.case("zeros", &case, |b, data| {
+            let zeros = b.zeros([rows, width])?;
+            same_bits("zeros", read(b, &zeros)?.view(), ndarray::Array2::zeros((rows, width)).view())?;
+            // They can be written to.
+            let x = data.matrix(rows, width);
+            let sum = b.add(zeros, &b.upload(x.view())?)?;
+            same_bits("0 + x", read(b, &sum)?.view(), x.view())
+        });
         run.case("sum_rows", &case, |b, data| {
             let x = data.matrix(rows, width);
             let tensor = b.upload(x.view())?;
