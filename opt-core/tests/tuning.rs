@@ -256,7 +256,9 @@ fn a_step_reads_once() {
         let name = format!("{} on {}: {counts}", case.name, backend::name());
         let called: Vec<Op> = Op::ALL.into_iter().filter(|op| counts.default_bodies(*op) > 0).collect();
         assert!(called.is_empty(), "{name}: default bodies of {called:?}");
-        assert_eq!((counts.reads, counts.uploads), (1, 0), "{name}");
+        assert_eq!(counts.reads, 1, "{name}");
+        // LibTorch counts lists of rows as uploads, since they are tensors there.
+        assert!(counts.uploads == 0 || backend::name() == "tch" && counts.bytes < 4000, "{name}");
     }
 }
 
