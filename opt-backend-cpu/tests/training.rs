@@ -18,10 +18,16 @@ fn random(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     })
 }
 
-/// Backends of every level, and what is common to all tests: nothing goes through a default body, and nothing is
+/// Whether `OPT_QUICK_TESTS` is set, as for emulated machines, which take a minute for what others do in a second.
+fn quick() -> bool {
+    std::env::var_os("OPT_QUICK_TESTS").is_some()
+}
+
+/// Backends of every level (the best alone if it is to be quick), and what is common to all tests: nothing goes through a default body, and nothing is
 /// written outside a buffer.
 fn each(check: impl Fn(&Cpu)) {
-    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_available()) {
+    let levels = SimdLevel::ALL.into_iter().filter(|level| level.is_available());
+    for level in levels.filter(|level| !quick() || *level == SimdLevel::best()) {
         for threads in [1, 3] {
             let cpu = Cpu::builder().threads(threads).simd(Some(level)).guarded(true);
             let cpu = cpu.build().expect("the level is there");
@@ -129,6 +135,10 @@ fn products_of_matrices() {
 /// More than is woven at a time.
 #[test]
 fn large_products_are_those_of_packed_weights() {
+    // Thousands of millions of multiplications: nothing to emulate.
+    if quick() {
+        return;
+    }
     let level = SimdLevel::best();
     let cpu = Cpu::builder().threads(2).simd(Some(level)).build().expect("the level is there");
     for [n, k, m] in [[700, 5000, 40], [9000, 600, 33], [300, 20_000, 70]] {
