@@ -324,3 +324,20 @@ fn unpacked(base: &Checkpoint, spec: &QuantSpec, output: &Path) {
     let config = fs::read(base.directory().unwrap().join("config.json")).unwrap();
     fs::write(output.join("config.json"), config).unwrap();
 }
+
+#[test]
+fn a_step_that_failed_leaves_nothing_behind() {
+    let case = cases("full_pre_ln").remove(0);
+    let batch = examples(&case.meta.batch);
+    let context = case.base().config().max_position_embeddings;
+    let too_long = [Example::new(vec![5; context + 1])];
+    let mut tuner = case.tuner(backend::load());
+    let error = tuner.step(&[&batch, &too_long], StepOptions::default()).unwrap_err();
+    assert!(error.to_string().contains(&format!("at most {context} positions")), "{error}");
+    let (_, found) = tuner.gradients(&batch, StepOptions::default()).unwrap();
+    for (tensor, expected) in &case.gradients() {
+        assert_near(found[tensor].view(), expected.view(), tensor);
+    }
+    let nothing = tuner.step(&[&[Example::completion(vec![5, 6], 2)]], StepOptions::default()).unwrap_err();
+    assert!(nothing.to_string().contains("at least one target"), "{nothing}");
+}

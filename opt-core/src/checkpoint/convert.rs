@@ -409,7 +409,7 @@ fn index(names: &[String], shards: &[Vec<Planned<'_>>]) -> Result<Vec<u8>> {
     pretty(&json!({ "metadata": metadata, "weight_map": map }))
 }
 
-pub(super) fn pretty(value: &Value) -> Result<Vec<u8>> {
+pub(crate) fn pretty(value: &Value) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(value)
         .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?;
     text.push(b'\n');
@@ -421,14 +421,21 @@ pub(super) fn side_files(
     checkpoint: &Checkpoint,
     dtype: Option<DType>,
 ) -> Result<Vec<(&'static str, Vec<u8>)>> {
-    let Some(directory) = checkpoint.directory() else { return Ok(Vec::new()) };
-    let mut config = super::files::config(directory)?.into_bytes();
+    let directory = checkpoint.directory();
+    let mut config = match directory {
+        Some(directory) => super::files::config(directory)?.into_bytes(),
+        // Of a checkpoint in memory.
+        None => {
+            let config = serde_json::to_value(checkpoint.config());
+            pretty(&config.map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?)?
+        }
+    };
     if let Some(dtype) = dtype {
         config = with_dtype(&config, dtype)?;
     }
     let mut files = vec![("config.json", config)];
     for name in SIDE_FILES {
-        let path = directory.join(name);
+        let Some(path) = directory.map(|directory| directory.join(name)) else { break };
         if path.is_file() {
             files.push((name, fs::read(&path).map_err(|e| io("cannot read", &path, e))?));
         }

@@ -37,7 +37,11 @@ pub use quantized::{QuantLayout, Weight, ggml, write_quantized};
 pub(crate) use rewrite::{Rewrite, rewrite};
 pub use tensor::{Tensor, TensorInfo};
 #[cfg(not(target_arch = "wasm32"))]
-pub(crate) use values::{array_bytes, model_files, write_arrays, write_replaced};
+pub(crate) use {
+    convert::pretty,
+    source::io,
+    values::{array_bytes, model_files, write_arrays, write_replaced},
+};
 
 use crate::{Error, ErrorKind, Result, config::OptConfig};
 use entry::{fail, shown};
@@ -232,6 +236,17 @@ impl Checkpoint {
             return fail(format_args!("{place}: expected shape {shape:?}, found {:?}", info.shape));
         }
         self.read(info).map(Some)
+    }
+
+    /// The tensors to write anew and transformers' names for them: all but a head that is the token table.
+    fn written(&self) -> Vec<(&TensorInfo, String)> {
+        let known: Vec<String> = self.config.tensor_shapes().into_iter().map(|(name, _)| name).collect();
+        let tied = |info: &&TensorInfo| self.config.tie_word_embeddings && info.name == LM_HEAD;
+        let name = |info: &TensorInfo| match known.contains(&info.name) {
+            true => names::full(&info.name),
+            false => info.stored_name.clone(),
+        };
+        self.tensors().filter(|info| !tied(info)).map(|info| (info, name(info))).collect()
     }
 
     /// A tensor of [`Checkpoint::tensors`], whatever its shape.

@@ -3,7 +3,6 @@
 use super::{
     Checkpoint, FileDType, LM_HEAD, Tensor, TensorInfo, Warning,
     convert::{ConvertOptions, Converted, Target, pretty, side_files},
-    names,
     source::io,
     write::{convert, safetensors_header},
     zip::cannot_write,
@@ -82,13 +81,7 @@ pub(crate) fn rewrite(output: &Path, job: Rewrite<'_, '_>) -> Result<Converted> 
         }
         out.flush().map_err(cannot_write)?;
         let mut files = vec!["model.safetensors".to_owned()];
-        let mut side = side_files(base, None)?;
-        if side.is_empty() {
-            let config = serde_json::to_value(base.config())
-                .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?;
-            side.push(("config.json", pretty(&config)?));
-        }
-        for (name, contents) in side {
+        for (name, contents) in side_files(base, None)? {
             let contents = if name == "config.json" && untie { untied(&contents)? } else { contents };
             fs::write(inside.join(name), contents).map_err(cannot_write)?;
             files.push(name.to_owned());
@@ -105,12 +98,8 @@ pub(crate) fn rewrite(output: &Path, job: Rewrite<'_, '_>) -> Result<Converted> 
 
 /// Tensors of wider numbers first, so that all are aligned.
 fn items(base: &Checkpoint, untie: bool) -> Vec<Item<'_>> {
-    let tied = |name: &str| base.config().tie_word_embeddings && name == LM_HEAD;
-    let known: Vec<String> = base.config().tensor_shapes().into_iter().map(|(name, _)| name).collect();
     let mut items: Vec<Item<'_>> = Vec::new();
-    for info in base.tensors().filter(|info| !tied(&info.name)) {
-        let stored =
-            if known.contains(&info.name) { names::full(&info.name) } else { info.stored_name.clone() };
+    for (info, stored) in base.written() {
         items.push(Item { name: info.name.clone(), stored, info });
         if untie && info.name == "embed_tokens.weight" {
             items.push(Item { name: LM_HEAD.to_owned(), stored: LM_HEAD.to_owned(), info });

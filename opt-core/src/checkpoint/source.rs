@@ -83,7 +83,7 @@ pub(super) fn read_text(path: &Path, most: u64) -> Result<String> {
 }
 
 /// An I/O failure; one of a missing file is [`ErrorKind::NotFound`].
-pub(super) fn io(what: &str, path: &Path, error: std::io::Error) -> Error {
+pub(crate) fn io(what: &str, path: &Path, error: std::io::Error) -> Error {
     let kind = match error.kind() {
         std::io::ErrorKind::NotFound => ErrorKind::NotFound,
         _ => ErrorKind::Io,

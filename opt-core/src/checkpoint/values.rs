@@ -1,14 +1,10 @@
 //! Writing safetensors of values that are asked for one at a time.
 
 use super::{
-    Checkpoint, FileDType, LM_HEAD, TensorInfo,
-    convert::{pretty, side_files},
-    names,
-    source::io,
-    write::safetensors_header,
+    Checkpoint, FileDType, TensorInfo, convert::side_files, source::io, write::safetensors_header,
     zip::cannot_write,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::Result;
 use ndarray::Array2;
 use opt_backend::DType;
 use std::{
@@ -45,20 +41,14 @@ pub(crate) fn write_replaced(
     replaced: &BTreeSet<String>,
     values: Values<'_>,
 ) -> Result<()> {
-    let known: BTreeSet<String> = base.config.tensor_shapes().into_iter().map(|(name, _)| name).collect();
-    let tied = |info: &&TensorInfo| base.config.tie_word_embeddings && info.name == LM_HEAD;
-    let mut infos: Vec<&TensorInfo> = base.tensors().filter(|info| !tied(info)).collect();
+    let mut written = base.written();
     let dtype = |info: &TensorInfo| if replaced.contains(&info.name) { FileDType::F32 } else { info.dtype };
     // Tensors of wider numbers come first, so that all are aligned.
-    infos.sort_by_key(|info| std::cmp::Reverse(dtype(info).size()));
-    let name = |info: &TensorInfo| match known.contains(&info.name) {
-        true => names::full(&info.name),
-        false => info.stored_name.clone(),
-    };
+    written.sort_by_key(|(info, _)| std::cmp::Reverse(dtype(info).size()));
     let mut out = create(path)?;
-    let items = infos.iter().map(|info| (name(info), dtype(info), info.shape.clone()));
+    let items = written.iter().map(|(info, name)| (name.clone(), dtype(info), info.shape.clone()));
     out.write_all(&safetensors_header(items)?).map_err(cannot_write)?;
-    for info in infos {
+    for (info, _) in written {
         if replaced.contains(&info.name) {
             write_array(&values(&info.name)?, &mut out)?;
         } else {
@@ -70,13 +60,8 @@ pub(crate) fn write_replaced(
 
 /// config.json and what else belongs to a model, by name; with a number format, config.json says that.
 pub(crate) fn model_files(base: &Checkpoint, dtype: Option<DType>) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut files = side_files(base, dtype)?;
-    if files.is_empty() {
-        let config = serde_json::to_value(&base.config)
-            .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?;
-        files.push(("config.json", pretty(&config)?));
-    }
-    Ok(files.into_iter().map(|(name, contents)| (name.to_owned(), contents)).collect())
+    let files = side_files(base, dtype)?.into_iter();
+    Ok(files.map(|(name, contents)| (name.to_owned(), contents)).collect())
 }
 
 fn create(path: &Path) -> Result<BufWriter<File>> {

@@ -146,11 +146,11 @@ impl<B: Train> Backend for Taped<B> {
     }
 
     fn gather(&self, table: &Self::Table, ids: &[u32]) -> Result<Var<B>> {
-        self.wired_tokens(table, ids)
+        self.wired_gather(table, ids, self.plan.padding)
     }
 
     fn add_gathered(&self, x: Var<B>, table: &Self::Table, ids: &[u32]) -> Result<Var<B>> {
-        let rows = self.wired_gather(table, ids)?;
+        let rows = self.wired_gather(table, ids, None)?;
         self.wired_add(x, &rows)
     }
 

@@ -32,7 +32,7 @@
 //! ```
 
 mod batches;
-mod jsonl;
+pub(super) mod jsonl;
 mod permutation;
 mod read;
 mod store;

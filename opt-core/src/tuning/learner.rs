@@ -1,9 +1,9 @@
 //! A model that is being trained, on one backend.
 
 use super::{
-    DistillOptions, Example,
+    DistillOptions, Example, StepOptions, StepResult,
     distill::Distill,
-    optimizer::{Memory, Rates},
+    optimizer::Memory,
     tape::{Taped, Var},
     weights::Plan,
 };
@@ -17,7 +17,10 @@ use crate::{
 };
 use ndarray::{Array2, ArrayView2};
 use opt_backend::{Backend, Info, Smoothing, Span, Train};
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 /// How a pass runs, beside what it is about.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,19 +30,20 @@ pub(crate) struct Pass {
     pub(crate) label_smoothing: f32,
     /// Seeds dropout and layerdrop; nothing is dropped without.
     pub(crate) seed: Option<u64>,
-    /// The probability that a layer is skipped.
-    pub(crate) layerdrop: f32,
     /// Keeps only the states between layers, and computes what is inside again for the gradient.
     pub(crate) checkpointing: bool,
 }
 
-/// What one step came to.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Stepped {
-    /// Mean over the targets, in nats.
-    pub(crate) loss: f32,
-    /// Norm of all gradients, before clipping.
-    pub(crate) norm: f32,
+impl Pass {
+    /// Micro-batch number `micro` of a step, `scale` being one over the targets of all of them.
+    fn new(scale: f32, options: &StepOptions, micro: u64) -> Self {
+        Self {
+            scale,
+            label_smoothing: options.label_smoothing,
+            seed: options.seed.map(|seed| seed.wrapping_add(micro << 40)),
+            checkpointing: options.gradient_checkpointing,
+        }
+    }
 }
 
 /// A model that is being trained, whatever it runs on.
@@ -77,11 +81,17 @@ pub(crate) trait Learn: Send {
         cancel: &CancelToken,
     ) -> Result<()>;
 
-    /// Loss and gradients of the parameters over one batch.
-    fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)>;
+    /// Loss times `scale`, and its gradients by the parameters' names, over one batch.
+    fn gradients(
+        &mut self,
+        examples: &[Example],
+        scale: f32,
+        options: &StepOptions,
+    ) -> Result<(f32, BTreeMap<String, Array2<f32>>)>;
 
-    /// One step over some micro-batches, each with its seed.
-    fn step(&mut self, micros: &[(&[Example], u64)], pass: Pass, rates: Rates) -> Result<Stepped>;
+    /// One step over some micro-batches; `scale` is one over the targets of all of them.
+    fn step(&mut self, micro_batches: &[&[Example]], scale: f32, options: &StepOptions)
+    -> Result<StepResult>;
 
     /// The sum of the losses of all targets, in nats, nothing being dropped.
     fn evaluate(&mut self, examples: &[Example]) -> Result<f64>;
@@ -199,8 +209,8 @@ impl<B: Train> Learner<B> {
 
     fn is_dropped(&self, layer: usize, pass: Pass) -> bool {
         match pass.seed {
-            Some(seed) if pass.layerdrop > 0.0 => {
-                Random::new(seed, 1).at(layer as u64) < f64::from(pass.layerdrop)
+            Some(seed) if self.config.layerdrop > 0.0 => {
+                Random::new(seed, 1).at(layer as u64) < self.config.layerdrop
             }
             _ => false,
         }
@@ -230,6 +240,11 @@ impl<B: Train> Learner<B> {
         };
         taped.backward()?;
         Ok(loss)
+    }
+
+    /// Drops what a step that failed half-way has left.
+    fn forget_gradients(&mut self) {
+        self.taped.state_mut().params.iter_mut().for_each(|param| param.gradient = None);
     }
 
     fn params(&self) -> Vec<(String, Arc<B::Tensor>)> {
@@ -309,12 +324,18 @@ impl<B: Train> Learn for Learner<B> {
         Ok(())
     }
 
-    fn gradients(&mut self, examples: &[Example], pass: Pass) -> Result<(f32, HashMap<String, Array2<f32>>)> {
-        let loss = self.forward_backward(examples, pass)?;
+    fn gradients(
+        &mut self,
+        examples: &[Example],
+        scale: f32,
+        options: &StepOptions,
+    ) -> Result<(f32, BTreeMap<String, Array2<f32>>)> {
+        self.forget_gradients();
+        let loss = self.forward_backward(examples, Pass::new(scale, options, 0))?;
         let backend = self.taped.backend.clone();
-        let loss = backend.block_on(backend.read(&loss))?;
-        let mut gradients = HashMap::new();
-        for param in &mut self.taped.state().params {
+        let loss = backend.block_on(backend.read_owned(loss))?;
+        let mut gradients = BTreeMap::new();
+        for param in &mut self.taped.state_mut().params {
             if let Some(gradient) = param.gradient.take() {
                 gradients.insert(param.name.clone(), backend.block_on(backend.read_owned(gradient))?);
             }
@@ -322,38 +343,40 @@ impl<B: Train> Learn for Learner<B> {
         Ok((loss.iter().sum(), gradients))
     }
 
-    fn step(&mut self, micros: &[(&[Example], u64)], pass: Pass, rates: Rates) -> Result<Stepped> {
+    fn step(
+        &mut self,
+        micro_batches: &[&[Example]],
+        scale: f32,
+        options: &StepOptions,
+    ) -> Result<StepResult> {
+        self.forget_gradients();
         let backend = self.taped.backend.clone();
         let mut total: Option<B::Tensor> = None;
-        for (examples, seed) in micros {
-            let pass = Pass { seed: pass.seed.map(|_| *seed), ..pass };
-            let loss = self.forward_backward(examples, pass)?;
+        for (micro, examples) in (0..).zip(micro_batches) {
+            let loss = self.forward_backward(examples, Pass::new(scale, options, micro))?;
             total = Some(match total {
                 Some(total) => backend.add(total, &loss)?,
                 None => loss,
             });
         }
         let Some(total) = total else { return Err(Error::new(ErrorKind::Option, "a step without examples")) };
-        self.taped.evaluate();
-        let mut state = self.taped.state();
-        let gradients: Vec<&B::Tensor> = state.params.iter().filter_map(|p| p.gradient.as_ref()).collect();
+        let params = &mut self.taped.state_mut().params;
+        let gradients: Vec<&B::Tensor> = params.iter().filter_map(|p| p.gradient.as_ref()).collect();
         let sum_squares = backend.sum_squares(&gradients)?;
-        for param in &mut state.params {
-            let memory = match self.memory.entry(param.name.clone()) {
-                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => {
-                    let shape = backend.shape(&param.value);
-                    entry.insert(Memory::fresh(&*backend, rates.optimizer, shape)?)
-                }
-            };
-            memory.step(&*backend, param, &sum_squares, rates)?;
+        for param in params {
+            if !self.memory.contains_key(&param.name) {
+                let fresh = Memory::fresh(&*backend, options.optimizer, backend.shape(&param.value))?;
+                self.memory.insert(param.name.clone(), fresh);
+            }
+            if let Some(memory) = self.memory.get_mut(&param.name) {
+                memory.step(&*backend, param, &sum_squares, options)?;
+            }
         }
-        drop(state);
         // The one thing read in a step.
         let figures = backend.block_on(backend.read_owned(backend.concat(&[&total, &sum_squares])?))?;
         let mut figures = figures.iter().copied();
         let mut next = || figures.next().unwrap_or(f32::NAN);
-        Ok(Stepped { loss: next(), norm: next().sqrt() })
+        Ok(StepResult { loss: next(), grad_norm: next().sqrt() })
     }
 
     fn evaluate(&mut self, examples: &[Example]) -> Result<f64> {

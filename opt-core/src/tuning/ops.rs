@@ -14,6 +14,19 @@ impl<B: Train> Taped<B> {
         Arc::try_unwrap(x.value).or_else(|shared| self.backend.copy(&shared))
     }
 
+    /// A value that leaves a step if something trainable `reaches` it and the pass is recorded.
+    fn link(
+        &self,
+        reaches: bool,
+        value: impl Into<Arc<B::Tensor>>,
+        back: impl FnOnce(&Taped<B>, B::Tensor, &mut Gradients<B>) -> Result<()> + Send + 'static,
+    ) -> Var<B> {
+        match reaches && self.recording() {
+            true => self.step(value, back),
+            false => Var { value: value.into(), node: None },
+        }
+    }
+
     /// x Wᵀ + b and the side paths, and then what `then` says. Of a whole linear that is one op, as without a tape,
     /// unless the gradient needs what lies between.
     pub(super) fn wired_linear(
@@ -23,10 +36,10 @@ impl<B: Train> Taped<B> {
         then: Then<Var<B>>,
     ) -> Result<Var<B>> {
         let whole = parts.is_whole();
-        let follows = self.recording() && (x.node.is_some() || parts.is_trained());
+        let follows = x.node.is_some() || parts.is_trained();
         match then {
             Then::Nothing => self.paths(x, parts),
-            Then::Activate(f) if whole && !follows => {
+            Then::Activate(f) if whole && !(follows && self.recording()) => {
                 Ok(Var::constant(self.product(x, parts, Then::Activate(f))?))
             }
             Then::Activate(Activation::Relu) if whole => {
@@ -46,10 +59,7 @@ impl<B: Train> Taped<B> {
             Then::Add(residual) if whole && !self.drops(self.plan.dropout) => {
                 let (x, parts, node) = (x.clone(), parts.clone(), residual.node);
                 let y = self.product(&x, &parts, Then::Add(self.owned(residual)?))?;
-                if !(follows || self.recording() && node.is_some()) {
-                    return Ok(Var::constant(y));
-                }
-                Ok(self.step(y, move |taped, dy, gradients| {
+                Ok(self.link(follows || node.is_some(), y, move |taped, dy, gradients| {
                     taped.product_back(&dy, &x, &parts, gradients)?;
                     gradients.add(&taped.backend, node, dy)
                 }))
@@ -69,11 +79,11 @@ impl<B: Train> Taped<B> {
     /// The linear as it is, its bias where it is apart, and its side path.
     fn paths(&self, x: &Var<B>, parts: &Arc<LinearParts<B>>) -> Result<Var<B>> {
         let y = self.product(x, parts, Then::Nothing)?;
-        let mut y = if self.recording() && (x.node.is_some() || parts.trains_weight()) {
+        let mut y = {
             let (x, parts) = (x.clone(), parts.clone());
-            self.step(y, move |taped, dy, gradients| taped.product_back(&dy, &x, &parts, gradients))
-        } else {
-            Var::constant(y)
+            self.link(x.node.is_some() || parts.trains_weight(), y, move |taped, dy, gradients| {
+                taped.product_back(&dy, &x, &parts, gradients)
+            })
         };
         if let Some(lora) = &parts.lora {
             let side = self.side_path(x, lora)?;
@@ -87,31 +97,15 @@ impl<B: Train> Taped<B> {
         match &parts.bias {
             Bias::Inside => Ok(y),
             Bias::Trained(_) if parts.trains_weight() => Ok(y),
-            Bias::Trained(id) => {
-                let (id, node) = (*id, y.node);
-                let sum = self.backend.add_row(self.owned(y)?, &*self.param(id)?)?;
-                if !self.recording() {
-                    return Ok(Var::constant(sum));
-                }
-                Ok(self.step(sum, move |taped, dy, gradients| {
-                    taped.add_to_param(id, taped.backend.sum_rows(&dy)?)?;
-                    gradients.add(&taped.backend, node, dy)
-                }))
-            }
+            Bias::Trained(id) => self.wired_add_param(y, *id),
             Bias::Apart(row) => {
                 let node = y.node;
                 let sum = self.backend.add_row(self.owned(y)?, row)?;
-                Ok(self.carried(sum, node))
+                Ok(self.link(node.is_some(), sum, move |taped, dy, gradients| {
+                    gradients.add(&taped.backend, node, dy)
+                }))
             }
         }
-    }
-
-    /// A value whose gradient is that of `node`.
-    fn carried(&self, value: B::Tensor, node: Option<usize>) -> Var<B> {
-        if !self.recording() || node.is_none() {
-            return Var::constant(value);
-        }
-        self.step(value, move |taped, dy, gradients| gradients.add(&taped.backend, node, dy))
     }
 
     /// scale · B A x.
@@ -180,12 +174,10 @@ impl<B: Train> Taped<B> {
     pub(super) fn wired_times_param(&self, x: &Var<B>, id: ParamId) -> Result<Var<B>> {
         let layout = Layout::TimesTransposed;
         let y = self.backend.matmul(&x.value, &*self.param(id)?, layout, DType::F32, None)?;
-        if !self.recording() {
-            return Ok(Var::constant(y));
-        }
         let x = x.clone();
-        Ok(self
-            .step(y, move |taped, dy, gradients| taped.times_param_back(&dy, &x, id, DType::F32, gradients)))
+        Ok(self.link(true, y, move |taped, dy, gradients| {
+            taped.times_param_back(&dy, &x, id, DType::F32, gradients)
+        }))
     }
 
     fn times_param_back(
@@ -205,10 +197,7 @@ impl<B: Train> Taped<B> {
     pub(super) fn wired_add(&self, x: Var<B>, y: &Var<B>) -> Result<Var<B>> {
         let nodes = [x.node, y.node];
         let sum = self.backend.add(self.owned(x)?, &y.value)?;
-        if !self.recording() || nodes == [None, None] {
-            return Ok(Var::constant(sum));
-        }
-        Ok(self.step(sum, move |taped, dy, gradients| {
+        Ok(self.link(nodes != [None, None], sum, move |taped, dy, gradients| {
             let b = &taped.backend;
             match nodes {
                 [Some(_), Some(_)] => {
@@ -223,10 +212,7 @@ impl<B: Train> Taped<B> {
     pub(super) fn wired_scale(&self, x: Var<B>, factor: f32) -> Result<Var<B>> {
         let node = x.node;
         let y = self.backend.scale(self.owned(x)?, factor)?;
-        if !self.recording() || node.is_none() {
-            return Ok(Var::constant(y));
-        }
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(node.is_some(), y, move |taped, dy, gradients| {
             gradients.add(&taped.backend, node, taped.backend.scale(dy, factor)?)
         }))
     }
@@ -235,10 +221,7 @@ impl<B: Train> Taped<B> {
     fn wired_mul_constant(&self, x: Var<B>, row: B::Tensor) -> Result<Var<B>> {
         let node = x.node;
         let y = self.backend.mul_row(self.owned(x)?, &row)?;
-        if !self.recording() || node.is_none() {
-            return Ok(Var::constant(y));
-        }
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(node.is_some(), y, move |taped, dy, gradients| {
             gradients.add(&taped.backend, node, taped.backend.mul_row(dy, &row)?)
         }))
     }
@@ -247,10 +230,7 @@ impl<B: Train> Taped<B> {
     fn wired_mul_param(&self, x: Var<B>, id: ParamId) -> Result<Var<B>> {
         let b = &*self.backend;
         let y = b.mul_row(b.copy(&x.value)?, &*self.param(id)?)?;
-        if !self.recording() {
-            return Ok(Var::constant(y));
-        }
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(true, y, move |taped, dy, gradients| {
             let b = &*taped.backend;
             let of_row = b.mul(b.copy(&dy)?, &x.value)?;
             taped.add_to_param(id, b.sum_rows(&of_row)?)?;
@@ -273,22 +253,16 @@ impl<B: Train> Taped<B> {
         let Some(seed) = self.next_mask().filter(|_| p > 0.0) else { return Ok(x) };
         let (node, dropout) = (x.node, Dropout { p, seed });
         let y = self.backend.dropout(self.owned(x)?, dropout)?;
-        if !self.recording() || node.is_none() {
-            return Ok(Var::constant(y));
-        }
         // The mask is drawn again rather than kept.
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(node.is_some(), y, move |taped, dy, gradients| {
             gradients.add(&taped.backend, node, taped.backend.dropout(dy, dropout)?)
         }))
     }
 
     pub(super) fn wired_take_rows(&self, x: &Var<B>, rows: Vec<usize>) -> Result<Var<B>> {
         let y = self.backend.take_rows(&x.value, &rows)?;
-        if !self.follows(&[x]) {
-            return Ok(Var::constant(y));
-        }
         let (node, shape) = (x.node, self.backend.shape(&x.value));
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(node.is_some(), y, move |taped, dy, gradients| {
             let b = &*taped.backend;
             gradients.grow(node, |sum| {
                 let sum = sum.map_or_else(|| b.zeros(shape), Ok)?;
@@ -297,16 +271,21 @@ impl<B: Train> Taped<B> {
         }))
     }
 
-    /// The rows of a trained table.
-    pub(super) fn wired_take_param(&self, id: ParamId, rows: Vec<usize>) -> Result<Var<B>> {
+    /// The rows of a trained table. Those that are `padding` get no gradient here (torch's `padding_idx`).
+    fn wired_take_param(&self, id: ParamId, rows: Vec<usize>, padding: Option<u32>) -> Result<Var<B>> {
         let param = self.param(id)?;
         let y = self.backend.take_rows(&param, &rows)?;
-        if !self.recording() {
-            return Ok(Var::constant(y));
-        }
         let shape = self.backend.shape(&param);
-        Ok(self.step(y, move |taped, dy, _| {
+        Ok(self.link(true, y, move |taped, mut dy, _| {
             let b = &*taped.backend;
+            let learns = |row: usize| padding.is_none_or(|padding| row != padding as usize);
+            let mut rows = rows;
+            let kept: Vec<usize> =
+                (0..rows.len()).filter(|i| rows.get(*i).is_some_and(|row| learns(*row))).collect();
+            if kept.len() < rows.len() {
+                dy = b.take_rows(&dy, &kept)?;
+                rows.retain(|row| learns(*row));
+            }
             taped.grow_param(id, |sum| {
                 let sum = sum.map_or_else(|| b.zeros(shape), Ok)?;
                 b.scatter_add(sum, &rows, &dy)
@@ -317,11 +296,9 @@ impl<B: Train> Taped<B> {
     pub(super) fn wired_concat(&self, first: &Var<B>, second: &Var<B>) -> Result<Var<B>> {
         let b = &*self.backend;
         let y = b.concat(&[&first.value, &second.value])?;
-        if !self.follows(&[first, second]) {
-            return Ok(Var::constant(y));
-        }
+        let reaches = first.node.is_some() || second.node.is_some();
         let parts = [(first.node, b.shape(&first.value)[0]), (second.node, b.shape(&second.value)[0])];
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(reaches, y, move |taped, dy, gradients| {
             let mut start = 0;
             for (node, rows) in parts {
                 let rows: Vec<usize> = (start..start + rows).collect();
@@ -344,11 +321,8 @@ impl<B: Train> Taped<B> {
             NormParts::Trained(parts, eps) => b.layer_norm(&x.value, &of_params(self, parts, *eps)?)?,
         };
         let trained = matches!(**norm, NormParts::Trained(..));
-        if !self.recording() || !(trained || x.node.is_some()) {
-            return Ok(Var::constant(y));
-        }
         let (x, norm) = (x.clone(), norm.clone());
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(trained || x.node.is_some(), y, move |taped, dy, gradients| {
             let b = &*taped.backend;
             let made;
             let norm = match &*norm {
@@ -371,39 +345,18 @@ impl<B: Train> Taped<B> {
         }))
     }
 
-    pub(super) fn wired_gather(&self, table: &TableParts<B>, ids: &[u32]) -> Result<Var<B>> {
+    /// The entries `ids` of a table.
+    pub(super) fn wired_gather(
+        &self,
+        table: &TableParts<B>,
+        ids: &[u32],
+        padding: Option<u32>,
+    ) -> Result<Var<B>> {
         match table {
             TableParts::Frozen(table) => Ok(Var::constant(self.backend.gather(table, ids)?)),
             TableParts::Trained(id) => {
-                self.wired_take_param(*id, ids.iter().map(|id| *id as usize).collect())
+                self.wired_take_param(*id, ids.iter().map(|id| *id as usize).collect(), padding)
             }
-        }
-    }
-
-    /// Token embeddings: as [`Taped::wired_gather`], but padding learns nothing here (torch's `padding_idx`).
-    pub(super) fn wired_tokens(&self, table: &TableParts<B>, ids: &[u32]) -> Result<Var<B>> {
-        match (table, self.plan.padding) {
-            (TableParts::Trained(id), Some(padding)) if ids.contains(&padding) => {
-                let param = self.param(*id)?;
-                let rows: Vec<usize> = ids.iter().map(|id| *id as usize).collect();
-                let y = self.backend.take_rows(&param, &rows)?;
-                if !self.recording() {
-                    return Ok(Var::constant(y));
-                }
-                let (id, shape) = (*id, self.backend.shape(&param));
-                let kept: Vec<usize> =
-                    (0..rows.len()).filter(|row| rows.get(*row) != Some(&(padding as usize))).collect();
-                let rows: Vec<usize> = rows.into_iter().filter(|row| *row != padding as usize).collect();
-                Ok(self.step(y, move |taped, dy, _| {
-                    let b = &*taped.backend;
-                    let dy = b.take_rows(&dy, &kept)?;
-                    taped.grow_param(id, |sum| {
-                        let sum = sum.map_or_else(|| b.zeros(shape), Ok)?;
-                        b.scatter_add(sum, &rows, &dy)
-                    })
-                }))
-            }
-            _ => self.wired_gather(table, ids),
         }
     }
 
@@ -412,11 +365,8 @@ impl<B: Train> Taped<B> {
         match &**head {
             TableParts::Frozen(table) => {
                 let y = b.logits(&x.value, table)?;
-                if !self.follows(&[x]) {
-                    return Ok(Var::constant(y));
-                }
                 let (node, head) = (x.node, head.clone());
-                Ok(self.step(y, move |taped, dy, gradients| match &*head {
+                Ok(self.link(node.is_some(), y, move |taped, dy, gradients| match &*head {
                     TableParts::Frozen(table) => {
                         gradients.add(&taped.backend, node, taped.backend.logits_grad(&dy, table)?)
                     }
@@ -426,11 +376,8 @@ impl<B: Train> Taped<B> {
             TableParts::Trained(id) => {
                 let (id, dtype) = (*id, self.plan.dtype);
                 let y = b.matmul(&x.value, &*self.param(id)?, Layout::TimesTransposed, dtype, None)?;
-                if !self.recording() {
-                    return Ok(Var::constant(y));
-                }
                 let x = x.clone();
-                Ok(self.step(y, move |taped, dy, gradients| {
+                Ok(self.link(true, y, move |taped, dy, gradients| {
                     taped.times_param_back(&dy, &x, id, dtype, gradients)
                 }))
             }
@@ -445,12 +392,7 @@ impl<B: Train> Taped<B> {
         // The prefix goes in front of each span as rows like others; what comes out in them is dropped.
         let [keys, values] = self.prefix_rows(tokens, attend.layer)?;
         let count = self.backend.shape(&keys.value)[0];
-        let spans = Span::lay_out(attend.spans.iter().map(|span| span.len + count));
-        let woven: Vec<usize> = attend
-            .spans
-            .iter()
-            .flat_map(|span| (0..count).chain(span.rows().map(|row| count + row)))
-            .collect();
+        let (woven, spans) = in_front(count, attend.spans);
         let real: Vec<usize> =
             spans.iter().flat_map(|span| span.start + count..span.start + span.len).collect();
         let k = self.wired_take_rows(&self.wired_concat(&keys, &k)?, woven.clone())?;
@@ -485,14 +427,14 @@ impl<B: Train> Taped<B> {
             Virtual::Prefix { rows, layers } => {
                 let total = self.backend.shape(&*self.param(rows)?)[0];
                 let of = |part: usize| (2 * layer + part..total).step_by(2 * layers).collect::<Vec<_>>();
-                Ok([self.wired_take_param(rows, of(0))?, self.wired_take_param(rows, of(1))?])
+                Ok([self.wired_take_param(rows, of(0), None)?, self.wired_take_param(rows, of(1), None)?])
             }
             Virtual::ProjectedPrefix { embedding, first, second, hidden } => {
                 let inner = match self.projected() {
                     Some(inner) => inner,
                     None => {
                         let count = self.backend.shape(&*self.param(embedding)?)[0];
-                        let embedded = self.wired_take_param(embedding, (0..count).collect())?;
+                        let embedded = self.wired_take_param(embedding, (0..count).collect(), None)?;
                         let wide = self.wired_times_param(&embedded, first[0])?;
                         let wide = self.wired_add_param(wide, first[1])?;
                         self.keep_projected(self.wired_activate(wide, Activation::Tanh)?)
@@ -502,10 +444,10 @@ impl<B: Train> Taped<B> {
                     let start = (2 * layer + part) * hidden;
                     let rows: Vec<usize> = (start..start + hidden).collect();
                     // Biases lie as `[2 · layers, hidden]`, one row for each part.
-                    let weight = self.wired_take_param(second[0], rows)?;
+                    let weight = self.wired_take_param(second[0], rows, None)?;
                     let y = self.wired_times(&inner, &weight)?;
                     let count = self.backend.shape(&y.value)[0];
-                    let bias = self.wired_take_param(second[1], vec![2 * layer + part; count])?;
+                    let bias = self.wired_take_param(second[1], vec![2 * layer + part; count], None)?;
                     self.wired_add(y, &bias)
                 };
                 Ok([part(0)?, part(1)?])
@@ -518,10 +460,7 @@ impl<B: Train> Taped<B> {
     fn wired_add_param(&self, x: Var<B>, id: ParamId) -> Result<Var<B>> {
         let node = x.node;
         let y = self.backend.add_row(self.owned(x)?, &*self.param(id)?)?;
-        if !self.recording() {
-            return Ok(Var::constant(y));
-        }
-        Ok(self.step(y, move |taped, dy, gradients| {
+        Ok(self.link(true, y, move |taped, dy, gradients| {
             taped.add_to_param(id, taped.backend.sum_rows(&dy)?)?;
             gradients.add(&taped.backend, node, dy)
         }))
@@ -530,11 +469,8 @@ impl<B: Train> Taped<B> {
     /// x yᵀ of two values.
     fn wired_times(&self, x: &Var<B>, y: &Var<B>) -> Result<Var<B>> {
         let product = self.backend.matmul(&x.value, &y.value, Layout::TimesTransposed, DType::F32, None)?;
-        if !self.follows(&[x, y]) {
-            return Ok(Var::constant(product));
-        }
         let (x, y) = (x.clone(), y.clone());
-        Ok(self.step(product, move |taped, d, gradients| {
+        Ok(self.link(x.node.is_some() || y.node.is_some(), product, move |taped, d, gradients| {
             let b = &*taped.backend;
             gradients.grow(x.node, |sum| b.matmul(&d, &y.value, Layout::Times, DType::F32, sum))?;
             gradients.grow(y.node, |sum| b.matmul(&d, &x.value, Layout::TransposedTimes, DType::F32, sum))
@@ -547,10 +483,16 @@ impl<B: Train> Taped<B> {
             return Ok((embedded, spans.to_vec()));
         };
         let count = self.backend.shape(&*self.param(id)?)[0];
-        let prompt = self.wired_take_param(id, (0..count).collect())?;
-        let woven: Vec<usize> =
-            spans.iter().flat_map(|span| (0..count).chain(span.rows().map(|row| count + row))).collect();
+        let prompt = self.wired_take_param(id, (0..count).collect(), None)?;
+        let (woven, wide) = in_front(count, spans);
         let all = self.wired_take_rows(&self.wired_concat(&prompt, &embedded)?, woven)?;
-        Ok((all, Span::lay_out(spans.iter().map(|span| span.len + count))))
+        Ok((all, wide))
     }
+}
+
+/// Which rows of `count` virtual ones followed by those of `spans` make up spans that all begin with the virtual rows,
+/// and these spans.
+fn in_front(count: usize, spans: &[Span]) -> (Vec<usize>, Vec<Span>) {
+    let woven = spans.iter().flat_map(|span| (0..count).chain(span.rows().map(|row| count + row))).collect();
+    (woven, Span::lay_out(spans.iter().map(|span| span.len + count)))
 }

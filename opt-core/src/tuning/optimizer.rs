@@ -1,6 +1,6 @@
 //! What turns gradients into steps.
 
-use super::weights::Param;
+use super::{StepOptions, weights::Param};
 use ndarray::{Array2, ArrayView2};
 use opt_backend::{AdamW, Clip, Result, Sgd, Train};
 use std::sync::Arc;
@@ -52,19 +52,6 @@ impl std::str::FromStr for Optimizer {
             }
         }
     }
-}
-
-/// One step's numbers.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Rates {
-    pub(crate) optimizer: Optimizer,
-    pub(crate) lr: f32,
-    /// Of parameters that decay.
-    pub(crate) weight_decay: f32,
-    /// The largest norm of all gradients together.
-    pub(crate) clip: Option<f32>,
-    /// Which step this is, from 1.
-    pub(crate) step: u64,
 }
 
 /// What an optimizer remembers of a parameter.
@@ -127,22 +114,22 @@ impl<T> Memory<T> {
         backend: &B,
         param: &mut Param<B>,
         sum_squares: &T,
-        rates: Rates,
+        options: &StepOptions,
     ) -> Result<()> {
         let Some(gradient) = param.gradient.take() else { return Ok(()) };
         if Arc::get_mut(&mut param.value).is_none() {
             param.value = Arc::new(backend.copy(&param.value)?);
         }
         let Some(value) = Arc::get_mut(&mut param.value) else { return Ok(()) };
-        let weight_decay = if decays(&param.name) { rates.weight_decay } else { 0.0 };
-        let clip = rates.clip.map(|max_norm| Clip { sum_squares, max_norm });
-        match (rates.optimizer, self) {
+        let weight_decay = if decays(&param.name) { options.weight_decay } else { 0.0 };
+        let clip = options.clip.map(|max_norm| Clip { sum_squares, max_norm });
+        match (options.optimizer, self) {
             (Optimizer::AdamW { beta1, beta2, eps }, Self::Moments(moments)) => {
-                let adam = AdamW { lr: rates.lr, beta1, beta2, eps, weight_decay, step: rates.step };
+                let adam = AdamW { lr: options.lr, beta1, beta2, eps, weight_decay, step: options.step };
                 backend.adamw(value, &gradient, moments, adam, clip)
             }
             (Optimizer::Sgd { momentum }, memory) => {
-                let sgd = Sgd { lr: rates.lr, momentum, weight_decay };
+                let sgd = Sgd { lr: options.lr, momentum, weight_decay };
                 let velocity = if let Self::Velocity(velocity) = memory { Some(velocity) } else { None };
                 backend.sgd(value, &gradient, velocity, sgd, clip)
             }

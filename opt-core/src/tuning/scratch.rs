@@ -1,9 +1,12 @@
 //! Models from nothing: random weights, and a tokenizer made of the texts that are to be learned.
 
-use super::start::Draws;
+use super::{
+    data::jsonl::{self, Line},
+    start::Draws,
+};
 use crate::{
     Error, ErrorKind, Result,
-    checkpoint::{Checkpoint, array_bytes},
+    checkpoint::{Checkpoint, array_bytes, io},
     config::OptConfig,
     generation::Random,
     tokenizer::{Tokenizer, TokenizerFiles},
@@ -74,12 +77,12 @@ pub fn new_model(config: &OptConfig, seed: u64) -> Result<Checkpoint> {
 
 /// A tokenizer learned from texts: byte-level BPE with OPT's special ids, `</s>` being put in front.
 ///
-/// Files are `.txt`, or `.jsonl` whose lines have `text`, `prompt` or `completion`. Returns the tokenizer and the files
+/// Files are `.txt`, or `.jsonl` as [`super::data`] reads them, without `ids`. Returns the tokenizer and the files
 /// that hold it, by name.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] and [`ErrorKind::NotFound`] for files that cannot be read, [`ErrorKind::Tokenizer`] if there are too
-/// few tokens for 256 bytes and the special tokens.
+/// few tokens for 256 bytes and the special tokens, [`ErrorKind::Prompt`] for lines that are no texts.
 pub fn train_tokenizer(files: &[&Path], vocab_size: usize, context: usize) -> Result<(Tokenizer, SideFiles)> {
     let least = 256 + SPECIAL.len();
     if vocab_size < least {
@@ -118,20 +121,13 @@ pub fn train_tokenizer(files: &[&Path], vocab_size: usize, context: usize) -> Re
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(SPECIAL.iter().map(|token| AddedToken::from(*token, true)).collect())
         .build();
+    let texts: Vec<Texts> = files.iter().map(|path| Texts::open(path)).collect::<Result<_>>()?;
     let mut problem = None;
-    let mut texts = Vec::new();
-    for path in files {
-        match Texts::open(path) {
-            Ok(opened) => texts.push(opened),
-            Err(error) => return Err(error),
-        }
-    }
     let lines = texts.into_iter().flatten().map_while(|line| line.map_err(|e| problem = Some(e)).ok());
-    let lines: Vec<String> = lines.collect();
+    tokenizer.train(&mut trainer, lines).map_err(failed)?;
     if let Some(problem) = problem {
         return Err(problem);
     }
-    tokenizer.train(&mut trainer, lines.into_iter()).map_err(failed)?;
     let json = tokenizer.to_string(false).map_err(failed)?.into_bytes();
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": true, "bos_token": "</s>", "eos_token": "</s>",
@@ -166,15 +162,9 @@ struct Texts {
 
 impl Texts {
     fn open(path: &Path) -> Result<Self> {
-        let failed = |e: std::io::Error| {
-            let kind = match e.kind() {
-                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
-                _ => ErrorKind::Io,
-            };
-            Error::because(kind, format_args!("cannot open {}", path.display()), e)
-        };
         let jsonl = path.extension().is_some_and(|extension| extension == "jsonl");
-        let lines = BufReader::with_capacity(1 << 20, File::open(path).map_err(failed)?);
+        let lines =
+            BufReader::with_capacity(1 << 20, File::open(path).map_err(|e| io("cannot open", path, e))?);
         Ok(Self { lines, jsonl, place: path.display().to_string(), number: 0 })
     }
 
@@ -189,10 +179,14 @@ impl Texts {
         if !self.jsonl || line.trim().is_empty() {
             return Ok(Some(line));
         }
-        let value: serde_json::Value = serde_json::from_str(&line)
-            .map_err(|e| Error::because(ErrorKind::Prompt, format_args!("{place}: expected JSON"), e))?;
-        let texts = ["text", "prompt", "completion"].iter().filter_map(|key| value.get(key)?.as_str());
-        Ok(Some(texts.collect::<Vec<_>>().join("\n")))
+        Ok(Some(match jsonl::parse(&line).map_err(|e| e.at(&place))? {
+            Line::Text(text) => text,
+            Line::Pair { prompt, completion } => format!("{prompt}\n{completion}"),
+            Line::Ids(_) => {
+                let message = "expected text to learn a tokenizer from, found ids";
+                return Err(Error::new(ErrorKind::Prompt, message).at(place));
+            }
+        }))
     }
 }
 

@@ -17,9 +17,9 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    checkpoint::{Checkpoint, write_arrays, write_replaced},
+    checkpoint::{Checkpoint, io, pretty, read_tensors, write_arrays, write_replaced},
 };
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayD, ArrayView2};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
@@ -87,7 +87,7 @@ impl Store {
             }
         }
         fs::create_dir_all(output).map_err(|e| io("cannot create", output, e))?;
-        store.replace(SETTINGS, pretty(settings)?.as_bytes())?;
+        store.replace(SETTINGS, &pretty(settings)?)?;
         Ok(store)
     }
 
@@ -327,29 +327,15 @@ fn read_model(model: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Array
     Ok(model.tensor(name, &shape)?.matrix()?.to_f32())
 }
 
-/// All matrices of an f32 safetensors file.
+/// All matrices of a safetensors file.
 fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array2<f32>>> {
-    let bytes = fs::read(path).map_err(|e| io("cannot read", path, e))?;
-    let damaged = |e: &dyn std::fmt::Display| {
-        Error::new(ErrorKind::Checkpoint, format_args!("{}: {e}", path.display()))
+    let matrix = |(name, tensor): (String, ArrayD<f32>)| {
+        let tensor = tensor.into_dimensionality();
+        let damaged =
+            |e| Error::because(ErrorKind::Checkpoint, format_args!("{OPTIMIZER}: tensor {name}"), e);
+        Ok((name.clone(), tensor.map_err(damaged)?))
     };
-    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(&e))?;
-    let mut arrays = BTreeMap::new();
-    for (name, tensor) in file.tensors() {
-        let &[rows, width] = tensor.shape() else {
-            return Err(damaged(&format_args!(
-                "tensor {name}: expected a matrix, found {:?}",
-                tensor.shape()
-            )));
-        };
-        if tensor.dtype() != safetensors::Dtype::F32 {
-            return Err(damaged(&format_args!("tensor {name}: expected f32, found {:?}", tensor.dtype())));
-        }
-        let value = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap_or_default());
-        let values: Vec<f32> = tensor.data().chunks_exact(4).map(value).collect();
-        arrays.insert(name, Array2::from_shape_vec((rows, width), values).map_err(|e| damaged(&e))?);
-    }
-    Ok(arrays)
+    read_tensors(path)?.into_iter().map(matrix).collect()
 }
 
 /// Whether it has the name of something that is being written.
@@ -382,14 +368,4 @@ fn readable(path: &Path) -> std::io::Result<()> {
     }
     let _ = path;
     Ok(())
-}
-
-fn pretty(value: &Value) -> Result<String> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))?;
-    Ok(text + "\n")
-}
-
-fn io(what: &str, path: &Path, error: std::io::Error) -> Error {
-    Error::because(ErrorKind::Io, format_args!("{what} {}", path.display()), error)
 }

@@ -46,7 +46,6 @@ pub fn student_layers(teacher: usize, student: usize) -> Result<Vec<usize>> {
 /// # Errors
 /// [`ErrorKind::Option`] as [`student_layers`]; [`ErrorKind::Checkpoint`] and [`ErrorKind::NotFound`] for weights that
 /// do not fit the config; [`ErrorKind::Io`].
-#[allow(clippy::type_complexity)] // files by name, as `Tuner::files` takes them
 pub fn student_of(teacher: &Checkpoint, layers: usize) -> Result<(Checkpoint, super::SideFiles)> {
     let mut config = teacher.config().clone();
     let chosen = student_layers(config.num_hidden_layers, layers)?;

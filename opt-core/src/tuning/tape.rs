@@ -112,6 +112,11 @@ impl<B: Train> Taped<B> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// [`Taped::state`] of a tape that nobody else has.
+    pub(super) fn state_mut(&mut self) -> &mut State<B> {
+        self.state.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Starts a pass whose gradients will be taken; with a seed, elements are dropped as the plan says.
     pub(crate) fn record(&self, dropout: Option<u64>) {
         self.begin(true, dropout);

@@ -322,9 +322,8 @@ impl Run<'_> {
         let Trainer { tuner, options, eval, .. } = &mut self.trainer;
         let (mut sum, mut targets) = (0.0, 0);
         for examples in eval.iter().flat_map(|eval| eval.batches(options.batch_size)) {
-            let examples = examples?;
-            let count: usize = examples.iter().map(|example| example.targets().count()).sum();
-            sum += tuner.loss(&examples)? * count as f64;
+            let (of_batch, count) = tuner.summed_loss(&examples?)?;
+            sum += of_batch;
             targets += count;
         }
         let (step, loss) = (self.state.step, sum / targets.max(1) as f64);

@@ -1,7 +1,5 @@
 use super::{
     DistillOptions, Example, Learn, Optimizer,
-    learner::Pass,
-    optimizer::Rates,
     start::{Artifact, adapter},
     weights::Plan,
 };
@@ -265,26 +263,8 @@ impl Tuner {
     /// # Errors
     /// [`ErrorKind::Prompt`] for examples that cannot be run or hold no target; [`ErrorKind::Backend`].
     pub fn step(&mut self, micro_batches: &[&[Example]], options: StepOptions) -> Result<StepResult> {
-        let all = micro_batches.iter().flat_map(|examples| examples.iter());
-        let pass = Pass {
-            scale: self.check(all)?,
-            label_smoothing: options.label_smoothing,
-            seed: options.seed,
-            layerdrop: self.config.layerdrop as f32,
-            checkpointing: options.gradient_checkpointing,
-        };
-        let rates = Rates {
-            optimizer: options.optimizer,
-            lr: options.lr,
-            weight_decay: options.weight_decay,
-            clip: options.clip,
-            step: options.step,
-        };
-        let seed = |i: usize| options.seed.unwrap_or(0).wrapping_add((i as u64) << 40);
-        let micros: Vec<(&[Example], u64)> =
-            micro_batches.iter().enumerate().map(|(i, examples)| (*examples, seed(i))).collect();
-        let stepped = self.learner.step(&micros, pass, rates)?;
-        Ok(StepResult { loss: stepped.loss, grad_norm: stepped.norm })
+        let targets = self.targets(micro_batches.iter().flat_map(|examples| examples.iter()))?;
+        self.learner.step(micro_batches, (targets as f32).recip(), &options)
     }
 
     /// Mean loss of all targets, in nats, with label smoothing, and its gradients by the parameters' names.
@@ -296,15 +276,8 @@ impl Tuner {
         examples: &[Example],
         options: StepOptions,
     ) -> Result<(f32, BTreeMap<String, Array2<f32>>)> {
-        let pass = Pass {
-            scale: self.check(examples.iter())?,
-            label_smoothing: options.label_smoothing,
-            seed: options.seed,
-            layerdrop: self.config.layerdrop as f32,
-            checkpointing: options.gradient_checkpointing,
-        };
-        let (loss, gradients) = self.learner.gradients(examples, pass)?;
-        Ok((loss, gradients.into_iter().collect()))
+        let targets = self.targets(examples.iter())?;
+        self.learner.gradients(examples, (targets as f32).recip(), &options)
     }
 
     /// Mean loss of all targets, in nats, nothing being dropped.
@@ -312,26 +285,27 @@ impl Tuner {
     /// # Errors
     /// As [`Tuner::step`].
     pub fn loss(&mut self, examples: &[Example]) -> Result<f64> {
-        let scale = self.check(examples.iter())?;
-        Ok(self.learner.evaluate(examples)? * f64::from(scale))
+        let (sum, targets) = self.summed_loss(examples)?;
+        Ok(sum / targets as f64)
     }
 
-    /// One over the number of targets.
-    fn check<'a>(&self, examples: impl Iterator<Item = &'a Example>) -> Result<f32> {
-        let fail = |message: String| Err(Error::new(ErrorKind::Prompt, message));
+    /// The sum of the losses of all targets, in nats, nothing being dropped, and their number.
+    pub(super) fn summed_loss(&mut self, examples: &[Example]) -> Result<(f64, usize)> {
+        let targets = self.targets(examples.iter())?;
+        Ok((self.learner.evaluate(examples)?, targets))
+    }
+
+    /// The number of targets, of which there must be some.
+    fn targets<'a>(&self, examples: impl Iterator<Item = &'a Example>) -> Result<usize> {
         let mut targets = 0;
         for example in examples {
             crate::engine::check_vocabulary(example.ids(), self.config.vocab_size)?;
-            let (len, most) = (example.ids().len(), self.config.max_position_embeddings);
-            if len > most {
-                return fail(format!("expected at most {most} tokens (the context), found {len}"));
-            }
             targets += example.targets().count();
         }
-        if targets == 0 {
-            return fail("expected at least one target to learn, found none".to_owned());
+        match targets {
+            0 => Err(Error::new(ErrorKind::Prompt, "expected at least one target to learn, found none")),
+            targets => Ok(targets),
         }
-        Ok((targets as f32).recip())
     }
 
     /// Writes what was trained into a directory that is there: a whole model, or an adapter.

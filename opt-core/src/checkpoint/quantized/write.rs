@@ -4,9 +4,8 @@ use super::layouts;
 use crate::{
     Error, ErrorKind, Result,
     checkpoint::{
-        Checkpoint, FileDType, LM_HEAD, TensorInfo,
+        Checkpoint, FileDType, TensorInfo,
         convert::{ConvertOptions, Converted, Target, pretty, side_files},
-        names,
         source::io,
         write::safetensors_header,
         zip::cannot_write,
@@ -123,13 +122,10 @@ pub fn write_quantized(
     let mut warnings = base.validate()?;
     check_names(base, weights)?;
     let (mut items, mut description) = layouts::items(layout, base, weights, &mut warnings)?;
-    let tied_head = |name: &str| base.config.tie_word_embeddings && name == LM_HEAD;
-    let kept = base.tensors().filter(|info| !weights.contains_key(&info.name) && !tied_head(&info.name));
-    let known: Vec<String> = base.config.tensor_shapes().into_iter().map(|(name, _)| name).collect();
-    items.extend(kept.map(|info| {
-        let name =
-            if known.contains(&info.name) { names::full(&info.name) } else { info.stored_name.clone() };
-        Item { name, dtype: info.dtype, shape: info.shape.clone(), content: Content::Copy(info) }
+    let kept = base.written().into_iter().filter(|(info, _)| !weights.contains_key(&info.name));
+    items.extend(kept.map(|(info, name)| {
+        let shape = info.shape.clone();
+        Item { name, dtype: info.dtype, shape, content: Content::Copy(info) }
     }));
     // Tensors of wider numbers come first, so that all are aligned.
     items.sort_by_key(|item| std::cmp::Reverse(item.dtype.size()));
@@ -145,9 +141,6 @@ pub fn write_quantized(
         out.flush().map_err(cannot_write)?;
         let mut files = vec!["model.safetensors".to_owned()];
         let mut side = side_files(base, None)?;
-        if side.is_empty() {
-            side.push(("config.json", pretty(&to_json(&base.config)?)?));
-        }
         if layout == QuantLayout::Gptq {
             side.push(("quantize_config.json", pretty(&description)?));
         }
@@ -171,10 +164,6 @@ pub fn write_quantized(
 
 pub(super) fn option(place: impl std::fmt::Display, message: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Option, message).at(place)
-}
-
-fn to_json(config: &OptConfig) -> Result<Value> {
-    serde_json::to_value(config).map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e))
 }
 
 fn with_quantization(config: &[u8], description: &Value) -> Result<Vec<u8>> {

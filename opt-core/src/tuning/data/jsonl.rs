@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 /// What a line says.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Line {
+pub(in crate::tuning) enum Line {
     /// `{"text": "..."}`
     Text(String),
     /// `{"prompt": "...", "completion": "..."}`
@@ -22,7 +22,7 @@ fn refuse<T>(message: impl std::fmt::Display) -> Result<T> {
 }
 
 /// Reads a line; other keys than the known ones are nobody's business.
-pub(super) fn parse(line: &str) -> Result<Line> {
+pub(in crate::tuning) fn parse(line: &str) -> Result<Line> {
     let value: Value = serde_json::from_str(line)
         .map_err(|e| Error::because(ErrorKind::Prompt, format_args!("{EXPECTED}, found no JSON"), e))?;
     let Value::Object(map) = value else {
