@@ -10,23 +10,6 @@ use opt_backend::{
 };
 use opt_backend_candle::{Builder, Candle, Compute};
 
-/// What has to be an override: everything but looking at attention weights.
-const OVERRIDDEN: [Op; 13] = [
-    Op::NewQuantizedLinear,
-    Op::NewQuantizedTable,
-    Op::Gather,
-    Op::AddGathered,
-    Op::LayerNorm,
-    Op::Linear,
-    Op::Qkv,
-    Op::Add,
-    Op::Attend,
-    Op::TakeRows,
-    Op::Logits,
-    Op::LogProbs,
-    Op::TopK,
-];
-
 fn device() -> String {
     std::env::var("OPT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
 }
@@ -39,7 +22,9 @@ fn suite(builder: Builder) -> Suite<Candle> {
     let builder = builder.device(device());
     // One value for the whole run: a device is opened once.
     let make = move || builder.clone().build().expect("the device of OPT_TEST_DEVICE");
-    Suite::new(make).no_defaults(&OVERRIDDEN).reads_per_step(1)
+    // Everything is an override but looking at attention weights.
+    let overridden: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
+    Suite::new(make).no_defaults(&overridden).reads_per_step(1)
 }
 
 /// On the CPU activations and sums are f32 whatever the weights are held in.
@@ -53,6 +38,26 @@ fn cpu() {
         let suite = suite(Candle::builder().threads(threads));
         println!("{threads} threads: {}", suite.quantized_tolerance(Tolerance::INT16_ACTIVATIONS).run());
     }
+}
+
+/// Training on the CPU's own loops.
+#[test]
+fn training() {
+    if !on_cpu() {
+        println!("skipped: OPT_TEST_DEVICE is {}, which computes by candle's own ops", device());
+        return;
+    }
+    for threads in [1, 3] {
+        println!("{threads} threads: {}", suite(Candle::builder().threads(threads)).train());
+    }
+}
+
+/// Training by candle's own ops.
+#[test]
+fn plain_training() {
+    let suite = suite(Candle::builder().plain(true)).dtypes(&[DType::F32]);
+    let suite = if on_cpu() { suite } else { suite.tolerance(Tolerance::GPU_F32) };
+    println!("{}", suite.train());
 }
 
 /// Quantized weights, activations in f32, as exact as dense weights, and rounded to int8.

@@ -27,7 +27,7 @@ fn suite_of(builder: Builder, dtype: DType) -> Suite<Tch> {
         if cpu { builder.threads(2) } else { builder }.build().expect("the device is there")
     };
     // Attention weights are for looking: the trait's own body is all there need be.
-    let ops: Vec<Op> = Op::RUN.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
+    let ops: Vec<Op> = Op::ALL.into_iter().filter(|op| *op != Op::AttentionWeights).collect();
     let suite = Suite::new(make).dtypes(&[dtype]).activations(dtype).no_defaults(&ops).reads_per_step(1);
     match dtype {
         DType::F32 if !cpu => suite.tolerance(Tolerance::GPU_F32),
@@ -62,6 +62,25 @@ fn quantized_weights_expanded() {
 #[test]
 fn f32() {
     println!("f32: {}", suite(DType::F32).run());
+}
+
+/// Training, on the CPU's own loops and as other devices do it.
+#[test]
+fn training() {
+    for (what, builder) in [("loops", Tch::builder()), ("ops", Tch::builder().plain(true))] {
+        let suite = suite_of(builder, DType::F32).quantized_tolerance(Tolerance::of(DType::F32));
+        println!("{what}: {}", suite.train());
+    }
+}
+
+#[test]
+fn training_in_bf16() {
+    println!("bf16: {}", suite(DType::BF16).train());
+}
+
+#[test]
+fn training_in_f16() {
+    println!("f16: {}", suite(DType::F16).train());
 }
 
 #[test]

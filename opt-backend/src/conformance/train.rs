@@ -3,6 +3,7 @@
 mod attention;
 mod elements;
 mod errors;
+mod joined;
 mod kept;
 mod losses;
 mod norms;
@@ -25,19 +26,23 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
     optimizers::run(run);
     errors::run(run);
     kept::run(run);
+    joined::run(run);
     counters(run);
 }
 
 fn counters<B: Train>(run: &mut Run<'_, B>) {
     let mut tour = Counts::default();
-    let ops = run.suite.no_defaults.clone();
+    let (ops, reads) = (run.suite.no_defaults.clone(), run.suite.reads_per_step);
     run.case("counters", "default bodies", |b, _| {
         tour = training_defaults_used(b)?;
         let used: Vec<Op> = ops.iter().copied().filter(|&op| tour.default_bodies(op) > 0).collect();
         ensure(
             used.is_empty(),
             format_args!("expected overrides of {used:?}, found their default bodies called"),
-        )
+        )?;
+        // The tour itself reads a weight; no op of training reads anything.
+        let allowed = reads.map_or(u64::MAX, |_| 1);
+        ensure(tour.reads <= allowed, format_args!("expected ops that read nothing back, found {tour}"))
     });
     run.report.tour = tour;
 }

@@ -9,9 +9,10 @@ use crate::conformance::{
 use crate::{Activation, Dropout, Train, oracle::gradient};
 use ndarray::{Array2, Axis, array, concatenate};
 
-/// `[rows, width]`: none, one, odd widths, and more than one block of 256 either way.
-const SHAPES: [[usize; 2]; 8] =
-    [[0, 7], [1, 1], [1, 257], [33, 80], [130, 7], [5, 768], [300, 257], [1000, 3]];
+/// `[rows, width]`: none, one, odd widths, more than one block of 256 either way, and more
+/// elements than a task or a workgroup has.
+const SHAPES: [[usize; 2]; 9] =
+    [[0, 7], [1, 1], [1, 257], [33, 80], [130, 7], [5, 768], [300, 257], [1000, 3], [3, 70_000]];
 
 pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
     for [rows, width] in SHAPES {

@@ -7,7 +7,7 @@ use crate::conformance::{
 use crate::{AdamW, Clip, Sgd, Train, oracle::gradient};
 use ndarray::Array2;
 
-const SHAPES: [[usize; 2]; 6] = [[0, 7], [1, 1], [1, 257], [33, 80], [7, 768], [300, 257]];
+const SHAPES: [[usize; 2]; 7] = [[0, 7], [1, 1], [1, 257], [33, 80], [7, 768], [300, 257], [2, 40_001]];
 
 /// Largest norms: none, one that does not clip, one that does.
 const CLIPS: [Option<f32>; 3] = [None, Some(1e6), Some(0.7)];

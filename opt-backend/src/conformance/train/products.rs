@@ -232,6 +232,19 @@ fn quantized<B: Train>(run: &mut Run<'_, B>) {
                 })
             });
         }
+        if run.suite.heavy {
+            run.case(
+                "linear_grad",
+                format_args!("{}: more outputs than are unpacked at once", format.name),
+                |b, data| {
+                    let weight = format.weight(data, [9000, 128])?;
+                    let linear = b.new_quantized_linear(&weight, None)?;
+                    let held = b.block_on(b.read_linear(&linear))?;
+                    let tolerance = data.quantized_tolerance();
+                    check_linear(b, data, &linear, &held.weight, 9, DType::F32, tolerance)
+                },
+            );
+        }
         for [entries, width] in [[130, 64], [257, 96], [5, 33], [1000, 64]] {
             let case = format!("{}: [{entries}, {width}]", format.name);
             run.case("logits_grad", case, |b, data| {
