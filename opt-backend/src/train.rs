@@ -188,7 +188,8 @@ pub trait Train: Backend {
 
     /// A product of matrices, of operands rounded to `dtype` and summed in f32, plus `into`, of the result's shape.
     ///
-    /// A backend without arithmetic in `dtype` may keep operands as they are.
+    /// A backend without arithmetic in `dtype` may keep operands as they are; one with it may round the product to
+    /// `dtype` before `into` is added.
     fn matmul(
         &self,
         a: &Self::Tensor,

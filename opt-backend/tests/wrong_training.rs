@@ -16,7 +16,7 @@ enum Fault {
     PlainF32,
     IntoForgotten,
     IntoForgottenByLinears,
-    ResultRoundedToBf16,
+    SummedInHalf,
     WeightTransposed,
     LogitsLoseLastEntries,
     MeanTermForgotten,
@@ -135,7 +135,8 @@ impl Backend for Wrong {
 }
 
 /// In f32, from left to right.
-fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, layout: Layout) -> Array2<f32> {
+/// The product, each of whose partial sums is held in `sums`.
+fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, layout: Layout, sums: DType) -> Array2<f32> {
     let (a, b) = match layout {
         Layout::TimesTransposed => (a, b),
         Layout::Times => (a, b.reversed_axes()),
@@ -144,7 +145,7 @@ fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, layout: Layout) -> Ar
     // Rows end to end: the loops are long.
     let (a, b) = (a.as_standard_layout().into_owned(), b.as_standard_layout().into_owned());
     Array2::from_shape_fn((a.nrows(), b.nrows()), |(i, j)| {
-        a.row(i).iter().zip(b.row(j)).fold(0.0, |sum, (x, y)| sum + x * y)
+        a.row(i).iter().zip(b.row(j)).fold(0.0, |sum, (x, y)| sums.round(sum + x * y))
     })
 }
 
@@ -180,7 +181,7 @@ impl Wrong {
         for head in 0..heads {
             let c = s![.., head * head_dim..(head + 1) * head_dim];
             let [q, k, v, dy] = [q, k, v, dy].map(|x| x.slice(c).to_owned());
-            let mut weights = product(q.view(), k.view(), Layout::TimesTransposed) * scale;
+            let mut weights = product(q.view(), k.view(), Layout::TimesTransposed, DType::F32) * scale;
             for (row, mut w) in weights.outer_iter_mut().enumerate() {
                 let seen = if self.is(Fault::KeysOfLaterRows) { rows } else { row + 1 };
                 w.slice_mut(s![seen..]).fill(f32::NEG_INFINITY);
@@ -189,7 +190,7 @@ impl Wrong {
                 let sum = w.sum();
                 w /= sum;
             }
-            let mut scores = product(dy.view(), v.view(), Layout::TimesTransposed);
+            let mut scores = product(dy.view(), v.view(), Layout::TimesTransposed, DType::F32);
             for (mut d, w) in scores.outer_iter_mut().zip(weights.outer_iter()) {
                 let mean = d.dot(&w);
                 Zip::from(&mut d).and(w).for_each(|d, w| *d = w * (*d - mean));
@@ -197,9 +198,9 @@ impl Wrong {
             if !self.is(Fault::ScoreScaleForgotten) {
                 scores *= scale;
             }
-            dq.slice_mut(c).assign(&product(scores.view(), k.view(), Layout::Times));
-            dk.slice_mut(c).assign(&product(scores.view(), q.view(), Layout::TransposedTimes));
-            dv.slice_mut(c).assign(&product(weights.view(), dy.view(), Layout::TransposedTimes));
+            dq.slice_mut(c).assign(&product(scores.view(), k.view(), Layout::Times, DType::F32));
+            dk.slice_mut(c).assign(&product(scores.view(), q.view(), Layout::TransposedTimes, DType::F32));
+            dv.slice_mut(c).assign(&product(weights.view(), dy.view(), Layout::TransposedTimes, DType::F32));
         }
         [dq, dk, dv]
     }
@@ -274,11 +275,8 @@ impl Train for Wrong {
     ) -> Result<Array2<f32>> {
         layout.shape(a.dim().into(), b.dim().into())?;
         let [a, b] = [a, b].map(|x| x.mapv(|v| dtype.round(v)));
-        let mut y = product(a.view(), b.view(), layout);
-        if self.is(Fault::ResultRoundedToBf16) {
-            y.mapv_inplace(|v| dtype.round(v));
-        }
-        self.plus("matmul", y, into)
+        let sums = if self.is(Fault::SummedInHalf) { dtype } else { DType::F32 };
+        self.plus("matmul", product(a.view(), b.view(), layout, sums), into)
     }
 
     fn linear_grad(
@@ -290,7 +288,7 @@ impl Train for Wrong {
         check::width("linear_grad", dy.ncols(), linear.weight.nrows())?;
         let square = linear.weight.is_square() && self.is(Fault::WeightTransposed);
         let layout = if square { Layout::TimesTransposed } else { Layout::Times };
-        self.plus("linear_grad", product(dy.view(), linear.weight.view(), layout), into)
+        self.plus("linear_grad", product(dy.view(), linear.weight.view(), layout, DType::F32), into)
     }
 
     fn logits_grad(&self, dy: &Array2<f32>, head: &Array2<f32>) -> Result<Array2<f32>> {
@@ -298,7 +296,7 @@ impl Train for Wrong {
         let lost =
             if self.is(Fault::LogitsLoseLastEntries) && dy.ncols() > 256 { dy.ncols() % 64 } else { 0 };
         let n = dy.ncols() - lost;
-        Ok(product(dy.slice(s![.., ..n]), head.slice(s![..n, ..]), Layout::Times))
+        Ok(product(dy.slice(s![.., ..n]), head.slice(s![..n, ..]), Layout::Times, DType::F32))
     }
 
     fn layer_norm_grad(&self, x: &Array2<f32>, norm: &HostNorm, dy: &Array2<f32>) -> Result<Array2<f32>> {
@@ -532,7 +530,7 @@ fn plain_f32_passes() {
 const FAULTS: &[(Fault, &str)] = &[
     (Fault::IntoForgotten, "matmul"),
     (Fault::IntoForgottenByLinears, "linear_grad"),
-    (Fault::ResultRoundedToBf16, "matmul"),
+    (Fault::SummedInHalf, "matmul"),
     (Fault::WeightTransposed, "linear_grad"),
     (Fault::LogitsLoseLastEntries, "logits_grad"),
     (Fault::MeanTermForgotten, "layer_norm_grad"),

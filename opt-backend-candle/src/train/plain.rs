@@ -40,6 +40,13 @@ impl Plain {
             };
         }
         let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
+        // candle's products on the CPU sum in f16 what is in f16.
+        let (a, b) = match (dtype, a.device()) {
+            (candle_core::DType::F16, candle_core::Device::Cpu) => {
+                (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?)
+            }
+            _ => (a, b),
+        };
         let y = match layout {
             Layout::Times => a.matmul(&b),
             Layout::TimesTransposed => a.matmul(&b.t()?),

@@ -362,6 +362,11 @@ struct Run<'s, B: Backend> {
 }
 
 impl<B: Backend> Run<'_, B> {
+    /// Whether the device takes tensors of rows this wide.
+    fn row_fits(&self, width: usize) -> bool {
+        self.max_binding.is_none_or(|most| (width * size_of::<f32>()) as u64 <= most)
+    }
+
     /// Runs one case; panics are failures, and cost the backend its life since it may be left in any state.
     fn case(
         &mut self,
