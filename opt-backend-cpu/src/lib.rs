@@ -47,7 +47,9 @@ use opt_backend::{Counters, Error, ErrorKind, Result};
 use opt_kernels::{
     memory::Guards,
     pool::{self, Pool},
+    spare::Keep,
 };
+use std::sync::OnceLock;
 
 /// Threads a [`Cpu`] may be built with at most; beyond it a number is a mistake.
 const MAX_THREADS: usize = 1024;
@@ -63,6 +65,8 @@ pub struct Cpu {
     compute: Compute,
     guards: Guards,
     counters: Counters,
+    /// Once something was trained: the next step needs the same buffers again.
+    training: OnceLock<Keep>,
 }
 
 /// Settings of a [`Cpu`].
@@ -181,6 +185,7 @@ impl CpuBuilder {
             level,
             compute: self.compute,
             guards,
+            training: OnceLock::new(),
             counters: Counters::default(),
         })
     }

@@ -14,6 +14,7 @@ use opt_kernels::{
     memory::{Buffer, Shared, out_of_memory},
     pack::Packed,
     simd::math,
+    spare::Keep,
 };
 use std::ops::Range;
 
@@ -190,6 +191,7 @@ impl Train for Cpu {
         dtype: DType,
         into: Option<Tensor>,
     ) -> Result<Tensor> {
+        self.training.get_or_init(Keep::default);
         let shape = layout.shape(a.shape, b.shape)?;
         let write = |out| {
             // SAFETY: shapes are checked, and the output is ours.
@@ -202,6 +204,7 @@ impl Train for Cpu {
     }
 
     fn linear_grad(&self, dy: &Tensor, linear: &Linear, into: Option<Tensor>) -> Result<Tensor> {
+        self.training.get_or_init(Keep::default);
         self.times("linear_grad", dy, &linear.weight, into)
     }
 

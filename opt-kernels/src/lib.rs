@@ -33,6 +33,7 @@ pub mod product;
 pub mod quant;
 pub mod rows;
 pub mod simd;
+pub mod spare;
 pub mod tile;
 
 pub use quant::Compute;

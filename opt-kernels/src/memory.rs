@@ -4,11 +4,12 @@
 //! goes through here, so that running out of memory is an error and not an abort. For tests, [`Guards`] surround what
 //! kernels write through pointers by zones that tell of writes outside.
 
-use crate::Machine;
+use crate::{Machine, spare};
 use opt_backend::{Error, ErrorKind, Result};
 use std::{
     alloc::{self, Layout},
     marker::PhantomData,
+    mem::ManuallyDrop,
     ops::Deref,
     ptr::NonNull,
     slice,
@@ -83,7 +84,14 @@ impl Buffer {
     pub fn reserve(guards: &Guards, what: &'static str, len: usize) -> Result<Self> {
         let zone = guards.zone();
         let room = len.checked_add(zone / 2).ok_or_else(|| out_of_memory(what, usize::MAX))?;
-        let mut data: Vec<f32> = reserve(what, room)?;
+        let kept = Layout::array::<f32>(room).ok().and_then(spare::take);
+        let mut data: Vec<f32> = match kept {
+            // SAFETY: memory as a vector of this capacity has it: sizes kept of this alignment are those of vectors.
+            Some((start, layout)) => unsafe {
+                Vec::from_raw_parts(start.cast().as_ptr(), 0, layout.size() / size_of::<f32>())
+            },
+            None => reserve(what, room)?,
+        };
         if zone > 0 {
             // SAFETY: there is this much room.
             unsafe { data.as_mut_ptr().cast::<u8>().write_bytes(PATTERN, room * size_of::<f32>()) };
@@ -146,6 +154,16 @@ impl Drop for Buffer {
             let start = self.target().0;
             // SAFETY: the zones were written when the room was reserved.
             unsafe { self.guards.look(start.cast(), self.len * size_of::<f32>(), self.what) };
+        }
+        let mut data = ManuallyDrop::new(std::mem::take(&mut self.data));
+        let layout = Layout::array::<f32>(data.capacity());
+        // SAFETY: a vector of numbers, which owns memory of this layout if it has any (as all large enough to be kept
+        // have), and is not used again.
+        let kept = layout.is_ok_and(|layout| unsafe {
+            NonNull::new(data.as_mut_ptr().cast()).is_some_and(|start| spare::give(start, layout))
+        });
+        if !kept {
+            drop(ManuallyDrop::into_inner(data));
         }
     }
 }
@@ -220,12 +238,18 @@ impl<T: Copy> Aligned<T> {
         let zone = guards.zone();
         let room = bytes.max(1).checked_add(2 * zone).ok_or_else(|| out_of_memory(what, bytes))?;
         let layout = Layout::from_size_align(room, align).map_err(|_| out_of_memory(what, bytes))?;
-        // SAFETY: the layout is not empty.
-        let start =
-            NonNull::new(unsafe { alloc::alloc(layout) }).ok_or_else(|| out_of_memory(what, bytes))?;
-        if bytes >= HUGE_PAGE {
-            advise_huge_pages(start.as_ptr(), bytes);
-        }
+        let (start, layout) = match spare::take(layout) {
+            Some(kept) => kept,
+            None => {
+                // SAFETY: the layout is not empty.
+                let start = NonNull::new(unsafe { alloc::alloc(layout) });
+                let start = start.ok_or_else(|| out_of_memory(what, bytes))?;
+                if bytes >= HUGE_PAGE {
+                    advise_huge_pages(start.as_ptr(), bytes);
+                }
+                (start, layout)
+            }
+        };
         // SAFETY: `room` bytes were just allocated at `start`: a zone, `bytes`, and a zone.
         let start = unsafe {
             if zone > 0 {
@@ -253,7 +277,10 @@ impl<T: Copy> Drop for Aligned<T> {
         // SAFETY: allocated with this layout, and so much before the first element.
         unsafe {
             self.guards.look(start, self.len * size_of::<T>(), self.what);
-            alloc::dealloc(start.sub(self.guards.zone()), self.layout);
+            let start = self.start.cast::<u8>().sub(self.guards.zone());
+            if !spare::give(start, self.layout) {
+                alloc::dealloc(start.as_ptr(), self.layout);
+            }
         }
     }
 }
