@@ -42,6 +42,8 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod generation;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod heads;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod prompt;

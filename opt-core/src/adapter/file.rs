@@ -2,7 +2,7 @@
 
 use super::{
     config::AdapterConfig,
-    target::{CLASSIFIERS, PREFIX, Part, Slot},
+    target::{HEADS, PREFIX, Part, Slot},
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -207,13 +207,10 @@ impl Adapter {
             if name.ends_with(".modules_to_save.bias") || name.ends_with(".original_module.bias") {
                 continue;
             }
-            if CLASSIFIERS
-                .iter()
-                .any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.')))
-            {
+            if HEADS.iter().any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.'))) {
                 parts
                     .warnings
-                    .push(format!("adapter {:?}: {key} belongs to a classifier and is ignored", self.name));
+                    .push(format!("adapter {:?}: {key} belongs to a head and is ignored", self.name));
                 continue;
             }
             return fail(format!(

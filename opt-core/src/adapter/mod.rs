@@ -25,4 +25,5 @@ pub use config::{
 pub use file::{Adapter, AdapterSource};
 pub(crate) use loaded::Loaded;
 pub use merge::{MergeOptions, Merged, merge};
+pub(crate) use target::PREFIX;
 pub use target::{Part, Slot, Target, TargetKind};

@@ -11,8 +11,8 @@ pub(crate) const PREFIX: &str = "base_model.model.";
 /// The one key of a prefix or a prompt.
 pub(crate) const PROMPT_EMBEDDINGS: &str = "prompt_embeddings";
 
-/// Heads of classifiers: PEFT adds these names to `modules_to_save` by itself.
-pub(crate) const CLASSIFIERS: [&str; 2] = ["classifier", "score"];
+/// Heads of other tasks than language modelling ([`crate::heads`]): PEFT adds these names to `modules_to_save` by itself.
+pub(crate) const HEADS: [&str; 3] = ["classifier", "score", "qa_outputs"];
 
 /// The linears an OPT model may have beside its head.
 const LINEARS: [&str; 8] =
@@ -430,7 +430,7 @@ impl AdapterConfig {
     /// The tensors of the modules that are saved whole.
     fn saved_tensors(&self, model: &OptConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let names = modules(model);
-        let wanted = || self.modules_to_save.iter().filter(|name| !CLASSIFIERS.contains(&&name[..]));
+        let wanted = || self.modules_to_save.iter().filter(|name| !HEADS.contains(&&name[..]));
         if let Some(lost) = wanted().find(|end| !names.iter().any(|name| name.ends_with(&end[..]))) {
             return Err(no_such("modules_to_save", lost, &names));
         }

@@ -196,6 +196,18 @@ impl Checkpoint {
         &self.config
     }
 
+    /// The text of its config.json; of one in memory, with the keys that [`OptConfig`] knows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub(crate) fn config_json(&self) -> Result<String> {
+        match &self.directory {
+            Some(directory) => files::config(directory),
+            None => serde_json::to_string(&self.config)
+                .map_err(|e| Error::because(ErrorKind::Io, "cannot write JSON", e)),
+        }
+    }
+
     /// The directory it was opened from; none for one in memory.
     pub fn directory(&self) -> Option<&Path> {
         self.directory.as_deref()

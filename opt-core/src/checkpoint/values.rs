@@ -34,11 +34,13 @@ pub(crate) fn array_bytes(tensors: &[(String, Vec<usize>, Array2<f32>)]) -> Resu
     Ok(bytes)
 }
 
-/// Writes the weights of `base` with those in `replaced`, canonical names, as `values` has them, in f32.
+/// Writes the weights of `base` with those in `replaced`, canonical names, as `values` has them, in f32, and tensors that
+/// `base` does not have, with their shapes, likewise.
 pub(crate) fn write_replaced(
     path: &Path,
     base: &Checkpoint,
     replaced: &BTreeSet<String>,
+    added: &[(String, Vec<usize>)],
     values: Values<'_>,
 ) -> Result<()> {
     let mut written = base.written();
@@ -47,7 +49,9 @@ pub(crate) fn write_replaced(
     written.sort_by_key(|(info, _)| std::cmp::Reverse(dtype(info).size()));
     let mut out = create(path)?;
     let items = written.iter().map(|(info, name)| (name.clone(), dtype(info), info.shape.clone()));
-    out.write_all(&safetensors_header(items)?).map_err(cannot_write)?;
+    let added_items = added.iter().map(|(name, shape)| (name.clone(), FileDType::F32, shape.clone()));
+    out.write_all(&safetensors_header(added_items.chain(items))?).map_err(cannot_write)?;
+    added.iter().try_for_each(|(name, _)| write_array(&values(name)?, &mut out))?;
     for (info, _) in written {
         if replaced.contains(&info.name) {
             write_array(&values(&info.name)?, &mut out)?;

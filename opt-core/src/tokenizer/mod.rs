@@ -137,6 +137,17 @@ impl Tokenizer {
         Ok(missing.iter().chain(prefix).chain(text_ids).chain(suffix).copied().collect())
     }
 
+    /// The ids of `text` alone, and the bytes of it that each stands for.
+    pub(crate) fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<std::ops::Range<usize>>)> {
+        let encoding = self
+            .0
+            .hf
+            .encode(text, false)
+            .map_err(|e| Error::because(ErrorKind::Tokenizer, "the text cannot be encoded", e))?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().to_vec(), places))
+    }
+
     /// The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that the tokenizer does not have (OPT's table is
     /// padded past them) become nothing. `skip_special` leaves out `</s>`, `<pad>` and the like.
     ///

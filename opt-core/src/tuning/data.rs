@@ -12,7 +12,7 @@
 //!   learned; `{"ids": [...]}` is used exactly as given. Other keys are left alone, and so are blank lines. With
 //!   [`DataOptions::pack`], texts and ids are cut into blocks like those of `.txt`.
 //!
-//! A model without tokenizer takes only `ids`.
+//! A model without tokenizer takes only `ids`. What else lines may say, for heads and for search, is said at [`Reads`].
 //!
 //! ```
 //! use opt_core::{config::OptConfig, tokenizer::Tokenizer, tuning::data::{Batches, DataOptions, Dataset}};
@@ -32,6 +32,7 @@
 //! ```
 
 mod batches;
+mod goals;
 pub(super) mod jsonl;
 mod permutation;
 mod read;
@@ -39,11 +40,13 @@ mod store;
 mod text;
 
 pub use batches::{Batches, Step};
+pub use goals::classes;
 
 use super::Example;
 use crate::{
     CancelToken, Error, ErrorKind, ProgressFn, Result,
     config::OptConfig,
+    heads::Task,
     tokenizer::{Bos, Tokenizer},
 };
 use permutation::Permutation;
@@ -68,6 +71,22 @@ pub enum Documents {
     Lines,
 }
 
+/// What lines of JSONL are read for. A text file can only be read for its language.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Reads {
+    /// Tokens to be predicted.
+    #[default]
+    Language,
+    /// What a head is to say: `{"text": "...", "label": ...}` (or `ids` in the place of `text`), where the label is the
+    /// name or the number of a class, an array of these where any of them may be true, and a number or an array of
+    /// numbers for a regression; `{"question": "...", "context": "...", "answer": "..."}` for answers, which stand in
+    /// the context where they first occur, unless `answer_start` says where (in characters, as in SQuAD).
+    Head(Task),
+    /// Texts and what belongs to them: `{"query": "...", "passage": "..."}`.
+    Pairs,
+}
+
 /// How data is read.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -84,6 +103,8 @@ pub struct DataOptions {
     pub bos: Bos,
     /// What is put behind a completion: the tokenizer's end-of-text token, else the config's.
     pub eos: Option<u32>,
+    /// What lines of JSONL are read for.
+    pub reads: Reads,
     /// What a document of a text file is.
     pub documents: Documents,
     /// Cuts the lines of JSONL into blocks too.
@@ -111,6 +132,7 @@ impl DataOptions {
             eos: tokenizer.as_ref().and_then(Tokenizer::eos_id).or_else(of_config),
             tokenizer,
             bos: Bos::Model,
+            reads: Reads::Language,
             documents: Documents::File,
             pack: false,
             truncate: false,
@@ -131,6 +153,12 @@ impl DataOptions {
     #[must_use]
     pub fn bos(self, bos: Bos) -> Self {
         Self { bos, ..self }
+    }
+
+    /// Sets [`DataOptions::reads`].
+    #[must_use]
+    pub fn reads(self, reads: Reads) -> Self {
+        Self { reads, ..self }
     }
 
     /// Sets [`DataOptions::documents`].
@@ -198,8 +226,8 @@ impl Dataset {
     /// [`ErrorKind::Option`] for a sequence length that the model does not have.
     pub fn new(examples: impl IntoIterator<Item = Example>, options: &DataOptions) -> Result<Self> {
         let mut collector = Collector::new(options)?;
-        for (number, Example { ids, from }) in examples.into_iter().enumerate() {
-            collector.example(ids, from).map_err(|e| e.at(format_args!("example {number}")))?;
+        for (number, example) in examples.into_iter().enumerate() {
+            collector.example(example).map_err(|e| e.at(format_args!("example {number}")))?;
         }
         Ok(Self { store: Arc::new(collector.finish()?), part: None })
     }
@@ -259,8 +287,7 @@ impl Dataset {
         let order = Permutation::new(len, seed, u64::from(u32::from_be_bytes(*b"held")) << 32);
         let mut targets = 0;
         for place in 0..held_out {
-            let (ids, from) = self.store.get(order.at(place))?;
-            targets += ids.len().saturating_sub(from) as u64;
+            targets += self.store.get(order.at(place))?.units() as u64;
         }
         let part = |places, targets| Self {
             store: self.store.clone(),
@@ -275,7 +302,7 @@ impl Dataset {
         self.part.as_ref().map_or(self.store.totals.examples, |part| part.places.end - part.places.start)
     }
 
-    /// The number of tokens to be predicted, over all examples.
+    /// The number of tokens to be predicted, over all examples; that of the examples where the goal is another.
     pub fn targets(&self) -> u64 {
         self.part.as_ref().map_or(self.store.totals.targets, |part| part.targets)
     }
@@ -291,8 +318,7 @@ impl Dataset {
             return Err(Error::new(ErrorKind::Option, message));
         }
         let number = self.part.as_ref().map_or(index, |part| part.order.at(part.places.start + index));
-        let (ids, from) = self.store.get(number)?;
-        Ok(Example { ids, from })
+        self.store.get(number)
     }
 
     /// All examples in batches of `size`, in order: what an evaluation goes through.

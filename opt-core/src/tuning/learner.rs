@@ -1,8 +1,9 @@
 //! A model that is being trained, on one backend.
 
 use super::{
-    DistillOptions, Example, StepOptions, StepResult,
+    ContrastOptions, DistillOptions, Example, Pooling, StepOptions, StepResult, contrast,
     distill::Distill,
+    head::TrainedHead,
     optimizer::Memory,
     tape::{Taped, Var},
     weights::Plan,
@@ -13,6 +14,7 @@ use crate::{
     config::OptConfig,
     decoder::{At, Inside},
     generation::Random,
+    heads::Head,
     quantize::Holding,
 };
 use ndarray::{Array2, ArrayView2};
@@ -81,6 +83,15 @@ pub(crate) trait Learn: Send {
         cancel: &CancelToken,
     ) -> Result<()>;
 
+    /// Lets steps, gradients and evaluations be those of a head, which is trained too.
+    fn head(&mut self, head: &Head) -> Result<()>;
+
+    /// Lets steps, gradients and evaluations be those of pairs of texts.
+    fn contrast(&mut self, options: ContrastOptions);
+
+    /// One vector `[sequences, word_embed_proj_dim]` for each sequence, nothing being dropped.
+    fn embed(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Array2<f32>>;
+
     /// Loss times `scale`, and its gradients by the parameters' names, over one batch.
     fn gradients(
         &mut self,
@@ -93,7 +104,8 @@ pub(crate) trait Learn: Send {
     fn step(&mut self, micro_batches: &[&[Example]], scale: f32, options: &StepOptions)
     -> Result<StepResult>;
 
-    /// The sum of the losses of all targets, in nats, nothing being dropped.
+    /// The sum of the losses of all targets, in nats, nothing being dropped. With a teacher, that of the targets
+    /// themselves.
     fn evaluate(&mut self, examples: &[Example]) -> Result<f64>;
 }
 
@@ -104,8 +116,27 @@ pub(crate) struct Learner<B: Train> {
     memory: HashMap<String, Memory<B::Tensor>>,
     /// Positions in front of the tokens' own: those of a trained prefix.
     offset: usize,
-    /// A teacher, where there is one.
-    distill: Option<Distill<B>>,
+    objective: Objective<B>,
+}
+
+/// What is learned.
+enum Objective<B: Backend> {
+    /// To predict tokens.
+    Tokens,
+    /// That, and what a teacher makes of them.
+    Teacher(Box<Distill<B>>),
+    /// What a head is to say.
+    Head(TrainedHead),
+    /// Which texts belong together.
+    Pairs(ContrastOptions),
+}
+
+/// What the decoder made of some sequences, in the rows that were wanted.
+struct Rows<B: Backend> {
+    /// The state after each layer, `[rows, hidden_size]`, where that was asked for.
+    states: Vec<Var<B>>,
+    /// What the LM head sees, `[rows, word_embed_proj_dim]`.
+    last: Var<B>,
 }
 
 /// What a pass came to, in the rows that predict a target.
@@ -133,6 +164,17 @@ pub(super) fn wanted_rows(examples: &[Example], spans: &[Span]) -> (Vec<usize>, 
     (rows, targets)
 }
 
+/// The tokens of each example.
+fn own_tokens(examples: &[Example]) -> Vec<&[u32]> {
+    examples.iter().map(Example::ids).collect()
+}
+
+/// The rows of the sequences' own tokens, where each is at the end of its span.
+fn own_rows(sequences: &[&[u32]], spans: &[Span]) -> Vec<usize> {
+    let ends = spans.iter().map(|span| span.start + span.len);
+    ends.zip(sequences).flat_map(|(end, ids)| end - ids.len()..end).collect()
+}
+
 impl<B: Train> Learner<B> {
     /// Takes a checkpoint over: what is trained in f32, the rest as `holding` says.
     pub(crate) fn load(
@@ -151,14 +193,22 @@ impl<B: Train> Learner<B> {
         };
         let decoder = Decoder::load(&taped, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
         taped.take_tokens(config.num_hidden_layers)?;
-        Ok(Self { taped, decoder: Arc::new(decoder), config, memory: HashMap::new(), offset, distill: None })
+        let objective = Objective::Tokens;
+        Ok(Self { taped, decoder: Arc::new(decoder), config, memory: HashMap::new(), offset, objective })
     }
 
-    /// Runs the model; with `keeps_states`, what is after each layer is handed out.
-    fn forward(&self, examples: &[Example], pass: Pass, keeps_states: bool) -> Result<Forward<B>> {
+    /// Runs sequences; `wanted` says of which rows, given the spans, the results are wanted. With `keeps_states`, what
+    /// is after each layer is handed out.
+    fn run(
+        &self,
+        sequences: &[&[u32]],
+        wanted: impl FnOnce(&[Span]) -> Vec<usize>,
+        pass: Pass,
+        keeps_states: bool,
+    ) -> Result<Rows<B>> {
         let taped = &self.taped;
-        let ids: Vec<u32> = examples.iter().flat_map(|example| example.ids()).copied().collect();
-        let spans = Span::lay_out(examples.iter().map(|example| example.ids().len()));
+        let ids = sequences.concat();
+        let spans = Span::lay_out(sequences.iter().map(|ids| ids.len()));
         let embedded = self.decoder.embed(taped, &ids)?;
         let (embedded, wide) = taped.with_prompt(embedded, &spans)?;
         let longest = self.config.max_position_embeddings;
@@ -174,9 +224,9 @@ impl<B: Train> Learner<B> {
             .flat_map(|span| self.offset..self.offset + span.len)
             .map(|position| position as u32)
             .collect();
-        // Only rows that predict something go through the head.
-        let (rows, targets) = wanted_rows(examples, &wide);
-        let of_targets = |h: &Var<B>| {
+        // Only rows that are wanted go through the last steps.
+        let rows = wanted(&wide);
+        let of_wanted = |h: &Var<B>| {
             if rows.len() < positions.len() { taped.take_rows(h, &rows) } else { Ok(h.clone()) }
         };
         let mut h = self.decoder.start(taped, embedded, &positions)?;
@@ -186,11 +236,23 @@ impl<B: Train> Learner<B> {
                 h = self.layer(index, h, &wide, pass.checkpointing)?;
             }
             if keeps_states {
-                states.push(of_targets(&h)?);
+                states.push(of_wanted(&h)?);
             }
         }
-        let last = self.decoder.finish(taped, of_targets(&h)?)?;
-        let logits = taped.logits(&last, self.decoder.head())?;
+        let last = self.decoder.finish(taped, of_wanted(&h)?)?;
+        Ok(Rows { states, last })
+    }
+
+    /// Runs examples whose tokens are to be predicted.
+    fn forward(&self, examples: &[Example], pass: Pass, keeps_states: bool) -> Result<Forward<B>> {
+        let mut targets = Vec::new();
+        let wanted = |spans: &[Span]| {
+            let (rows, found) = wanted_rows(examples, spans);
+            targets = found;
+            rows
+        };
+        let Rows { states, last } = self.run(&own_tokens(examples), wanted, pass, keeps_states)?;
+        let logits = self.taped.logits(&last, self.decoder.head())?;
         Ok(Forward { logits, targets, states, last })
     }
 
@@ -218,28 +280,71 @@ impl<B: Train> Learner<B> {
 
     /// Runs forward and backward: the gradients are added to what the parameters have; the loss is left where it is.
     fn forward_backward(&self, examples: &[Example], pass: Pass) -> Result<B::Tensor> {
-        let (taped, backend) = (&self.taped, &self.taped.backend);
-        // First, so that what the teacher needs meanwhile is free again when the student runs.
-        let distill = match &self.distill {
-            Some(distill) => Some((distill, distill.teach(backend, examples)?)),
-            None => None,
-        };
-        taped.record(pass.seed);
-        let keeps_states = distill.as_ref().is_some_and(|(distill, _)| distill.compares_states());
-        let forward = self.forward(examples, pass, keeps_states)?;
-        let loss = match distill {
-            Some((distill, taught)) => distill.losses(taped, forward, taught, pass)?,
-            None => {
-                let Forward { logits, targets, .. } = forward;
-                let smoothing = Smoothing { scale: pass.scale, epsilon: pass.label_smoothing };
-                let node = logits.node;
-                let [loss, gradient] = backend.cross_entropy(taped.owned(logits)?, &targets, smoothing)?;
-                taped.start_from(node, gradient);
-                loss
+        let taped = &self.taped;
+        let loss = match &self.objective {
+            Objective::Teacher(distill) => {
+                // First, so that what the teacher needs meanwhile is free again when the student runs.
+                let taught = distill.teach(&taped.backend, examples)?;
+                taped.record(pass.seed);
+                let forward = self.forward(examples, pass, distill.compares_states())?;
+                distill.losses(taped, forward, taught, pass)?
+            }
+            _ => {
+                taped.record(pass.seed);
+                self.losses(examples, pass)?
             }
         };
         taped.backward()?;
         Ok(loss)
+    }
+
+    /// The loss `[1, 1]` of what is to be learned from the examples alone; a recording tape is told where its gradients
+    /// start.
+    fn losses(&self, examples: &[Example], pass: Pass) -> Result<B::Tensor> {
+        match &self.objective {
+            Objective::Tokens | Objective::Teacher(_) => {
+                let Forward { logits, targets, .. } = self.forward(examples, pass, false)?;
+                self.token_losses(logits, &targets, pass)
+            }
+            Objective::Head(head) => {
+                let wanted = |spans: &[Span]| head.rows(examples, spans);
+                let Rows { last, .. } = self.run(&own_tokens(examples), wanted, pass, false)?;
+                let outputs = head.apply(&self.taped, &last)?;
+                self.taped.host_loss(&outputs, pass.scale, |outputs| head.loss(outputs, examples))
+            }
+            Objective::Pairs(options) => self.pair_losses(examples, *options, pass),
+        }
+    }
+
+    fn token_losses(&self, logits: Var<B>, targets: &[u32], pass: Pass) -> Result<B::Tensor> {
+        let smoothing = Smoothing { scale: pass.scale, epsilon: pass.label_smoothing };
+        let node = logits.node;
+        let logits = self.taped.owned(logits)?;
+        let [loss, gradient] = self.taped.backend.cross_entropy(logits, targets, smoothing)?;
+        self.taped.start_from(node, gradient);
+        Ok(loss)
+    }
+
+    fn pair_losses(&self, examples: &[Example], options: ContrastOptions, pass: Pass) -> Result<B::Tensor> {
+        let taped = &self.taped;
+        let sequences = contrast::sequences(examples);
+        let last = self.run(&sequences, |spans| own_rows(&sequences, spans), pass, false)?.last;
+        let spans = Span::lay_out(sequences.iter().map(|ids| ids.len()));
+        let vectors = contrast::pooled(taped, &last, options.pooling, &sequences, &spans)?;
+        let of_pairs = taped.host_loss(&vectors, pass.scale, |vectors| {
+            contrast::info_nce(vectors, examples, options.temperature)
+        })?;
+        let followed = spans.iter().flat_map(|span| span.start + 1..span.start + span.len);
+        let rows: Vec<usize> = followed.map(|row| row - 1).collect();
+        if options.lm == 0.0 || rows.is_empty() {
+            return Ok(of_pairs);
+        }
+        let targets: Vec<u32> = sequences.iter().flat_map(|ids| ids.iter().skip(1)).copied().collect();
+        let logits = taped.logits(&taped.take_rows(&last, &rows)?, self.decoder.head())?;
+        // A mean over the tokens, which counts as often as there are pairs.
+        let scale = pass.scale * options.lm * examples.len() as f32 / rows.len() as f32;
+        let of_tokens = self.token_losses(logits, &targets, Pass { scale, ..pass })?;
+        Ok(taped.backend.add(of_pairs, &of_tokens)?)
     }
 
     /// Drops what a step that failed half-way has left.
@@ -320,8 +425,29 @@ impl<B: Train> Learn for Learner<B> {
         options: DistillOptions,
         cancel: &CancelToken,
     ) -> Result<()> {
-        self.distill = Some(Distill::load(&self.taped, &self.config, teacher, holding, options, cancel)?);
+        let distill = Distill::load(&self.taped, &self.config, teacher, holding, options, cancel)?;
+        self.objective = Objective::Teacher(Box::new(distill));
         Ok(())
+    }
+
+    fn head(&mut self, head: &Head) -> Result<()> {
+        let head = TrainedHead::take(&self.taped, head, self.config.pad_token_id)?;
+        self.objective = Objective::Head(head);
+        Ok(())
+    }
+
+    fn contrast(&mut self, options: ContrastOptions) {
+        self.objective = Objective::Pairs(options);
+    }
+
+    fn embed(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Array2<f32>> {
+        self.taped.evaluate();
+        let wanted = |spans: &[Span]| own_rows(sequences, spans);
+        let last = self.run(sequences, wanted, Pass::default(), false)?.last;
+        let spans = Span::lay_out(sequences.iter().map(|ids| ids.len()));
+        let vectors = contrast::pooled(&self.taped, &last, pooling, sequences, &spans)?;
+        let backend = &self.taped.backend;
+        Ok(backend.block_on(backend.read(&vectors.value))?)
     }
 
     fn gradients(
@@ -381,10 +507,8 @@ impl<B: Train> Learn for Learner<B> {
 
     fn evaluate(&mut self, examples: &[Example]) -> Result<f64> {
         self.taped.evaluate();
-        let Forward { logits, targets, .. } = self.forward(examples, Pass::default(), false)?;
+        let loss = self.losses(examples, Pass { scale: 1.0, ..Pass::default() })?;
         let backend = &self.taped.backend;
-        let smoothing = Smoothing { scale: 1.0, epsilon: 0.0 };
-        let [loss, _] = backend.cross_entropy(self.taped.owned(logits)?, &targets, smoothing)?;
         Ok(backend.block_on(backend.read_owned(loss))?.iter().map(|&v| f64::from(v)).sum())
     }
 }

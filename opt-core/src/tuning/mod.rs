@@ -1,4 +1,4 @@
-//! Training: full fine-tuning, adapters, models from nothing, distillation.
+//! Training: full fine-tuning, adapters, heads, search, models from nothing, distillation.
 //!
 //! [`Tuner`] is a model with what is trained of it ([`Method`]): it gives losses and gradients, and makes steps.
 //! [`Trainer`] does what is around that: data ([`data`]), the learning rate ([`schedule`]), evaluation, checkpoints that
@@ -20,8 +20,11 @@
 //! Gradients are taken by a tape around the backend, on which the decoder runs as it does without.
 
 mod backend;
+mod contrast;
 pub mod data;
 mod distill;
+mod example;
+mod head;
 mod learner;
 mod ops;
 mod optimizer;
@@ -36,42 +39,16 @@ mod trainer;
 mod tuner;
 mod weights;
 
+pub use contrast::{ContrastOptions, Pooling, recall};
 pub use distill::DistillOptions;
+pub use example::{Example, Goal};
 pub(crate) use learner::{Learn, Learner};
 pub use optimizer::Optimizer;
 pub use options::TrainOptions;
 pub use schedule::Schedule;
 pub use scratch::{SideFiles, new_model, train_tokenizer};
+pub(crate) use start::Draws;
 pub use student::{student_layers, student_of};
 pub use trainer::{Event, StepReport, TrainReport, Trainer};
 pub use tuner::{Full, Method, StepOptions, StepResult, Tuner};
 pub(crate) use weights::Plan;
-
-/// Token ids to learn from, and from which of them on to learn.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Example {
-    pub(crate) ids: Vec<u32>,
-    pub(crate) from: usize,
-}
-
-impl Example {
-    /// An example of which every token but the first is a target.
-    pub fn new(ids: Vec<u32>) -> Self {
-        Self { ids, from: 1 }
-    }
-
-    /// An example whose first `from` tokens are given: they are no targets. The first token never is.
-    pub fn completion(ids: Vec<u32>, from: usize) -> Self {
-        Self { ids, from: from.max(1) }
-    }
-
-    /// The tokens.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
-    }
-
-    /// Places and ids of the tokens to be predicted, each from those in front of it.
-    pub fn targets(&self) -> impl Iterator<Item = (usize, u32)> {
-        self.ids.iter().copied().enumerate().skip(self.from)
-    }
-}

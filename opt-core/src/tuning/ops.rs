@@ -457,12 +457,22 @@ impl<B: Train> Taped<B> {
     }
 
     /// Adds a trained row to each row.
-    fn wired_add_param(&self, x: Var<B>, id: ParamId) -> Result<Var<B>> {
+    pub(super) fn wired_add_param(&self, x: Var<B>, id: ParamId) -> Result<Var<B>> {
         let node = x.node;
         let y = self.backend.add_row(self.owned(x)?, &*self.param(id)?)?;
         Ok(self.link(true, y, move |taped, dy, gradients| {
             taped.add_to_param(id, taped.backend.sum_rows(&dy)?)?;
             gradients.add(&taped.backend, node, dy)
+        }))
+    }
+
+    /// P x of a matrix that has no gradient.
+    pub(super) fn wired_pool(&self, matrix: B::Tensor, x: &Var<B>) -> Result<Var<B>> {
+        let y = self.backend.matmul(&matrix, &x.value, Layout::Times, DType::F32, None)?;
+        let node = x.node;
+        Ok(self.link(node.is_some(), y, move |taped, dy, gradients| {
+            let b = &*taped.backend;
+            gradients.grow(node, |sum| b.matmul(&matrix, &dy, Layout::TransposedTimes, DType::F32, sum))
         }))
     }
 

@@ -1,6 +1,7 @@
 //! What a training starts from: the plan of a method for one model, new parameters, and how they become files again.
 
 use super::{
+    SideFiles,
     distill::is_projection,
     learner::Learn,
     store::write_model,
@@ -10,14 +11,17 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     adapter::{
-        Adapter, AdapterConfig, AdapterMethod, LoraConfig, Part, PrefixConfig, PromptConfig, TargetKind,
+        Adapter, AdapterConfig, AdapterMethod, LoraConfig, PREFIX, Part, PrefixConfig, PromptConfig,
+        TargetKind,
     },
-    checkpoint::{Checkpoint, Weight},
+    checkpoint::{Checkpoint, Weight, io, pretty},
     config::OptConfig,
     generation::Random,
+    heads::{HEAD_CONFIG, Task},
 };
 use ndarray::{Array2, ArrayD, Axis};
 use opt_backend::DType;
+use serde_json::Value;
 use std::{
     collections::{BTreeSet, HashMap},
     path::Path,
@@ -26,29 +30,83 @@ use std::{
 
 /// How what was trained becomes files that can be used.
 pub(super) enum Artifact {
-    /// A whole model: the weights it was made from, and the files beside them.
-    Model(Arc<Checkpoint>, Vec<(String, Vec<u8>)>),
-    /// An adapter in PEFT's files.
-    Adapter(Box<AdapterConfig>, OptConfig),
+    /// A whole model: the weights it was made from, the files beside them, and the head on top.
+    Model { base: Arc<Checkpoint>, files: SideFiles, head: Option<Task> },
+    /// An adapter in PEFT's files, for a model of this shape.
+    Adapter { config: Box<AdapterConfig>, model: OptConfig, head: Option<Task> },
 }
 
 impl Artifact {
     pub(super) fn write(&self, inside: &Path, learner: &dyn Learn) -> Result<()> {
         match self {
-            Self::Model(base, files) => write_model(inside, base, files, learner),
-            Self::Adapter(config, model) => adapter(config, model, learner)?.save(inside),
+            Self::Model { base, files, head } => {
+                let width = base.config().word_embed_proj_dim;
+                let head = head.as_ref().map_or_else(Vec::new, |task| task.shapes(width));
+                write_model(inside, base, files, &head, learner)
+            }
+            Self::Adapter { config, model, head } => {
+                adapter(config, model, head.as_ref(), learner)?.save(inside)?;
+                let Some(task) = head else { return Ok(()) };
+                let path = inside.join(HEAD_CONFIG);
+                std::fs::write(&path, pretty(&Value::Object(task.config_keys()))?)
+                    .map_err(|e| io("cannot write", &path, e))
+            }
         }
     }
 
     /// Whether what was trained under this name cannot be read from the files again.
     pub(super) fn leaves_out(&self, name: &str) -> bool {
-        matches!(self, Self::Adapter(..)) || is_projection(name)
+        matches!(self, Self::Adapter { .. }) || is_projection(name)
+    }
+
+    /// Puts a head on top, as transformers and PEFT describe it.
+    pub(super) fn put_on(&mut self, task: &Task) -> Result<()> {
+        match self {
+            Self::Model { files, head, .. } => {
+                let unusable = |e| Error::because(ErrorKind::Config, "config.json is not usable", e);
+                for (_, contents) in files.iter_mut().filter(|(name, _)| name == "config.json") {
+                    let mut config: Value = serde_json::from_slice(contents).map_err(unusable)?;
+                    if let Some(map) = config.as_object_mut() {
+                        map.remove("num_labels");
+                        map.extend(task.config_keys());
+                    }
+                    *contents = pretty(&config)?;
+                }
+                *head = Some(task.clone());
+            }
+            Self::Adapter { config, head, .. } => {
+                if config.lora().is_none() {
+                    let message =
+                        "a head: expected a whole model or LoRA to train it with, found another adapter";
+                    return Err(Error::new(ErrorKind::Unsupported, message));
+                }
+                let (task_type, modules) = task.peft();
+                config.task_type = Some(task_type.to_owned());
+                for module in modules.iter().copied().filter(|module| !module.is_empty()) {
+                    if config.modules_to_save.iter().all(|known| known != module) {
+                        config.modules_to_save.push(module.to_owned());
+                    }
+                }
+                *head = Some(task.clone());
+            }
+        }
+        Ok(())
     }
 }
 
 /// What was trained, as an adapter.
-pub(super) fn adapter(config: &AdapterConfig, model: &OptConfig, learner: &dyn Learn) -> Result<Adapter> {
+pub(super) fn adapter(
+    config: &AdapterConfig,
+    model: &OptConfig,
+    head: Option<&Task>,
+    learner: &dyn Learn,
+) -> Result<Adapter> {
     let mut tensors = Vec::new();
+    for (name, shape) in head.map_or_else(Vec::new, |task| task.shapes(model.word_embed_proj_dim)) {
+        let value = learner.value(&name)?.into_iter().collect();
+        let misfit = |e| Error::because(ErrorKind::Checkpoint, format_args!("tensor {name}"), e);
+        tensors.push((format!("{PREFIX}{name}"), ArrayD::from_shape_vec(shape, value).map_err(misfit)?));
+    }
     for slot in config.slots(model)? {
         let value = match &slot.part {
             Part::A(module) => learner.value(&format!("{module}.lora_A"))?,
@@ -80,7 +138,7 @@ fn virtual_rows(learner: &dyn Learn) -> Result<Array2<f32>> {
 }
 
 /// Random numbers for new parameters.
-pub(super) struct Draws(pub(super) Random);
+pub(crate) struct Draws(pub(crate) Random);
 
 impl Draws {
     pub(super) fn uniform(&mut self, shape: [usize; 2], bound: f64) -> Array2<f32> {
@@ -88,7 +146,7 @@ impl Draws {
     }
 
     /// By Box and Muller's transform.
-    pub(super) fn normal(&mut self, shape: [usize; 2], deviation: f64) -> Array2<f32> {
+    pub(crate) fn normal(&mut self, shape: [usize; 2], deviation: f64) -> Array2<f32> {
         Array2::from_shape_simple_fn(shape, || {
             let radius = (-2.0 * (1.0 - self.0.uniform()).ln()).sqrt();
             (deviation * radius * (std::f64::consts::TAU * self.0.uniform()).cos()) as f32

@@ -264,15 +264,19 @@ impl Log {
     }
 }
 
-/// The weights of `base` with what was trained, and the files beside them.
+/// The weights of `base` with what was trained, a head's tensors of these names and shapes, and the files beside them.
 pub(super) fn write_model(
     inside: &Path,
     base: &Checkpoint,
     files: &[(String, Vec<u8>)],
+    head: &[(String, Vec<usize>)],
     learner: &dyn Learn,
 ) -> Result<()> {
     let trained: BTreeSet<String> = learner.shapes().into_iter().map(|(name, _)| name).collect();
-    write_replaced(&inside.join("model.safetensors"), base, &trained, &mut |name| learner.value(name))?;
+    let is_new = |name: &str| !base.tensors().any(|info| info.name == name);
+    let added: Vec<(String, Vec<usize>)> = head.iter().filter(|(name, _)| is_new(name)).cloned().collect();
+    let path = inside.join("model.safetensors");
+    write_replaced(&path, base, &trained, &added, &mut |name| learner.value(name))?;
     for (name, contents) in files {
         let path = inside.join(name);
         fs::write(&path, contents).map_err(|e| io("cannot write", &path, e))?;

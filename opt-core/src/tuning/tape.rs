@@ -6,6 +6,7 @@
 
 use super::weights::{Param, ParamId, Plan, Virtual};
 use crate::generation::Random;
+use ndarray::{Array2, ArrayView2};
 use opt_backend::{Backend, Error, ErrorKind, Result, Train};
 use std::{
     collections::HashMap,
@@ -267,6 +268,22 @@ impl<B: Train> Taped<B> {
             gradients.add(&taped.backend, y.node, dy)
         };
         Ok(self.step(y.value, back))
+    }
+
+    /// `scale` times a loss that is computed here from what is read of `x`, `[1, 1]`; `loss` gives it, and its gradient
+    /// of x's shape, from which [`Taped::backward`] then starts.
+    pub(super) fn host_loss(
+        &self,
+        x: &Var<B>,
+        scale: f32,
+        loss: impl FnOnce(ArrayView2<'_, f32>) -> (f64, Array2<f32>),
+    ) -> crate::Result<B::Tensor> {
+        let b = &*self.backend;
+        let (loss, gradient) = loss(b.block_on(b.read(&x.value))?.view());
+        if x.node.is_some() {
+            self.start_from(x.node, b.upload((gradient * scale).view())?);
+        }
+        Ok(b.upload(Array2::from_elem((1, 1), (loss * f64::from(scale)) as f32).view())?)
     }
 
     /// Lets [`Taped::backward`] start from a node with the gradient that some loss has there.

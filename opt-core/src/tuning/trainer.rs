@@ -281,7 +281,7 @@ impl Run<'_> {
         self.finite(made + 1, "loss", f64::from(result.loss))?;
         self.finite(made + 1, "norm of the gradients", f64::from(result.grad_norm))?;
         let tokens = batch.targets() as u64;
-        let run: usize = batch.micro_batches.iter().flatten().map(|example| example.ids().len()).sum();
+        let run: usize = batch.micro_batches.iter().flatten().map(Example::tokens).sum();
         self.state.step += 1;
         self.state.tokens += tokens;
         let done = (self.state.step - self.first) as f64;

@@ -1,5 +1,5 @@
 use super::{
-    DistillOptions, Example, Learn, Optimizer,
+    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, contrast, head,
     start::{Artifact, adapter},
     weights::Plan,
 };
@@ -9,6 +9,7 @@ use crate::{
     backends::{self, BackendOptions},
     checkpoint::{Checkpoint, model_files},
     config::OptConfig,
+    heads::{Head, Task},
     quantize::Holding,
 };
 use ndarray::Array2;
@@ -130,8 +131,16 @@ pub struct Tuner {
     /// How models are loaded.
     holding: Holding,
     cancel: CancelToken,
-    /// How it is distilled, and from a teacher of which shape.
-    distilled: Option<(DistillOptions, OptConfig)>,
+    purpose: Purpose,
+}
+
+/// What is learned.
+enum Purpose {
+    Tokens,
+    /// That, and what a teacher of this shape makes of them.
+    Teacher(DistillOptions, Box<OptConfig>),
+    Head(Task),
+    Pairs(ContrastOptions),
 }
 
 impl Tuner {
@@ -164,25 +173,29 @@ impl Tuner {
         let learner = backend.learn(&checkpoint, &load.holding, plan, &cancel)?;
         let artifact = match &method {
             Method::Full(_) => Self::model_artifact(checkpoint, &*learner)?,
-            Method::New(adapter, _) => Artifact::Adapter(adapter.clone(), config.clone()),
+            Method::New(adapter, _) => {
+                Artifact::Adapter { config: adapter.clone(), model: config.clone(), head: None }
+            }
             Method::Continue(adapter) => {
-                Artifact::Adapter(Box::new(adapter.config().clone()), config.clone())
+                let adapter = Box::new(adapter.config().clone());
+                Artifact::Adapter { config: adapter, model: config.clone(), head: None }
             }
         };
-        Ok(Self { learner, config, method, artifact, holding: load.holding, cancel, distilled: None })
+        let purpose = Purpose::Tokens;
+        Ok(Self { learner, config, method, artifact, holding: load.holding, cancel, purpose })
     }
 
     fn model_artifact(checkpoint: Checkpoint, learner: &dyn Learn) -> Result<Artifact> {
         let whole = learner.shapes().len() == checkpoint.config().tensor_shapes().len();
         let files = model_files(&checkpoint, whole.then_some(DType::F32))?;
-        Ok(Artifact::Model(Arc::new(checkpoint), files))
+        Ok(Artifact::Model { base: Arc::new(checkpoint), files, head: None })
     }
 
     /// Puts these files beside the weights of a whole model, in the place of those of the model it was made from: for
     /// one that was made from nothing. An adapter has none.
     #[must_use]
     pub fn files(mut self, files: super::SideFiles) -> Self {
-        if let Artifact::Model(_, all) = &mut self.artifact {
+        if let Artifact::Model { files: all, .. } = &mut self.artifact {
             for (name, contents) in files {
                 all.retain(|(known, _)| *known != name);
                 all.push((name, contents));
@@ -214,10 +227,8 @@ impl Tuner {
     /// those of [`crate::Opt::load`] for the teacher.
     pub fn distill(mut self, teacher: Checkpoint, options: DistillOptions) -> Result<Self> {
         options.validate()?;
+        self.still_free()?;
         let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
-        if self.distilled.is_some() {
-            return fail("expected a student without a teacher, found one that has one".to_owned());
-        }
         let (own, found) = (self.config.vocab_size, teacher.config().vocab_size);
         if own != found {
             return fail(format!(
@@ -228,8 +239,85 @@ impl Tuner {
         teacher.validate().map_err(place)?;
         self.holding.check(&teacher).map_err(place)?;
         self.learner.distill(&teacher, &self.holding, options, &self.cancel)?;
-        self.distilled = Some((options, teacher.config().clone()));
+        self.purpose = Purpose::Teacher(options, Box::new(teacher.config().clone()));
         Ok(self)
+    }
+
+    fn still_free(&self) -> Result<()> {
+        let found = match self.purpose {
+            Purpose::Tokens => return Ok(()),
+            Purpose::Teacher(..) => "a teacher",
+            Purpose::Head(_) => "a head",
+            Purpose::Pairs(_) => "pairs of texts",
+        };
+        let message =
+            format_args!("expected a model with nothing to learn from yet, found one that has {found}");
+        Err(Error::new(ErrorKind::Option, message))
+    }
+
+    /// Trains a head on top, beside what is trained of the model: a new one ([`Head::new`]), or one that is there
+    /// ([`Head::of`], [`Head::beside`]). The loss is that of transformers' classes, a mean over the examples, whose
+    /// goals are what the head's [`Task`] asks for. What is saved is a model of these classes, or an adapter with its
+    /// head that PEFT loads as one of its task type.
+    ///
+    /// A step reads what the head says beside the loss.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for a head of another width, and a model that learns from something else already;
+    /// [`ErrorKind::Unsupported`] with prefix and prompt tuning; [`ErrorKind::Backend`].
+    pub fn head(mut self, head: Head) -> Result<Self> {
+        self.still_free()?;
+        let (expected, found) = (self.config.word_embed_proj_dim, head.weight().ncols());
+        if expected != found {
+            let message = format_args!("head: expected a width of {expected}, found {found}");
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        self.artifact.put_on(head.task())?;
+        self.learner.head(&head)?;
+        self.purpose = Purpose::Head(head.task().clone());
+        Ok(self)
+    }
+
+    /// Trains the model for search: texts are to lie close to the passages that belong to them ([`Goal::Passage`]), as
+    /// [`ContrastOptions`] says. The loss is a mean over the pairs; the passages of a micro-batch are each other's
+    /// negatives.
+    ///
+    /// ```
+    /// use opt_core::{Load, tuning::{ContrastOptions, Example, Goal, Method, StepOptions, Tuner}};
+    ///
+    /// let tuner = Tuner::load("../models/opt-novels", Method::layers([5]), Load::default())?;
+    /// let mut tuner = tuner.contrast(ContrastOptions::default())?;
+    /// let pair = |query, passage| Example::with(vec![2, query], Goal::Passage(vec![2, passage, 7]));
+    /// let pairs = [pair(100, 200), pair(300, 400)];
+    /// let before = tuner.step(&[&pairs], StepOptions::default())?.loss;
+    /// assert!(tuner.loss(&pairs)? < f64::from(before));
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for options out of range, and a model that learns from something else already.
+    pub fn contrast(mut self, options: ContrastOptions) -> Result<Self> {
+        options.validate()?;
+        self.still_free()?;
+        self.learner.contrast(options);
+        self.purpose = Purpose::Pairs(options);
+        Ok(self)
+    }
+
+    /// One vector for each sequence of token ids, `[sequences, word_embed_proj_dim]`, as the model stands; the sequences
+    /// are one batch.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Prompt`] for a sequence that is empty or too long, and ids outside the vocabulary;
+    /// [`ErrorKind::Backend`].
+    pub fn embed(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Array2<f32>> {
+        for ids in sequences {
+            crate::engine::check_vocabulary(ids, self.config.vocab_size)?;
+            if ids.is_empty() {
+                return Err(Error::new(ErrorKind::Prompt, "expected at least one token, found none"));
+            }
+        }
+        self.learner.embed(sequences, pooling)
     }
 
     /// The model's shape.
@@ -295,16 +383,37 @@ impl Tuner {
         Ok((self.learner.evaluate(examples)?, targets))
     }
 
-    /// The number of targets, of which there must be some.
+    /// What a mean over these examples divides by, which must not be 0.
     fn targets<'a>(&self, examples: impl Iterator<Item = &'a Example>) -> Result<usize> {
         let mut targets = 0;
         for example in examples {
-            crate::engine::check_vocabulary(example.ids(), self.config.vocab_size)?;
-            targets += example.targets().count();
+            self.check(example)?;
+            targets += example.units();
         }
         match targets {
             0 => Err(Error::new(ErrorKind::Prompt, "expected at least one target to learn, found none")),
             targets => Ok(targets),
+        }
+    }
+
+    /// Whether an example is one for what is learned.
+    fn check(&self, example: &Example) -> Result<()> {
+        let vocabulary = |ids: &[u32]| crate::engine::check_vocabulary(ids, self.config.vocab_size);
+        vocabulary(example.ids())?;
+        match (&self.purpose, example.goal()) {
+            (Purpose::Tokens | Purpose::Teacher(..), Goal::Tokens(_)) => Ok(()),
+            (Purpose::Head(task), goal) if !example.ids().is_empty() => {
+                head::check(example.ids(), goal, task)
+            }
+            (Purpose::Pairs(_), goal) => {
+                contrast::check(example)?;
+                if let Goal::Passage(ids) = goal { vocabulary(ids) } else { Ok(()) }
+            }
+            _ => {
+                let message =
+                    "expected an example with tokens to predict, found one with another goal or empty";
+                Err(Error::new(ErrorKind::Prompt, message))
+            }
         }
     }
 
@@ -322,8 +431,10 @@ impl Tuner {
     /// [`ErrorKind::Option`] where weights themselves were trained.
     pub fn adapter(&self) -> Result<Adapter> {
         match &self.artifact {
-            Artifact::Adapter(config, model) => adapter(config, model, &*self.learner),
-            Artifact::Model(..) => {
+            Artifact::Adapter { config, model, head } => {
+                adapter(config, model, head.as_ref(), &*self.learner)
+            }
+            Artifact::Model { .. } => {
                 Err(Error::new(ErrorKind::Option, "expected an adapter, found a whole model"))
             }
         }
@@ -348,9 +459,16 @@ impl Tuner {
             Method::New(adapter, seed) => serde_json::json!({ "new": adapter.to_json(), "seed": seed }),
             Method::Continue(adapter) => serde_json::json!({ "continue": adapter.config().to_json() }),
         };
-        if let (Some((options, teacher)), Some(settings)) = (&self.distilled, settings.as_object_mut()) {
-            settings
-                .insert("distill".to_owned(), serde_json::json!({ "options": options, "teacher": teacher }));
+        let (key, value) = match &self.purpose {
+            Purpose::Tokens => return settings,
+            Purpose::Teacher(options, teacher) => {
+                ("distill", serde_json::json!({ "options": options, "teacher": teacher }))
+            }
+            Purpose::Head(task) => ("head", task.config_keys().into()),
+            Purpose::Pairs(options) => ("contrast", serde_json::json!(options)),
+        };
+        if let Some(settings) = settings.as_object_mut() {
+            settings.insert(key.to_owned(), value);
         }
         settings
     }

@@ -58,7 +58,7 @@ fn wrong_adapters_are_refused() {
     let classifier = |tensors: &mut BTreeMap<_, _>| {
         drop(tensors.insert("base_model.model.score.weight".to_owned(), ArrayD::zeros(vec![2, 32])))
     };
-    assert!(with(classifier).unwrap()[0].contains("belongs to a classifier"));
+    assert!(with(classifier).unwrap()[0].contains("belongs to a head"));
     let infinite = |tensors: &mut BTreeMap<_, ArrayD<f32>>| {
         tensors.first_entry().unwrap().get_mut().fill(f32::INFINITY);
     };

@@ -34,13 +34,13 @@ pub(in crate::tuning) fn parse(line: &str) -> Result<Line> {
         [false, true, false] => {
             Ok(Line::Pair { prompt: string(&map, "prompt")?, completion: string(&map, "completion")? })
         }
-        [false, false, true] => ids(&map),
+        [false, false, true] => ids(&map).map(Line::Ids),
         [false, false, false] => refuse(format_args!("{EXPECTED}, found {}", keys(&map))),
         _ => refuse(format_args!("{EXPECTED}, and one of these alone, found {}", keys(&map))),
     }
 }
 
-fn keys(map: &Map<String, Value>) -> String {
+pub(super) fn keys(map: &Map<String, Value>) -> String {
     if map.is_empty() {
         return "no keys".to_owned();
     }
@@ -49,7 +49,7 @@ fn keys(map: &Map<String, Value>) -> String {
     format!("the keys {}{}", shown.join(", "), if map.len() > 8 { ", ..." } else { "" })
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -68,7 +68,7 @@ fn string(map: &Map<String, Value>, key: &str) -> Result<String> {
     }
 }
 
-fn ids(map: &Map<String, Value>) -> Result<Line> {
+pub(super) fn ids(map: &Map<String, Value>) -> Result<Vec<u32>> {
     let Some(Value::Array(values)) = map.get("ids") else {
         let found = map.get("ids").map_or("nothing", kind);
         return refuse(format_args!("\"ids\": expected an array of token ids, found {found}"));
@@ -78,7 +78,7 @@ fn ids(map: &Map<String, Value>) -> Result<Line> {
         None if value.is_number() => refuse(format_args!("\"ids\": expected token ids, found {value}")),
         None => refuse(format_args!("\"ids\": expected token ids, found {}", kind(value))),
     };
-    values.iter().map(id).collect::<Result<_>>().map(Line::Ids)
+    values.iter().map(id).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! From files to examples.
 
 use super::{
-    DataOptions, Documents,
+    DataOptions, Documents, Reads, goals,
     jsonl::{self, Line},
     store::{Store, Totals, Writer},
     text::{Text, can_cut},
@@ -9,6 +9,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Progress, ProgressFn, Result,
     tokenizer::{Bos, Tokenizer},
+    tuning::{Example, Goal, head},
 };
 use std::{fs::File, io::Read, path::Path};
 
@@ -25,7 +26,15 @@ pub(super) struct Collector<'a> {
     seen: u64,
 }
 
-fn refuse<T>(message: impl std::fmt::Display) -> Result<T> {
+/// The tokenizer, where there is text to be read.
+pub(super) fn tokenizer(options: &DataOptions) -> Result<&Tokenizer> {
+    options.tokenizer.as_ref().ok_or_else(|| {
+        let message = r#"this model has no tokenizer: expected a .jsonl of {"ids": [...]}, found text"#;
+        Error::new(ErrorKind::Tokenizer, message)
+    })
+}
+
+pub(super) fn refuse<T>(message: impl std::fmt::Display) -> Result<T> {
     Err(Error::new(ErrorKind::Prompt, message))
 }
 
@@ -46,29 +55,48 @@ impl<'a> Collector<'a> {
     }
 
     /// Adds an example of its own.
-    pub(super) fn example(&mut self, mut ids: Vec<u32>, from: usize) -> Result<()> {
-        let (most, from) = (self.options.seq_len, from.max(1));
-        self.check_ids(&ids)?;
-        self.seen += ids.len() as u64;
-        if ids.len() < 2 {
-            return refuse(format_args!("expected at least 2 tokens, found {}", ids.len()));
+    pub(super) fn example(&mut self, mut example: Example) -> Result<()> {
+        self.seen += example.tokens() as u64;
+        let reads = &self.options.reads;
+        if let (Goal::Tokens(from), Reads::Language) = (&mut example.goal, reads) {
+            *from = (*from).max(1);
+            if example.ids.len() < 2 {
+                return refuse(format_args!("expected at least 2 tokens, found {}", example.ids.len()));
+            }
         }
-        if ids.len() > most {
-            if !self.options.truncate {
+        self.fit(&mut example.ids)?;
+        match (reads, &mut example.goal) {
+            (Reads::Language, Goal::Tokens(from)) if *from >= example.ids.len() => {
                 return refuse(format_args!(
-                    "expected at most {most} tokens (the sequence length), found {}",
-                    ids.len()
+                    "expected a token to learn after the {from} of the prompt, found none within the first {}",
+                    example.ids.len()
                 ));
             }
-            ids.truncate(most);
+            (Reads::Language, Goal::Tokens(_)) => {}
+            (Reads::Head(task), goal) => head::check(&example.ids, goal, task)?,
+            (Reads::Pairs, Goal::Passage(ids)) => self.fit(ids)?,
+            (Reads::Pairs | Reads::Language, _) => {
+                return refuse("expected examples of what the data is read for, found one with another goal");
+            }
         }
-        if from >= ids.len() {
+        self.writer.push(&example)
+    }
+
+    /// Checks the ids of a sequence, which is cut to the sequence length where that is allowed.
+    fn fit(&self, ids: &mut Vec<u32>) -> Result<()> {
+        self.check_ids(ids)?;
+        let most = self.options.seq_len;
+        if ids.is_empty() {
+            return refuse("expected at least one token, found none");
+        }
+        if ids.len() > most && !self.options.truncate {
             return refuse(format_args!(
-                "expected a token to learn after the {from} of the prompt, found none within the first {}",
+                "expected at most {most} tokens (the sequence length), found {}",
                 ids.len()
             ));
         }
-        self.writer.push(&ids, from)
+        ids.truncate(most);
+        Ok(())
     }
 
     /// Appends to what is cut into blocks.
@@ -82,7 +110,7 @@ impl<'a> Collector<'a> {
             self.rest.extend_from_slice(now);
             ids = later;
             if self.rest.len() == self.options.seq_len {
-                self.writer.push(&self.rest, 1)?;
+                self.writer.push(&Example::new(self.rest.clone()))?;
                 self.rest.clear();
             }
         }
@@ -90,12 +118,7 @@ impl<'a> Collector<'a> {
     }
 
     fn tokenizer(&self) -> Result<&'a Tokenizer> {
-        self.options.tokenizer.as_ref().ok_or_else(|| {
-            Error::new(
-                ErrorKind::Tokenizer,
-                r#"this model has no tokenizer: expected a .jsonl of {"ids": [...]}, found text"#,
-            )
-        })
+        tokenizer(self.options)
     }
 
     pub(super) fn files(&mut self, paths: &[&Path], mut progress: Option<&mut ProgressFn<'_>>) -> Result<()> {
@@ -134,6 +157,9 @@ impl<'a> Collector<'a> {
             let text = Text::new(File::open(path).map_err(|e| io(e, path))?);
             let extension = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
             let read = match extension.as_str() {
+                "txt" if self.options.reads != Reads::Language => {
+                    refuse("expected a .jsonl whose lines say what is to be learned, found a text file")
+                }
                 "txt" => self.text(text, &mut watch),
                 "jsonl" | "ndjson" => self.jsonl(text, &mut watch),
                 _ => {
@@ -181,6 +207,9 @@ impl<'a> Collector<'a> {
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
+        if self.options.reads != Reads::Language {
+            return self.example(goals::read(line, self.options)?);
+        }
         let bos = self.options.bos;
         let (ids, from) = match jsonl::parse(line)? {
             Line::Ids(ids) => (ids, 1),
@@ -201,7 +230,7 @@ impl<'a> Collector<'a> {
                 (ids, from)
             }
         };
-        if self.options.pack { self.pack(&ids) } else { self.example(ids, from) }
+        if self.options.pack { self.pack(&ids) } else { self.example(Example::completion(ids, from)) }
     }
 
     /// The examples; an incomplete block at the end is dropped, unless it is all there is.
@@ -211,7 +240,7 @@ impl<'a> Collector<'a> {
             match self.seen {
                 0 => return refuse("expected something to learn from, found nothing"),
                 1 => return refuse("expected at least 2 tokens in all, found 1"),
-                _ => self.writer.push(&self.rest, 1)?,
+                _ => self.writer.push(&Example::new(self.rest.clone()))?,
             }
         }
         self.writer.finish()

@@ -1,6 +1,9 @@
 //! Where examples lie: in memory while they are few, in a temporary file beyond.
 
-use crate::{Error, ErrorKind, Result};
+use crate::{
+    Error, ErrorKind, Result,
+    tuning::{Example, Goal},
+};
 use std::{
     fs::File,
     io::{BufWriter, Read, Seek, SeekFrom, Write},
@@ -12,13 +15,16 @@ use tempfile::{SpooledData, SpooledTempFile};
 /// Bytes of each kind that are held in memory before they go to a file.
 const IN_MEMORY: usize = 8 << 20;
 
-/// Bytes of one record: start in the ids, length, first target.
-const RECORD: usize = 16;
+/// Bytes of one record: where its words start, how many of them are ids, kind and number of the goal, and how many more
+/// words belong to the goal.
+const RECORD: usize = 24;
 
 /// Takes examples one by one.
 pub(super) struct Writer {
     ids: BufWriter<SpooledTempFile>,
     records: BufWriter<SpooledTempFile>,
+    /// Written so far.
+    words: u64,
     totals: Totals,
 }
 
@@ -26,7 +32,7 @@ pub(super) struct Writer {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Totals {
     pub(super) examples: u64,
-    pub(super) tokens: u64,
+    /// What a mean over all examples divides by.
     pub(super) targets: u64,
 }
 
@@ -45,6 +51,28 @@ enum Bytes {
     Disk(Mutex<File>),
 }
 
+/// A goal as a kind, a number and some words.
+fn words(goal: &Goal) -> (u32, u32, Vec<u32>) {
+    match goal {
+        Goal::Tokens(from) => (0, *from as u32, Vec::new()),
+        Goal::Class(class) => (1, *class, Vec::new()),
+        Goal::Numbers(numbers) => (2, 0, numbers.iter().map(|number| number.to_bits()).collect()),
+        Goal::Answer(places) => (3, 0, places.iter().map(|place| *place as u32).collect()),
+        Goal::Passage(ids) => (4, 0, ids.clone()),
+    }
+}
+
+/// The way back.
+fn goal(kind: u32, number: u32, words: Vec<u32>) -> Goal {
+    match (kind, &words[..]) {
+        (1, _) => Goal::Class(number),
+        (2, _) => Goal::Numbers(words.into_iter().map(f32::from_bits).collect()),
+        (3, &[first, last]) => Goal::Answer([first as usize, last as usize]),
+        (4, _) => Goal::Passage(words),
+        _ => Goal::Tokens(number as usize),
+    }
+}
+
 fn io(what: &str, error: std::io::Error) -> Error {
     Error::because(ErrorKind::Io, format_args!("{what} the temporary file of token ids"), error)
 }
@@ -55,7 +83,7 @@ impl Writer {
         let spool = || {
             BufWriter::with_capacity(1 << 16, SpooledTempFile::new_in(in_memory.unwrap_or(IN_MEMORY), folder))
         };
-        Self { ids: spool(), records: spool(), totals: Totals::default() }
+        Self { ids: spool(), records: spool(), words: 0, totals: Totals::default() }
     }
 
     pub(super) fn totals(&self) -> Totals {
@@ -63,21 +91,21 @@ impl Writer {
     }
 
     /// Appends an example whose targets begin at `from`.
-    pub(super) fn push(&mut self, ids: &[u32], from: usize) -> Result<()> {
-        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
-        let mut record = [0; RECORD];
-        let (start, rest) = record.split_at_mut(8);
-        let (len, first) = rest.split_at_mut(4);
-        start.copy_from_slice(&self.totals.tokens.to_le_bytes());
-        len.copy_from_slice(&narrow(ids.len()));
-        first.copy_from_slice(&narrow(from));
+    pub(super) fn push(&mut self, example: &Example) -> Result<()> {
+        let narrow = |n: usize| (n as u32).to_le_bytes();
+        let (kind, number, more) = words(&example.goal);
+        let mut record = self.words.to_le_bytes().to_vec();
+        record.extend(
+            [narrow(example.ids.len()), kind.to_le_bytes(), number.to_le_bytes(), narrow(more.len())]
+                .concat(),
+        );
         self.records.write_all(&record).map_err(|e| io("cannot write", e))?;
-        for id in ids {
-            self.ids.write_all(&id.to_le_bytes()).map_err(|e| io("cannot write", e))?;
+        for word in example.ids.iter().chain(&more) {
+            self.ids.write_all(&word.to_le_bytes()).map_err(|e| io("cannot write", e))?;
         }
+        self.words += (example.ids.len() + more.len()) as u64;
         self.totals.examples += 1;
-        self.totals.tokens += ids.len() as u64;
-        self.totals.targets += ids.len().saturating_sub(from) as u64;
+        self.totals.targets += example.units() as u64;
         Ok(())
     }
 
@@ -115,17 +143,19 @@ impl Bytes {
 }
 
 impl Store {
-    /// Ids of an example, and where its targets begin.
-    pub(super) fn get(&self, number: u64) -> Result<(Vec<u32>, usize)> {
+    pub(super) fn get(&self, number: u64) -> Result<Example> {
         let mut record = [0; RECORD];
         self.records.read(number * RECORD as u64, &mut record)?;
-        let word = |i: usize| u32::from_le_bytes(std::array::from_fn(|b| record[4 * i + b]));
-        let start = u64::from(word(0)) | u64::from(word(1)) << 32;
-        let (len, from) = (word(2) as usize, word(3) as usize);
-        let mut bytes = vec![0; 4 * len];
+        let (start, rest) = record.split_at(8);
+        let start = u64::from_le_bytes(std::array::from_fn(|b| start[b]));
+        let word = |i: usize| u32::from_le_bytes(std::array::from_fn(|b| rest[4 * i + b]));
+        let (len, more) = (word(0) as usize, word(3) as usize);
+        let mut bytes = vec![0; 4 * (len + more)];
         self.ids.read(4 * start, &mut bytes)?;
-        let ids = bytes.chunks_exact(4).map(|id| u32::from_le_bytes(std::array::from_fn(|b| id[b])));
-        Ok((ids.collect(), from))
+        let words = bytes.chunks_exact(4).map(|word| u32::from_le_bytes(std::array::from_fn(|b| word[b])));
+        let mut ids: Vec<u32> = words.collect();
+        let goal = goal(word(1), word(2), ids.split_off(len));
+        Ok(Example { ids, goal })
     }
 
     /// Whether anything lies in a file.
