@@ -95,7 +95,7 @@ logged tests cargo test "${workspace[@]}" --no-fail-fast
 grep '^skipped' "$log/tests" || true
 
 # The tests of opt-core that run a model, each backend in its turn.
-suite=(adapters agreement distilling engine generation loading models properties quantized sampling scoring sessions streaming texts
+suite=(adapters agreement distilling engine generation heads loading models properties quantized sampling scoring search sessions streaming texts
   training tuning)
 suite_args=()
 for name in "${suite[@]}"; do suite_args+=(--test "$name"); done

@@ -118,3 +118,16 @@ fn distill() {
     let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("3 layers, ")).collect();
     assert!(lines.len() == 2 && lines.iter().all(|line| line.ends_with(" after 8 steps")), "{text}");
 }
+
+#[test]
+fn classify() {
+    let text = output("classify");
+    assert!(text.contains("waves. -> sea (") && text.contains("hill. -> land ("), "{text}");
+}
+
+#[test]
+fn search() {
+    let text = output("search");
+    let recall: Vec<f32> = text.lines().filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+    assert!(recall.len() == 2 && recall[0] < recall[1], "{text}");
+}

@@ -12,7 +12,7 @@ use opt_core::{
     Load,
     checkpoint::Checkpoint,
     tokenizer::Tokenizer,
-    tuning::{DistillOptions, Method, Tuner, student_of},
+    tuning::{DistillOptions, Method, Tuner, data::Reads, student_of},
 };
 use std::path::PathBuf;
 
@@ -114,7 +114,7 @@ impl Distill {
         let load = Load::with(backend).dtype(self.dtype.into()).cancel(console.cancel.clone());
         let tuner = Tuner::from_checkpoint(student, Method::full(), load)?.files(files);
         let tuner = tuner.distill(teacher, distill)?;
-        let (data, eval) = self.train.read(&config, words, &console)?;
+        let (data, eval) = self.train.read(&config, words, Reads::Language, &console)?;
         self.train.run(tuner, data, eval, options, &console, self.show)
     }
 }

@@ -11,6 +11,7 @@ mod merge;
 mod model;
 mod out;
 mod plot;
+mod predict;
 mod progress;
 mod prompts;
 mod quantize;
@@ -56,6 +57,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Tell how probable a model finds given texts or tokens.
     Score(score::Score),
+    /// Tell classes, numbers or answers, with a model that has a head.
+    Predict(predict::Predict),
     /// Write a model in another file format, number format or number of files.
     Convert(convert::Convert),
     /// Write a model with its weights in few bits, and measure what that costs in accuracy.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Generate(generate) => generate.run(),
         Command::Score(score) => score.run(),
+        Command::Predict(predict) => predict.run(),
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),
         Command::Tune(tune) => tune.run(),

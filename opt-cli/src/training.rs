@@ -13,7 +13,7 @@ use opt_core::{
     tokenizer::Tokenizer,
     tuning::{
         Event, Optimizer, TrainOptions, Trainer, Tuner,
-        data::{DataOptions, Dataset, Documents},
+        data::{DataOptions, Dataset, Documents, Reads},
         schedule::Schedule,
     },
 };
@@ -179,6 +179,7 @@ impl TrainArgs {
         &self,
         config: &OptConfig,
         tokenizer: Option<Tokenizer>,
+        reads: Reads,
         console: &Console,
     ) -> Result<(Dataset, Option<Dataset>), Failure> {
         let seq_len = self.seq_len.unwrap_or(config.max_position_embeddings.min(512));
@@ -187,6 +188,7 @@ impl TrainArgs {
             .pack(self.pack)
             .truncate(self.truncate_data)
             .documents(self.documents.into())
+            .reads(reads)
             .cancel(console.cancel.clone());
         let bar = console.byte_bar("reading");
         let read = |path: &PathBuf| {
@@ -247,11 +249,20 @@ impl TrainArgs {
                             })).err());
                         }
                     }
-                    Event::Evaluated { step, loss, best } => {
+                    Event::Evaluated { step, loss, best, recall } => {
+                        let found = recall.map(|recall| {
+                            format!(", recall {:.3} at 1 and {:.3} at 10", recall.at_1, recall.at_10)
+                        });
                         let note = if *best { ", the best so far" } else { "" };
-                        bar.say(console, &format!("step {step}: evaluation loss {loss:.4}{note}"));
+                        let found = found.unwrap_or_default();
+                        bar.say(console, &format!("step {step}: evaluation loss {loss:.4}{found}{note}"));
                         if show.json {
-                            failed = failed.take().or(out.json(&json!({ "step": step, "eval_loss": loss })).err());
+                            let mut line = json!({ "step": step, "eval_loss": loss });
+                            if let Some(recall) = recall {
+                                line["recall_at_1"] = recall.at_1.into();
+                                line["recall_at_10"] = recall.at_10.into();
+                            }
+                            failed = failed.take().or(out.json(&line).err());
                         }
                     }
                     _ => {}

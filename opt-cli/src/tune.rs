@@ -13,8 +13,13 @@ use opt_core::{
     adapter::{Adapter, AdapterConfig, AdapterMethod, Bias, LoraConfig, Names, PrefixConfig, PromptConfig},
     checkpoint::Checkpoint,
     config::OptConfig,
+    heads::{Head, Task},
     tokenizer::Tokenizer,
-    tuning::{Method, TrainOptions, Tuner, new_model, train_tokenizer},
+    tuning::{
+        ContrastOptions, Method, Pooling, TrainOptions, Tuner,
+        data::{Reads, classes},
+        new_model, train_tokenizer,
+    },
 };
 use std::{
     fs,
@@ -26,10 +31,13 @@ Examples:
   opt tune full --data letters.txt --output tuned
   opt tune lora --data pairs.jsonl --eval-data held-out.jsonl --output adapter
   opt tune lora --data letters.txt --output adapter --resume
+  opt tune lora --task classify --data reviews.jsonl --output classifier
 
 Data: a .txt file is cut into blocks of --seq-len tokens; lines of a .jsonl
 file are {\"text\": \"...\"}, {\"prompt\": \"...\", \"completion\": \"...\"} (learned is the
-completion only) or {\"ids\": [...]}.
+completion only) or {\"ids\": [...]}. Other tasks have lines of their own:
+{\"text\": \"...\", \"label\": ...}, {\"question\", \"context\", \"answer\"}, or
+{\"query\": \"...\", \"passage\": \"...\"}.
 OUTPUT holds the result, checkpoints that can be used and resumed, and the log
 of every step as log.jsonl. Ctrl-C ends after the step it is in and saves.";
 
@@ -46,6 +54,23 @@ pub(crate) struct Tune {
     #[command(flatten)]
     train: TrainArgs,
 
+    /// What is learned: tokens (language); with a head that is saved too, one class of a text (classify), any of some
+    /// classes (multi-label), a number (regress) or where an answer stands (answer); or which texts belong together
+    /// (search).
+    #[arg(long, value_name = "WHAT", default_value = "language", help_heading = "Task")]
+    task: TaskName,
+    /// classify, multi-label, regress: the names of the outputs. [default: the names in the data, or one number]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Task")]
+    classes: Vec<String>,
+    /// search: what cosines are divided by. [default: 0.05]
+    #[arg(long, value_name = "T", help_heading = "Task")]
+    temperature: Option<f32>,
+    /// search: how much the tokens of the texts count. [default: 0.1]
+    #[arg(long, value_name = "X", help_heading = "Task")]
+    lm_weight: Option<f32>,
+    /// search: how a text becomes one vector. [default: mean]
+    #[arg(long, value_name = "HOW", help_heading = "Task")]
+    pooling: Option<PoolingName>,
     /// full: train only these layers.
     #[arg(long, value_name = "N,...", value_delimiter = ',', help_heading = "Method")]
     layers: Option<Vec<usize>>,
@@ -109,6 +134,32 @@ enum MethodName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TaskName {
+    /// To predict tokens.
+    Language,
+    /// One of some classes.
+    Classify,
+    /// Any of some classes.
+    MultiLabel,
+    /// Numbers.
+    Regress,
+    /// Where in a text the answer to a question stands.
+    Answer,
+    /// Which texts belong together.
+    Search,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PoolingName {
+    /// All tokens alike.
+    Mean,
+    /// Later tokens count more.
+    WeightedMean,
+    /// The last token.
+    LastToken,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum BiasName {
     /// None.
     None,
@@ -165,13 +216,72 @@ impl Tune {
             },
         };
         let config = checkpoint.config().clone();
-        let (data, eval) = self.train.read(&config, tokenizer, &console)?;
+        let head = self.head(&checkpoint)?;
+        let reads = match (&head, self.task) {
+            (Some(head), _) => Reads::Head(head.task().clone()),
+            (None, TaskName::Search) => Reads::Pairs,
+            (None, _) => Reads::Language,
+        };
+        let (data, eval) = self.train.read(&config, tokenizer, reads, &console)?;
         let mut load = Load::with(backend).dtype(self.model.dtype.into()).cancel(console.cancel.clone());
         if let Some(format) = self.model.quantize {
             load = load.quantize(format.spec());
         }
-        let tuner = Tuner::from_checkpoint(checkpoint, method, load)?.files(files);
+        let mut tuner = Tuner::from_checkpoint(checkpoint, method, load)?.files(files);
+        if let Some(head) = head {
+            tuner = tuner.head(head)?;
+        }
+        if self.task == TaskName::Search {
+            tuner = tuner.contrast(self.contrast())?;
+        }
         self.train.run(tuner, data, eval, options, &console, self.show)
+    }
+
+    /// The head that is trained: that of the model or the adapter if it is for this task, else a new one.
+    fn head(&self, model: &Checkpoint) -> Result<Option<Head>, Failure> {
+        let classes = || match &self.classes[..] {
+            [] => Ok(classes(&[&self.train.data])?),
+            names => Ok::<Vec<String>, Failure>(names.to_vec()),
+        };
+        let names =
+            |names: &[String]| if names.is_empty() { vec!["LABEL_0".to_owned()] } else { names.to_vec() };
+        let known = match (self.task, &self.model.adapter) {
+            (TaskName::Language | TaskName::Search, _) => return Ok(None),
+            (_, Some(adapter)) => Some(Head::beside(&Adapter::open(adapter)?, adapter, model)?),
+            (_, None) => Head::of(model)?,
+        };
+        let is_meant = |task: &Task| {
+            let kind = match self.task {
+                TaskName::Classify => matches!(task, Task::OneOf(_)),
+                TaskName::MultiLabel => matches!(task, Task::AnyOf(_)),
+                TaskName::Regress => matches!(task, Task::Numbers(_)),
+                TaskName::Answer => matches!(task, Task::Answer),
+                TaskName::Language | TaskName::Search => false,
+            };
+            kind && (self.classes.is_empty() || self.classes == task.labels())
+        };
+        if let Some(head) = known.filter(|head| is_meant(head.task())) {
+            return Ok(Some(head));
+        }
+        let task = match self.task {
+            TaskName::Classify => Task::one_of(classes()?)?,
+            TaskName::MultiLabel => Task::any_of(classes()?)?,
+            TaskName::Regress => Task::numbers(names(&self.classes))?,
+            TaskName::Answer | TaskName::Language | TaskName::Search => Task::Answer,
+        };
+        Ok(Some(Head::new(task, model.config(), self.train.seed)))
+    }
+
+    fn contrast(&self) -> ContrastOptions {
+        let mut options = ContrastOptions::default();
+        options.temperature = self.temperature.unwrap_or(options.temperature);
+        options.lm = self.lm_weight.unwrap_or(options.lm);
+        options.pooling = match self.pooling {
+            None | Some(PoolingName::Mean) => Pooling::Mean,
+            Some(PoolingName::WeightedMean) => Pooling::WeightedMean,
+            Some(PoolingName::LastToken) => Pooling::LastToken,
+        };
+        options
     }
 
     /// A new model, and the tokenizer of --model or one that is learned from the data.
@@ -288,6 +398,18 @@ impl Tune {
         if let Some((flag, _, methods)) = wrong {
             let names: Vec<String> = methods.iter().map(|m| format!("{m:?}").to_lowercase()).collect();
             return Err(Failure::usage(format!("{flag} belongs to opt tune {}", names.join(" and "))));
+        }
+        use TaskName::{Classify, MultiLabel, Regress, Search};
+        let flags: [(&str, bool, &[TaskName]); 4] = [
+            ("--classes", !self.classes.is_empty(), &[Classify, MultiLabel, Regress]),
+            ("--temperature", self.temperature.is_some(), &[Search]),
+            ("--lm-weight", self.lm_weight.is_some(), &[Search]),
+            ("--pooling", self.pooling.is_some(), &[Search]),
+        ];
+        if let Some((flag, _, _)) =
+            flags.iter().find(|(_, given, tasks)| *given && !tasks.contains(&self.task))
+        {
+            return Err(Failure::usage(format!("{flag} belongs to another --task than this one")));
         }
         if self.init == Some(InitName::Text) && self.init_text.is_none() {
             return Err(Failure::usage("--init text: expected --init-text beside it"));

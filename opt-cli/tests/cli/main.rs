@@ -10,6 +10,7 @@ mod generate;
 mod quantize;
 mod refusals;
 mod score;
+mod tasks;
 mod tune;
 
 use serde_json::Value;

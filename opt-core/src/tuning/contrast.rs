@@ -121,6 +121,16 @@ impl ContrastOptions {
     }
 }
 
+/// How well passages are found; see [`recall`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Recall {
+    /// The part of queries whose own passage is found first.
+    pub at_1: f64,
+    /// The part whose own is among the first ten.
+    pub at_10: f64,
+}
+
 /// The part of queries whose own passage is among the `k` that are most like them: recall at k. Row i of
 /// `passages` `[n, width]` is that of row i of `queries`; what is compared are cosines. A passage that is as like as the
 /// query's own does not come before it.

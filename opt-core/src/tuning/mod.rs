@@ -39,7 +39,7 @@ mod trainer;
 mod tuner;
 mod weights;
 
-pub use contrast::{ContrastOptions, Pooling, recall};
+pub use contrast::{ContrastOptions, Pooling, Recall, recall};
 pub use distill::DistillOptions;
 pub use example::{Example, Goal};
 pub(crate) use learner::{Learn, Learner};

@@ -1,5 +1,5 @@
 use super::{
-    Example, StepOptions, TrainOptions, Tuner,
+    Example, Recall, StepOptions, TrainOptions, Tuner,
     data::{Batches, Dataset},
     schedule::LearningRate,
     store::{Artifact, Log, State, Store},
@@ -26,6 +26,8 @@ pub enum Event {
         loss: f64,
         /// Whether there was no better one before.
         best: bool,
+        /// Of a training for search, how well passages are found among all of the evaluation's.
+        recall: Option<Recall>,
     },
     /// A checkpoint was written.
     Saved {
@@ -206,6 +208,11 @@ impl Run<'_> {
         let mut loss = None;
         let mut stopped_early = false;
         let mut saved = self.state.step;
+        if saved == 0
+            && let Some(event) = self.before()?
+        {
+            self.tell(&event);
+        }
         while self.state.step < self.plan.count && !stopped_early {
             let report = self.step()?;
             loss = Some(report.loss);
@@ -318,7 +325,19 @@ impl Run<'_> {
         Err(Error::new(ErrorKind::Diverged, message))
     }
 
-    fn evaluate(&mut self) -> Result<(Event, bool)> {
+    /// Where a training for search starts from: that its passages are found must be its doing.
+    fn before(&mut self) -> Result<Option<Event>> {
+        let Trainer { tuner, eval: Some(_), .. } = &self.trainer else { return Ok(None) };
+        if !tuner.learns_pairs() {
+            return Ok(None);
+        }
+        let (loss, recall) = self.figures()?;
+        self.log_evaluation(loss, recall)?;
+        Ok(Some(Event::Evaluated { step: 0, loss, best: false, recall }))
+    }
+
+    /// Mean loss of the evaluation's targets, and how well passages are found where there are such.
+    fn figures(&mut self) -> Result<(f64, Option<Recall>)> {
         let Trainer { tuner, options, eval, .. } = &mut self.trainer;
         let (mut sum, mut targets) = (0.0, 0);
         for examples in eval.iter().flat_map(|eval| eval.batches(options.batch_size)) {
@@ -326,7 +345,32 @@ impl Run<'_> {
             sum += of_batch;
             targets += count;
         }
-        let (step, loss) = (self.state.step, sum / targets.max(1) as f64);
+        let recall = match eval {
+            Some(eval) if tuner.learns_pairs() => Some(tuner.recall(eval, options.batch_size)?),
+            _ => None,
+        };
+        Ok((sum / targets.max(1) as f64, recall))
+    }
+
+    fn log_evaluation(&mut self, loss: f64, recall: Option<Recall>) -> Result<()> {
+        let mut line = json!({ "step": self.state.step, "eval_loss": loss });
+        if let Some(map) = line.as_object_mut() {
+            match recall {
+                Some(Recall { at_1, at_10 }) => {
+                    map.extend(
+                        [("eval_recall_at_1", at_1), ("eval_recall_at_10", at_10)]
+                            .map(|(k, v)| (k.to_owned(), json!(v))),
+                    );
+                }
+                None => drop(map.insert("eval_perplexity".to_owned(), json!(loss.exp()))),
+            }
+        }
+        self.log.write(line)
+    }
+
+    fn evaluate(&mut self) -> Result<(Event, bool)> {
+        let step = self.state.step;
+        let (loss, recall) = self.figures()?;
         self.finite(step, "evaluation loss", loss)?;
         let best = self.state.best.is_none_or(|(best, _)| loss < best);
         if best {
@@ -334,8 +378,8 @@ impl Run<'_> {
         } else {
             self.state.stale += 1;
         }
-        self.log.write(json!({ "step": step, "eval_loss": loss, "eval_perplexity": loss.exp() }))?;
-        Ok((Event::Evaluated { step, loss, best }, best))
+        self.log_evaluation(loss, recall)?;
+        Ok((Event::Evaluated { step, loss, best, recall }, best))
     }
 
     /// Whether a callback asked to end.

@@ -1,5 +1,7 @@
 use super::{
-    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, contrast, head,
+    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, contrast,
+    data::Dataset,
+    head, recall,
     start::{Artifact, adapter},
     weights::Plan,
 };
@@ -12,7 +14,7 @@ use crate::{
     heads::{Head, Task},
     quantize::Holding,
 };
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use opt_backend::{Counts, DType, Info};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -318,6 +320,39 @@ impl Tuner {
             }
         }
         self.learner.embed(sequences, pooling)
+    }
+
+    /// Whether it is trained for search.
+    pub(super) fn learns_pairs(&self) -> bool {
+        matches!(self.purpose, Purpose::Pairs(_))
+    }
+
+    /// How well, as the model stands, the passage of each pair is found among all passages of `data`, which are run
+    /// `batch` pairs at a time. All vectors are held: two of `word_embed_proj_dim` numbers a pair.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for a model that is not trained for search; [`ErrorKind::Prompt`] for examples that are no
+    /// pairs; [`ErrorKind::Io`]; [`ErrorKind::Backend`].
+    pub fn recall(&mut self, data: &Dataset, batch: usize) -> Result<Recall> {
+        let Purpose::Pairs(ContrastOptions { pooling, .. }) = self.purpose else {
+            return Err(Error::new(ErrorKind::Option, "recall: expected a model that is trained for search"));
+        };
+        let (mut queries, mut passages) = (Vec::new(), Vec::new());
+        for examples in data.batches(batch) {
+            let examples = examples?;
+            examples.iter().try_for_each(|example| self.check(example))?;
+            let vectors = self.learner.embed(&contrast::sequences(&examples), pooling)?;
+            let (first, second) = vectors.view().split_at(Axis(0), examples.len());
+            queries.extend(first.iter().copied());
+            passages.extend(second.iter().copied());
+        }
+        let width = self.config.word_embed_proj_dim;
+        let rows = |values: Vec<f32>| {
+            Array2::from_shape_vec((values.len() / width, width), values).unwrap_or_default()
+        };
+        let (queries, passages) = (rows(queries), rows(passages));
+        let at = |k| recall(queries.view(), passages.view(), k);
+        Ok(Recall { at_1: at(1), at_10: at(10) })
     }
 
     /// The model's shape.
