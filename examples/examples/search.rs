@@ -39,8 +39,7 @@ fn main() -> Result<()> {
     let data = Dataset::new(pairs, &reads)?;
 
     let output = std::env::temp_dir().join(format!("opt-search-{}", std::process::id()));
-    let settings =
-        TrainOptions::default().max_steps(12).batch_size(6).lr(5e-3).eval_steps(12).save_limit(1);
+    let settings = TrainOptions::default().max_steps(12).batch_size(6).lr(5e-3).eval_steps(12).save_limit(1);
     // What it was trained on, for the sake of a short example; one's own evaluation has other pairs.
     Trainer::new(tuner, data.clone(), settings)
         .eval(data)

@@ -75,8 +75,12 @@ impl Predict {
                 };
                 self.answer(&model, context)
             }
-            (Task::Answer, None) => Err(Failure::usage("expected --context, the text to look for answers in")),
-            (_, Some(_)) => Err(Failure::usage("--context belongs to a head for answers; this one is for classes")),
+            (Task::Answer, None) => {
+                Err(Failure::usage("expected --context, the text to look for answers in"))
+            }
+            (_, Some(_)) => {
+                Err(Failure::usage("--context belongs to a head for answers; this one is for classes"))
+            }
             (_, None) => {
                 let model = match adapter {
                     Some(adapter) => SequenceClassifier::adapted(&path, adapter, load)?,
@@ -93,7 +97,8 @@ impl Predict {
             let mut found = model.classify(text)?;
             found.truncate(self.top_k.unwrap_or(found.len()));
             if self.show.json {
-                let found: Vec<_> = found.iter().map(|p| json!({ "label": p.label, "score": p.score })).collect();
+                let found: Vec<_> =
+                    found.iter().map(|p| json!({ "label": p.label, "score": p.score })).collect();
                 out.json(&json!({ "text": text, "predictions": found }))?;
                 continue;
             }

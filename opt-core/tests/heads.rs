@@ -6,7 +6,7 @@ mod common;
 use common::{backend, fixtures};
 use ndarray::{Array2, ArrayView2};
 use opt_core::{
-    ErrorKind, Load,
+    ErrorKind,
     adapter::{Adapter, LoraConfig, PromptConfig},
     checkpoint::Checkpoint,
     heads::{AnswerOptions, Head, QuestionAnswerer, SequenceClassifier, Task},

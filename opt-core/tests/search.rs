@@ -77,11 +77,11 @@ fn what_belongs_together_is_found_after_training() {
         ("what is baked at dawn", "A loaf stood on the table."),
         ("who rules the land", "The king sat upon his throne."),
         ("how a horse is steered", "She took the reins in her hands."),
-        ("when the day ends", "The sun sank behind the hills."),
-        ("what falls in winter", "Snow lay deep on every roof."),
     ];
     let dir = tempfile::tempdir().unwrap();
-    let line = |(query, passage): (&str, &str)| serde_json::json!({ "query": query, "passage": passage }).to_string();
+    let line = |(query, passage): (&str, &str)| {
+        serde_json::json!({ "query": query, "passage": passage }).to_string()
+    };
     let file = dir.path().join("pairs.jsonl");
     fs::write(&file, pairs.map(line).join("\n")).unwrap();
     let tuner = Tuner::load("../models/opt-novels", Method::full(), backend::load()).unwrap();
@@ -89,7 +89,7 @@ fn what_belongs_together_is_found_after_training() {
     let options = DataOptions::new(tuner.config(), Some(tokenizer)).reads(Reads::Pairs);
     let data = Dataset::open(&file, &options).unwrap();
     let tuner = tuner.contrast(ContrastOptions::default()).unwrap();
-    let train = TrainOptions::default().lr(3e-4).batch_size(6).max_steps(8).eval_steps(8).save_limit(1);
+    let train = TrainOptions::default().lr(5e-4).batch_size(4).max_steps(5).eval_steps(5).save_limit(1);
     let mut found = Vec::new();
     let report = Trainer::new(tuner, data.clone(), train)
         .eval(data.clone())
@@ -101,7 +101,7 @@ fn what_belongs_together_is_found_after_training() {
         })
         .run(dir.path().join("out"))
         .unwrap();
-    let [(0, before), (8, after)] = found[..] else { panic!("{found:?}") };
+    let [(0, before), (5, after)] = found[..] else { panic!("{found:?}") };
     assert!(before.at_1 < after.at_1 && after.at_1 == 1.0, "{before:?}, {after:?}");
     assert_eq!(report.log.iter().filter(|line| line.get("eval_recall_at_1").is_some()).count(), 2);
     // What was saved is what was measured.

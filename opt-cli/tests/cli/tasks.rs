@@ -45,7 +45,8 @@ fn a_classifier_is_tuned_and_used() {
             command.args(["predict", "--quiet", place]).arg(&output);
             command
         };
-        let found = run(predict().args(["--json", "the ship sailed over the sea", "a hill and a house"])).json();
+        let found =
+            run(predict().args(["--json", "the ship sailed over the sea", "a hill and a house"])).json();
         assert_eq!(found[0]["predictions"][0]["label"], "sea", "{method}: {found:?}");
         assert_eq!(found[1]["predictions"][0]["label"], "land", "{method}: {found:?}");
         let plain = run(predict().args(["--top-k", "1", "a wave and a sail"])).done().stdout;
