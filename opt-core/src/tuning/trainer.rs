@@ -362,7 +362,10 @@ impl Run<'_> {
                             .map(|(k, v)| (k.to_owned(), json!(v))),
                     );
                 }
-                None => drop(map.insert("eval_perplexity".to_owned(), json!(loss.exp()))),
+                None if self.trainer.tuner.learns_tokens() => {
+                    map.insert("eval_perplexity".to_owned(), json!(loss.exp()));
+                }
+                None => {}
             }
         }
         self.log.write(line)

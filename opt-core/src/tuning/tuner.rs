@@ -327,6 +327,11 @@ impl Tuner {
         matches!(self.purpose, Purpose::Pairs(_))
     }
 
+    /// Whether its loss is that of tokens alone.
+    pub(super) fn learns_tokens(&self) -> bool {
+        matches!(self.purpose, Purpose::Tokens | Purpose::Teacher(..))
+    }
+
     /// How well, as the model stands, the passage of each pair is found among all passages of `data`, which are run
     /// `batch` pairs at a time. All vectors are held: two of `word_embed_proj_dim` numbers a pair.
     ///
