@@ -25,5 +25,6 @@ pub use config::{
 pub use file::{Adapter, AdapterSource};
 pub(crate) use loaded::Loaded;
 pub use merge::{MergeOptions, Merged, merge};
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) use target::PREFIX;
 pub use target::{Part, Slot, Target, TargetKind};

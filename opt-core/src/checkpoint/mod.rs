@@ -200,6 +200,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
+    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn config_json(&self) -> Result<String> {
         match &self.directory {
             Some(directory) => files::config(directory),

@@ -138,6 +138,7 @@ impl Tokenizer {
     }
 
     /// The ids of `text` alone, and the bytes of it that each stands for.
+    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<std::ops::Range<usize>>)> {
         let encoding = self
             .0
