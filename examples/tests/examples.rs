@@ -131,3 +131,25 @@ fn search() {
     let recall: Vec<f32> = text.lines().filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
     assert!(recall.len() == 2 && recall[0] < recall[1], "{text}");
 }
+
+#[test]
+fn lora_merge() {
+    let text = output("lora_merge");
+    let said =
+        |who: &str| text.lines().find_map(|line| line.strip_prefix(who)).unwrap_or_default().trim_start();
+    assert_eq!(said("adapted:"), "Behind the hill there lies the sea, and nothing but the sea.", "{text}");
+    assert_eq!(said("merged:"), said("adapted:"), "{text}");
+    assert_ne!(said("plain:"), said("adapted:"), "{text}");
+}
+
+#[test]
+fn switch_adapters() {
+    let text = output("switch_adapters");
+    let said = |who: &str| text.lines().find_map(|line| line.strip_prefix(who)).unwrap_or_default();
+    // The first line that begins so is that of the batch.
+    let sailor = ": Behind the hill there lies the sea, and nothing but the sea.";
+    assert_eq!((said("sailor"), said("sailor alone")), (sailor, sailor), "{text}");
+    assert_eq!(said("miner"), ": Behind the hill there lies a mine, and in it there is gold.", "{text}");
+    let nobody = said("nobody");
+    assert!(nobody.starts_with(": Behind the hill") && nobody != sailor, "{text}");
+}
