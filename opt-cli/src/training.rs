@@ -174,6 +174,11 @@ impl TrainArgs {
         }
     }
 
+    /// The most tokens that an example has.
+    fn seq_len(&self, config: &OptConfig) -> usize {
+        self.seq_len.unwrap_or(config.max_position_embeddings.min(512))
+    }
+
     /// What is learned from, and what is evaluated on.
     pub(crate) fn read(
         &self,
@@ -182,7 +187,7 @@ impl TrainArgs {
         reads: Reads,
         console: &Console,
     ) -> Result<(Dataset, Option<Dataset>), Failure> {
-        let seq_len = self.seq_len.unwrap_or(config.max_position_embeddings.min(512));
+        let seq_len = self.seq_len(config);
         let options = DataOptions::new(config, tokenizer)
             .seq_len(seq_len)
             .pack(self.pack)
@@ -224,6 +229,15 @@ impl TrainArgs {
             100.0 * trained as f64 / all as f64,
             data.len(),
             data.targets()
+        ));
+        let memory = tuner.memory(&options, self.seq_len(tuner.config()))?;
+        console.say(&format!(
+            "up to about {} of memory: {} for weights, {} for gradients, {} for the optimizer, {} for activations",
+            bytes(memory.total()),
+            bytes(memory.weights),
+            bytes(memory.gradients),
+            bytes(memory.optimizer),
+            bytes(memory.activations)
         ));
         console.catch_interrupts();
 
@@ -283,6 +297,10 @@ impl TrainArgs {
             return out.json(&json!({
                 "output": report.output, "steps": report.steps, "loss": report.loss, "best": best,
                 "trainable": trained, "stopped_early": report.stopped_early, "tokens": report.tokens,
+                "memory": {
+                    "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
+                    "activations": memory.activations, "total": memory.total(),
+                },
             }));
         }
         let size = std::fs::read_dir(&report.output)

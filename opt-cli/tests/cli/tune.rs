@@ -46,6 +46,11 @@ fn every_method_leaves_something_to_use() {
         assert_eq!(lines.len(), 7, "{method}: {lines:?}");
         assert!(lines[..6].iter().all(|line| line["loss"].as_f64().is_some_and(f64::is_finite)), "{lines:?}");
         assert_eq!(lines[6]["steps"], 6, "{method}");
+        let memory = |part: &str| lines[6]["memory"][part].as_u64().unwrap();
+        assert_eq!(memory("gradients"), 4 * lines[6]["trainable"].as_u64().unwrap(), "{method}");
+        assert_eq!(memory("optimizer"), 2 * memory("gradients"), "{method}");
+        let parts = ["weights", "gradients", "optimizer", "activations"];
+        assert_eq!(parts.map(memory).iter().sum::<u64>(), memory("total"), "{method}");
         assert_eq!(fs::read_to_string(output.join("log.jsonl")).unwrap().lines().count(), 6, "{method}");
         // What came out can be used.
         let scored = dir.path().join("score.jsonl");
@@ -64,6 +69,21 @@ fn every_method_leaves_something_to_use() {
             .arg(&scored))
         .json();
         assert_ne!(tuned[0]["logprob"], plain[0]["logprob"], "{method}");
+    }
+}
+
+#[test]
+fn what_it_takes_is_told_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = opt();
+    command.args(["tune", "full", "--batch-size", "4", "--max-steps", "1", "--model"]).arg(tiny("pre_ln"));
+    command.arg("--data").arg(data(dir.path())).arg("--output").arg(dir.path().join("out"));
+    let told = run(&mut command).done().stderr;
+    let line = told.lines().find(|line| line.starts_with("up to about ")).unwrap_or_default();
+    for part in
+        ["B of memory: ", "B for weights", "B for gradients", "B for the optimizer", "B for activations"]
+    {
+        assert!(line.contains(part), "expected {part:?} in {told}");
     }
 }
 

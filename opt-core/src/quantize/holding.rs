@@ -5,7 +5,7 @@ use crate::{
     config::held_bytes,
 };
 use opt_backend::{DType, quant::Quantized};
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 /// How the weights of a checkpoint are to be held.
 #[derive(Debug, Clone, Default)]
@@ -68,11 +68,18 @@ impl Holding {
 
     /// Bytes that all weights take in memory.
     pub(crate) fn total_bytes(&self, checkpoint: &Checkpoint) -> u64 {
-        if self.spec.is_none() && self.given.is_none() {
-            return checkpoint.weight_bytes(self.dtype);
-        }
-        let shapes = checkpoint.config().tensor_shapes();
-        shapes.iter().fold(0u64, |sum, (name, shape)| sum.saturating_add(self.bytes(name, shape)))
+        self.sizes(checkpoint).values().fold(0, |sum, bytes| sum.saturating_add(*bytes))
+    }
+
+    /// Bytes that each weight takes in memory, by its canonical name.
+    pub(crate) fn sizes(&self, checkpoint: &Checkpoint) -> BTreeMap<String, u64> {
+        let size = |(name, shape): (String, Vec<usize>)| {
+            let packed =
+                if self.given(&name).is_some() { None } else { checkpoint.packed_bytes(&name, &shape) };
+            let bytes = packed.unwrap_or_else(|| self.bytes(&name, &shape));
+            (name, bytes)
+        };
+        checkpoint.config().tensor_shapes().into_iter().map(size).collect()
     }
 
     fn bytes(&self, name: &str, shape: &[usize]) -> u64 {

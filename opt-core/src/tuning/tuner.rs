@@ -1,5 +1,6 @@
 use super::{
-    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, contrast,
+    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions, TrainingMemory,
+    contrast,
     data::Dataset,
     head, recall,
     start::{Artifact, adapter},
@@ -133,16 +134,26 @@ pub struct Tuner {
     /// How models are loaded.
     holding: Holding,
     cancel: CancelToken,
+    /// Bytes of each of the model's weights as they are held where they are not trained.
+    held: BTreeMap<String, u64>,
     purpose: Purpose,
 }
 
 /// What is learned.
 enum Purpose {
     Tokens,
-    /// That, and what a teacher of this shape makes of them.
-    Teacher(DistillOptions, Box<OptConfig>),
+    /// That, and what a teacher makes of them.
+    Teacher(Box<Teacher>),
     Head(Task),
     Pairs(ContrastOptions),
+}
+
+/// What is known of a teacher beside its weights.
+struct Teacher {
+    options: DistillOptions,
+    config: OptConfig,
+    /// Bytes of its weights.
+    bytes: u64,
 }
 
 impl Tuner {
@@ -172,6 +183,7 @@ impl Tuner {
             None => backends::choose(backends::NAMES[0], &BackendOptions::default())?.0,
         };
         let cancel = load.cancel.unwrap_or_default();
+        let held = load.holding.sizes(&checkpoint);
         let learner = backend.learn(&checkpoint, &load.holding, plan, &cancel)?;
         let artifact = match &method {
             Method::Full(_) => Self::model_artifact(checkpoint, &*learner)?,
@@ -184,7 +196,7 @@ impl Tuner {
             }
         };
         let purpose = Purpose::Tokens;
-        Ok(Self { learner, config, method, artifact, holding: load.holding, cancel, purpose })
+        Ok(Self { learner, config, method, artifact, holding: load.holding, cancel, held, purpose })
     }
 
     fn model_artifact(checkpoint: Checkpoint, learner: &dyn Learn) -> Result<Artifact> {
@@ -241,7 +253,9 @@ impl Tuner {
         teacher.validate().map_err(place)?;
         self.holding.check(&teacher).map_err(place)?;
         self.learner.distill(&teacher, &self.holding, options, &self.cancel)?;
-        self.purpose = Purpose::Teacher(options, Box::new(teacher.config().clone()));
+        let bytes = self.holding.total_bytes(&teacher);
+        let teacher = Teacher { options, config: teacher.config().clone(), bytes };
+        self.purpose = Purpose::Teacher(Box::new(teacher));
         Ok(self)
     }
 
@@ -385,6 +399,35 @@ impl Tuner {
         self.learner.shapes().iter().map(|(_, [rows, width])| rows * width).sum()
     }
 
+    /// What a training takes in memory, of examples of at most `seq_len` tokens, a teacher's part included; see
+    /// [`TrainingMemory`] for how it is reckoned.
+    ///
+    /// ```
+    /// use opt_core::{Load, tuning::{Method, TrainOptions, Tuner}};
+    ///
+    /// let tuner = Tuner::load("../models/opt-novels", Method::full(), Load::default())?;
+    /// let memory = tuner.memory(&TrainOptions::default(), 128)?;
+    /// assert_eq!(memory.gradients, 4 * tuner.trainable() as u64);
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`TrainingMemory::of`], which a model that was loaded does not give.
+    pub fn memory(&self, options: &TrainOptions, seq_len: usize) -> Result<TrainingMemory> {
+        let held = |name: &str, _: &[usize]| self.held.get(name).copied().unwrap_or_default();
+        let (config, dtype) = (&self.config, self.holding.dtype);
+        let own = TrainingMemory::with(config, &self.method, dtype, &held, options, seq_len)?;
+        Ok(match &self.purpose {
+            Purpose::Teacher(teacher) => {
+                let Teacher { options: distill, config: teacher, bytes, .. } = &**teacher;
+                let rows = options.batch_size.saturating_mul(seq_len) as u64;
+                own.with_teacher((teacher, *bytes), *distill, config, options, rows)
+            }
+            // A head is small beside what is below it; pairs are two texts, each as long as an example may be.
+            _ => own,
+        })
+    }
+
     /// One step over a batch that is taken in pieces: gradients are summed over `micro_batches`, each target counting
     /// alike, and then the parameters are moved.
     ///
@@ -501,8 +544,9 @@ impl Tuner {
         };
         let (key, value) = match &self.purpose {
             Purpose::Tokens => return settings,
-            Purpose::Teacher(options, teacher) => {
-                ("distill", serde_json::json!({ "options": options, "teacher": teacher }))
+            Purpose::Teacher(teacher) => {
+                let Teacher { options, config, .. } = &**teacher;
+                ("distill", serde_json::json!({ "options": options, "teacher": config }))
             }
             Purpose::Head(task) => ("head", task.config_keys().into()),
             Purpose::Pairs(options) => ("contrast", serde_json::json!(options)),

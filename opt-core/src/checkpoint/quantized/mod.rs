@@ -214,7 +214,8 @@ impl Checkpoint {
         self.config.tensor_shapes().into_iter().map(bytes).fold(0, u64::saturating_add)
     }
 
-    fn packed_bytes(&self, name: &str, shape: &[usize]) -> Option<u64> {
+    /// Bytes of the weight of this canonical name, if it is packed.
+    pub(crate) fn packed_bytes(&self, name: &str, shape: &[usize]) -> Option<u64> {
         let &[out, input] = shape else { return None };
         let (quantization, parts) = self.packed(name)?;
         let expected = quantization.parts(&parts, [out, input]).ok()?;
