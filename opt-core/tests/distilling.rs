@@ -10,7 +10,7 @@ use opt_core::{
     tuning::{
         DistillOptions, Event, Example, Method, StepOptions, TrainOptions, Trainer, Tuner,
         data::{DataOptions, Dataset},
-        student_layers, student_of,
+        new_model, student_layers, student_of,
     },
 };
 use serde::Deserialize;
@@ -169,6 +169,27 @@ fn resuming_gives_what_never_stopping_gives() {
     // What comes out is a student like any.
     let opt = Opt::load(&through, backend::load()).unwrap();
     assert!(opt.warnings().is_empty(), "{:?}", opt.warnings());
+}
+
+/// A teacher of the same shape with other numbers would teach something else from the next step on.
+#[test]
+fn resuming_asks_for_the_same_teacher() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("student");
+    let run = |teacher: Checkpoint, resume: bool| {
+        let tuner = Tuner::from_checkpoint(model("shape_125m"), Method::full(), backend::load()).unwrap();
+        let tuner = tuner.distill(teacher, DistillOptions::default()).unwrap();
+        let options = TrainOptions::default().max_steps(2).batch_size(2);
+        Trainer::new(tuner, data(4), options).resume(resume).run(&output)
+    };
+    let teacher = || new_model(model("shape_350m").config(), 1).unwrap();
+    run(teacher(), false).unwrap();
+    let error = run(new_model(teacher().config(), 2).unwrap(), true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Option, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("resumed with other settings: method.distill.teacher_weights: expected"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    run(teacher(), true).unwrap();
 }
 
 #[test]

@@ -9,6 +9,7 @@
 mod convert;
 mod entry;
 mod files;
+mod fingerprint;
 mod flax;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -154,6 +154,8 @@ struct Teacher {
     config: OptConfig,
     /// Bytes of its weights.
     bytes: u64,
+    /// What tells them from others.
+    weights: String,
 }
 
 impl Tuner {
@@ -253,8 +255,8 @@ impl Tuner {
         teacher.validate().map_err(place)?;
         self.holding.check(&teacher).map_err(place)?;
         self.learner.distill(&teacher, &self.holding, options, &self.cancel)?;
-        let bytes = self.holding.total_bytes(&teacher);
-        let teacher = Teacher { options, config: teacher.config().clone(), bytes };
+        let (bytes, weights) = (self.holding.total_bytes(&teacher), teacher.fingerprint().map_err(place)?);
+        let teacher = Teacher { options, config: teacher.config().clone(), bytes, weights };
         self.purpose = Purpose::Teacher(Box::new(teacher));
         Ok(self)
     }
@@ -545,8 +547,10 @@ impl Tuner {
         let (key, value) = match &self.purpose {
             Purpose::Tokens => return settings,
             Purpose::Teacher(teacher) => {
-                let Teacher { options, config, .. } = &**teacher;
-                ("distill", serde_json::json!({ "options": options, "teacher": config }))
+                let Teacher { options, config, weights, .. } = &**teacher;
+                let settings =
+                    serde_json::json!({ "options": options, "teacher": config, "teacher_weights": weights });
+                ("distill", settings)
             }
             Purpose::Head(task) => ("head", task.config_keys().into()),
             Purpose::Pairs(options) => ("contrast", serde_json::json!(options)),
