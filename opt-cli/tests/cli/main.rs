@@ -6,6 +6,8 @@ mod bench;
 mod checkpoints;
 mod distill;
 mod ends;
+#[cfg(target_os = "linux")]
+mod full_disk;
 mod generate;
 mod quantize;
 mod refusals;
