@@ -1,6 +1,6 @@
 use super::{
-    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions, TrainingMemory,
-    contrast,
+    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions,
+    TrainingMemory, contrast,
     data::Dataset,
     head, recall,
     start::{Artifact, adapter},
