@@ -1,6 +1,6 @@
 //! Argument checks that backends share, so that the same mistake gets the same line everywhere.
 
-use crate::{Attend, Error, Result};
+use crate::{Attend, Error, Moments8, Result};
 use std::ops::Range;
 
 /// Fails unless `found == expected`.
@@ -75,6 +75,12 @@ pub fn same_shape(op: &'static str, found: [usize; 2], expected: [usize; 2]) -> 
         return Ok(());
     }
     Err(Error::shape(op, format_args!("expected the shape {expected:?}, found {found:?}")))
+}
+
+/// Fails unless the tensors of [`Moments8`] have the shapes for a parameter `[rows, width]`.
+pub fn moments8(op: &'static str, found: [[usize; 2]; 3], parameter: [usize; 2]) -> Result<()> {
+    let expected = Moments8::shapes(parameter);
+    found.iter().zip(expected.parts()).try_for_each(|(found, expected)| same_shape(op, *found, *expected))
 }
 
 /// Fails unless the vector called `what` has `expected` elements.

@@ -46,6 +46,7 @@ pub enum Op {
     Dropout,
     SumSquares,
     AdamW,
+    AdamW8,
     Sgd,
 }
 
@@ -69,7 +70,7 @@ impl Op {
     ];
 
     /// The ops of [`crate::Train`], in the order of declaration.
-    pub const TRAIN: [Op; 25] = [
+    pub const TRAIN: [Op; 26] = [
         Op::LinearOf,
         Op::NormOf,
         Op::Zeros,
@@ -94,6 +95,7 @@ impl Op {
         Op::Dropout,
         Op::SumSquares,
         Op::AdamW,
+        Op::AdamW8,
         Op::Sgd,
     ];
 

@@ -1,5 +1,6 @@
 use crate::{
-    Activation, Attend, Backend, DType, HostMatrix, HostVector, NormParams, Op, Result, check, oracle,
+    Activation, Attend, Backend, DType, HostMatrix, HostVector, Moments8, NormParams, Op, Result, check,
+    oracle,
 };
 use ndarray::{Array2, ArrayView1, Axis, array, s};
 
@@ -439,6 +440,30 @@ pub trait Train: Backend {
         let [mut m, mut v] = [host(self, &moments[0])?, host(self, &moments[1])?];
         oracle::gradient::adamw(&mut p, g.view(), [&mut m, &mut v], adam, factor);
         let updated = [self.upload(m.view())?, self.upload(v.view())?];
+        *param = self.upload(p.view())?;
+        *moments = updated;
+        Ok(())
+    }
+
+    /// [`Train::adamw`] with moments in eight bits: they are decoded, the step is made in f32, and they are encoded
+    /// again; see [`oracle::gradient::adamw8`].
+    fn adamw8(
+        &self,
+        param: &mut Self::Tensor,
+        gradient: &Self::Tensor,
+        moments: &mut Moments8<Self::Tensor>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Self::Tensor>>,
+    ) -> Result<()> {
+        self.counters().default_body(Op::AdamW8);
+        let shape = self.shape(param);
+        check::same_shape("adamw8", self.shape(gradient), shape)?;
+        check::moments8("adamw8", moments.parts().map(|part| self.shape(part)), shape)?;
+        let factor = clip_factor(self, clip)?;
+        let (mut p, g) = (host(self, param)?, host(self, gradient)?);
+        let mut updated = moments.parts_of(|part| host(self, part))?;
+        oracle::gradient::adamw8(&mut p, g.view(), &mut updated, adam, factor);
+        let updated = updated.try_map(|part| self.upload(part.view()))?;
         *param = self.upload(p.view())?;
         *moments = updated;
         Ok(())

@@ -4,8 +4,11 @@
 use ndarray::{Array2, ArrayView2, Axis, Zip, array, s};
 use opt_backend::{
     Activation, AdamW, Attend, Backend, CacheLayer, CacheSpec, Clip, Counters, DType, Dropout, HostLinear,
-    HostMatrix, HostNorm, HostVector, Info, Layout, NormParams, Op, Readback, Reference, ReferenceCache,
-    Result, Sgd, Smoothing, Span, Train, check, conformance::Suite, oracle::gradient,
+    HostMatrix, HostNorm, HostVector, Info, Layout, Moments8, NormParams, Op, Readback, Reference,
+    ReferenceCache, Result, Sgd, Smoothing, Span, Train, check,
+    conformance::Suite,
+    moments::{BLOCK, DynamicMap, SIGNED, UNSIGNED},
+    oracle::gradient,
 };
 use std::ops::Range;
 
@@ -44,6 +47,9 @@ enum Fault {
     EpsInsideRoot,
     NotCorrected,
     MomentsNotKept,
+    CodesOfLevelsBelow,
+    MovedByCodes,
+    PartOfBlockForgotten,
     VelocityNotKept,
     SgdIgnoresClip,
     RefusedStepChangesMoments,
@@ -490,6 +496,46 @@ impl Train for Wrong {
         Ok(())
     }
 
+    fn adamw8(
+        &self,
+        param: &mut Array2<f32>,
+        gradient: &Array2<f32>,
+        moments: &mut Moments8<Array2<f32>>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Array2<f32>>>,
+    ) -> Result<()> {
+        let shape = param.dim().into();
+        check::same_shape("adamw8", gradient.dim().into(), shape)?;
+        check::moments8("adamw8", moments.parts().map(|part| part.dim().into()), shape)?;
+        let factor = self.factor(clip)?;
+        let [mut first, mut second] = gradient::decode_moments(moments, shape);
+        let mut moved = param.clone();
+        gradient::adamw(&mut moved, gradient.view(), [&mut first, &mut second], adam, factor);
+        if self.is(Fault::CodesOfLevelsBelow) {
+            for (map, moment) in [(&SIGNED, &mut first), (&UNSIGNED, &mut second)] {
+                let all = moment.as_slice_mut().unwrap_or_default();
+                all.chunks_mut(BLOCK).for_each(|block| levels_below(map, block));
+            }
+        }
+        *moments = gradient::encode_moments([&first, &second]);
+        if self.is(Fault::PartOfBlockForgotten) {
+            let whole = param.len() / BLOCK;
+            for part in [&mut moments.first, &mut moments.second, &mut moments.scales] {
+                part.slice_mut(s![whole.., ..]).fill(0.0);
+            }
+        }
+        if self.is(Fault::MovedByCodes) {
+            let [first, second] = gradient::decode_moments(moments, shape);
+            let (step_size, root) = adam.corrections();
+            moved = &*param * (1.0 - adam.lr * adam.weight_decay);
+            Zip::from(&mut moved).and(&first).and(&second).for_each(|p, m, v| {
+                *p -= step_size * m / (v.sqrt() / root + adam.eps);
+            });
+        }
+        *param = moved;
+        Ok(())
+    }
+
     fn sgd(
         &self,
         param: &mut Array2<f32>,
@@ -513,6 +559,15 @@ impl Train for Wrong {
     fn mul(&self, x: Array2<f32>, y: &Array2<f32>) -> Result<Array2<f32>> {
         check::same_shape("mul", y.dim().into(), x.dim().into())?;
         Ok(x * y)
+    }
+}
+
+/// The largest level that is no larger, for each element.
+fn levels_below(map: &DynamicMap, block: &mut [f32]) {
+    let most = block.iter().fold(0.0_f32, |most, v| most.max(v.abs())).max(f32::MIN_POSITIVE);
+    for v in block {
+        let above = map.levels.partition_point(|level| *level <= *v / most);
+        *v = map.levels[above.saturating_sub(1)] * most;
     }
 }
 
@@ -559,6 +614,10 @@ const FAULTS: &[(Fault, &str)] = &[
     (Fault::EpsInsideRoot, "adamw"),
     (Fault::NotCorrected, "adamw"),
     (Fault::MomentsNotKept, "adamw"),
+    (Fault::ClipIgnored, "adamw8"),
+    (Fault::CodesOfLevelsBelow, "adamw8"),
+    (Fault::MovedByCodes, "adamw8"),
+    (Fault::PartOfBlockForgotten, "adamw8"),
     (Fault::VelocityNotKept, "sgd"),
     (Fault::SgdIgnoresClip, "sgd"),
     (Fault::RefusedStepChangesMoments, "errors"),

@@ -1,6 +1,7 @@
 //! The ops of [`Train`] against [`crate::oracle::gradient`].
 
 mod attention;
+mod eight_bits;
 mod elements;
 mod errors;
 mod joined;
@@ -12,8 +13,8 @@ mod products;
 
 use super::{Kit, Outcome, Run, Tolerance, data::Data, ensure};
 use crate::{
-    Activation, AdamW, Attend, Clip, Counts, DType, Dropout, HostMatrix, Layout, NormParams, Op, Result, Sgd,
-    Smoothing, Span, Then, Train,
+    Activation, AdamW, Attend, Clip, Counts, DType, Dropout, HostMatrix, Layout, Moments8, NormParams, Op,
+    Result, Sgd, Smoothing, Span, Then, Train,
 };
 use ndarray::Array2;
 
@@ -24,6 +25,7 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
     elements::run(run);
     losses::run(run);
     optimizers::run(run);
+    eight_bits::run(run);
     errors::run(run);
     kept::run(run);
     joined::run(run);
@@ -91,6 +93,9 @@ fn every_op<B: Train>(b: &B, data: &mut Data, dtype: DType) -> Result<Vec<(&'sta
     let adam = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, step: 1 };
     b.adamw(&mut param, &x, &mut moments, adam, clip())?;
     let [first, second] = moments;
+    let mut eighth = new(6, 24)?;
+    let mut coded = Moments8::shapes([6, 24]).try_map(|shape| b.zeros(shape))?;
+    b.adamw8(&mut eighth, &x, &mut coded, adam, clip())?;
     let (mut other, mut velocity) = (new(6, 24)?, new(6, 24)?);
     b.sgd(&mut other, &x, Some(&mut velocity), Sgd { lr: 0.1, momentum: 0.9, weight_decay: 0.1 }, clip())?;
     Ok(vec![
@@ -127,6 +132,10 @@ fn every_op<B: Train>(b: &B, data: &mut Data, dtype: DType) -> Result<Vec<(&'sta
         ("adamw, parameters", param),
         ("adamw, first moment", first),
         ("adamw, second moment", second),
+        ("adamw8, parameters", eighth),
+        ("adamw8, first moment", coded.first),
+        ("adamw8, second moment", coded.second),
+        ("adamw8, scales", coded.scales),
         ("sgd, parameters", other),
         ("sgd, velocity", velocity),
     ])

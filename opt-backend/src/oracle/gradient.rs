@@ -1,7 +1,10 @@
 //! What each op of [`crate::Train`] means: plain loops over host arrays, accumulated in f64.
 
 use super::{dot, log_sum_exp};
-use crate::{Activation, AdamW, Dropout, Layout, Sgd, Smoothing};
+use crate::{
+    Activation, AdamW, Dropout, Layout, Moments8, Sgd, Smoothing,
+    moments::{BLOCK, DynamicMap, SIGNED, UNSIGNED},
+};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 
 /// A product of two matrices as `layout` says, of operands as they are.
@@ -176,6 +179,59 @@ pub fn adamw(
         let decayed = *p * (1.0 - adam.lr * adam.weight_decay);
         *p = decayed - step_size * *m / (v.sqrt() / root + adam.eps);
     });
+}
+
+/// [`adamw`] with moments in eight bits (arXiv 2110.02861, bitsandbytes' `AdamW8bit`): decoded, moved in f32, encoded
+/// again. Parameters are moved by the moments as they are before they are encoded.
+///
+/// # Panics
+/// If shapes do not fit; see [`crate::check::moments8`].
+pub fn adamw8(
+    param: &mut Array2<f32>,
+    gradient: ArrayView2<'_, f32>,
+    moments: &mut Moments8<Array2<f32>>,
+    adam: AdamW,
+    factor: f32,
+) {
+    let [mut first, mut second] = decode_moments(moments, param.dim().into());
+    adamw(param, gradient, [&mut first, &mut second], adam, factor);
+    *moments = encode_moments([&first, &second]);
+}
+
+/// First and second moment of a parameter of this shape.
+///
+/// # Panics
+/// If shapes do not fit; see [`crate::check::moments8`].
+pub fn decode_moments(moments: &Moments8<Array2<f32>>, shape: [usize; 2]) -> [Array2<f32>; 2] {
+    let decode = |map: &DynamicMap, codes: &Array2<f32>, scales: ArrayView1<'_, f32>| {
+        let mut values = Array2::zeros(shape);
+        let blocks = values.as_slice_mut().unwrap_or_default().chunks_mut(BLOCK);
+        for ((block, codes), scale) in blocks.zip(codes.outer_iter()).zip(scales) {
+            map.decode(&codes.to_vec(), *scale, block);
+        }
+        values
+    };
+    [
+        decode(&SIGNED, &moments.first, moments.scales.column(0)),
+        decode(&UNSIGNED, &moments.second, moments.scales.column(1)),
+    ]
+}
+
+/// First and second moment in eight bits.
+pub fn encode_moments(moments: [&Array2<f32>; 2]) -> Moments8<Array2<f32>> {
+    let shapes = Moments8::shapes(moments[0].dim().into());
+    let mut scales = Array2::zeros(shapes.scales);
+    let mut encode = |map: &DynamicMap, which: usize| {
+        let mut codes = Array2::zeros(shapes.first);
+        let values: Vec<f32> = moments[which].iter().copied().collect();
+        let rows = values.chunks(BLOCK).zip(codes.outer_iter_mut());
+        for ((block, mut codes), scale) in rows.zip(scales.column_mut(which)) {
+            *scale = map.encode(block, codes.as_slice_mut().unwrap_or_default());
+        }
+        codes
+    };
+    let (first, second) = (encode(&SIGNED, 0), encode(&UNSIGNED, 1));
+    Moments8 { first, second, scales }
 }
 
 /// One step of `torch.optim.SGD` with weight decay and, where there is a velocity, momentum; in place.

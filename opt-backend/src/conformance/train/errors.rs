@@ -3,7 +3,8 @@
 use super::{unchanged, upload};
 use crate::conformance::{Outcome, Run, compare::refused, data::Data};
 use crate::{
-    Activation, AdamW, Attend, Clip, DType, HostMatrix, Layout, NormParams, Sgd, Smoothing, Span, Train,
+    Activation, AdamW, Attend, Clip, DType, HostMatrix, Layout, Moments8, NormParams, Sgd, Smoothing, Span,
+    Train, moments::PACKED,
 };
 use ndarray::Array2;
 
@@ -17,6 +18,7 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
     run.case("errors", "activate_grad, add_row, mul_row, mul", elements);
     run.case("errors", "scatter_add, concat", rows);
     run.case("errors", "adamw", adamw);
+    run.case("errors", "adamw8", adamw8);
     run.case("errors", "sgd", sgd);
 }
 
@@ -186,6 +188,41 @@ fn adamw<B: Train>(b: &B, data: &mut Data) -> Outcome {
             unchanged(b, &format!("{what}: parameters"), &param, &host[0])?;
             unchanged(b, &format!("{what}: first moment"), &moments[0], &host[2])?;
             unchanged(b, &format!("{what}: second moment"), &moments[1], &host[3])?;
+        }
+    }
+    Ok(())
+}
+
+fn adamw8<B: Train>(b: &B, data: &mut Data) -> Outcome {
+    let adam = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, step: 1 };
+    // Parameters, gradient, both moments, scales, and the sum of squares.
+    let right = [[3, 4], [3, 4], [1, PACKED], [1, PACKED], [1, 2], [1, 1]];
+    let codes = [[0, PACKED], [2, PACKED], [1, PACKED - 1], [1, PACKED + 1], [PACKED, 1], [3, 4]];
+    let scales = [[0, 2], [2, 2], [1, 1], [1, 3], [2, 1], [3, 4]];
+    for which in 0..right.len() {
+        let wrong: &[[usize; 2]] = match which {
+            2 | 3 => &codes,
+            4 => &scales,
+            _ => &WRONG,
+        };
+        for &wrong in wrong {
+            if wrong == right[which] {
+                continue;
+            }
+            let mut shapes = right;
+            shapes[which] = wrong;
+            let mut host = shapes.map(|[rows, width]| Array2::from_elem((rows, width), 3.0));
+            host[0] = data.matrix(shapes[0][0], shapes[0][1]);
+            let [param, g, first, second, scales, sum_squares] = host.each_ref().map(|x| upload(b, x));
+            let (mut param, g, sum_squares) = (param?, g?, sum_squares?);
+            let mut moments = Moments8 { first: first?, second: second?, scales: scales? };
+            let clip = (which == 5).then_some(Clip { sum_squares: &sum_squares, max_norm: 0.1 });
+            let what = format!("operand {which} of shape {wrong:?}");
+            refused(&what, b.adamw8(&mut param, &g, &mut moments, adam, clip))?;
+            unchanged(b, &format!("{what}: parameters"), &param, &host[0])?;
+            for (part, host) in moments.parts().into_iter().zip(&host[2..]) {
+                unchanged(b, &format!("{what}: moments"), part, host)?;
+            }
         }
     }
     Ok(())

@@ -6,7 +6,7 @@ use crate::conformance::{
     compare::same_bits,
     data::{Data, read},
 };
-use crate::{AdamW, DType, Sgd, Then, Train};
+use crate::{AdamW, DType, Moments8, Op, Sgd, Then, Train};
 use ndarray::Array2;
 
 pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
@@ -40,7 +40,7 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
 fn updated<B: Train>(b: &B, data: &mut Data) -> Outcome {
     let (x, weight, row) = (data.matrix(3, 33), data.matrix(33, 33), data.matrix(1, 33));
     let tensor = upload(b, &x)?;
-    for adamw in [true, false] {
+    for optimizer in [Op::AdamW, Op::AdamW8, Op::Sgd] {
         let (mut w, mut v) = (upload(b, &weight)?, upload(b, &row)?);
         let linear = b.linear_of(&w, Some(&v), DType::F32)?;
         let norm = b.norm_of(&v, &v, 1e-5)?;
@@ -51,11 +51,14 @@ fn updated<B: Train>(b: &B, data: &mut Data) -> Outcome {
             let shape = b.shape(param);
             let zeros = || upload(b, &Array2::zeros(shape));
             let ones = upload(b, &Array2::ones(shape))?;
-            if adamw {
-                let adam = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, step: 1 };
-                b.adamw(param, &ones, &mut [zeros()?, zeros()?], adam, None)?;
-            } else {
-                b.sgd(param, &ones, None, Sgd { lr: 0.1, momentum: 0.0, weight_decay: 0.0 }, None)?;
+            let adam = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, step: 1 };
+            match optimizer {
+                Op::AdamW => b.adamw(param, &ones, &mut [zeros()?, zeros()?], adam, None)?,
+                Op::AdamW8 => {
+                    let mut moments = Moments8::shapes(shape).try_map(|shape| b.zeros(shape))?;
+                    b.adamw8(param, &ones, &mut moments, adam, None)?;
+                }
+                _ => b.sgd(param, &ones, None, Sgd { lr: 0.1, momentum: 0.0, weight_decay: 0.0 }, None)?,
             }
         }
         unchanged(b, "a copy of the weight", &copy, &weight)?;

@@ -7,10 +7,11 @@ use crate::conformance::{
 use crate::{AdamW, Clip, Sgd, Train, oracle::gradient};
 use ndarray::Array2;
 
-const SHAPES: [[usize; 2]; 7] = [[0, 7], [1, 1], [1, 257], [33, 80], [7, 768], [300, 257], [2, 40_001]];
+pub(super) const SHAPES: [[usize; 2]; 7] =
+    [[0, 7], [1, 1], [1, 257], [33, 80], [7, 768], [300, 257], [2, 40_001]];
 
 /// Largest norms: none, one that does not clip, one that does.
-const CLIPS: [Option<f32>; 3] = [None, Some(1e6), Some(0.7)];
+pub(super) const CLIPS: [Option<f32>; 3] = [None, Some(1e6), Some(0.7)];
 
 pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
     for shape in SHAPES.into_iter().filter(|[_, width]| run.row_fits(*width)).collect::<Vec<_>>() {
@@ -28,7 +29,7 @@ pub(super) fn run<B: Train>(run: &mut Run<'_, B>) {
 }
 
 /// A gradient whose columns are of three sizes and some of whose elements are zero.
-fn new_gradient(data: &mut Data, [rows, width]: [usize; 2]) -> Array2<f32> {
+pub(super) fn new_gradient(data: &mut Data, [rows, width]: [usize; 2]) -> Array2<f32> {
     let mut g = data.matrix(rows, width);
     for (i, mut column) in g.columns_mut().into_iter().enumerate() {
         let factor = [1.0, 0.01, 3.0][i % 3];
@@ -38,7 +39,11 @@ fn new_gradient(data: &mut Data, [rows, width]: [usize; 2]) -> Array2<f32> {
 }
 
 /// The sum of squares on the device, and the factor that follows from it.
-fn clipping<B: Train>(b: &B, g: &B::Tensor, max_norm: Option<f32>) -> Outcome<(B::Tensor, Array2<f32>, f32)> {
+pub(super) fn clipping<B: Train>(
+    b: &B,
+    g: &B::Tensor,
+    max_norm: Option<f32>,
+) -> Outcome<(B::Tensor, Array2<f32>, f32)> {
     let sum = b.sum_squares(&[g])?;
     let host = read(b, &sum)?;
     let factor = max_norm.map_or(1.0, |max| gradient::clip_factor(host[[0, 0]], max));
