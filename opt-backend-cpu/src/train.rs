@@ -6,7 +6,9 @@ use crate::{
     grad::{attention, elements, loss, norm},
 };
 use opt_backend::{
-    Activation, AdamW, Attend, Clip, DType, Dropout, Error, Layout, Result, Sgd, Smoothing, Train, check,
+    Activation, AdamW, Attend, Clip, DType, Dropout, Error, Layout, Moments8, Result, Sgd, Smoothing, Train,
+    check,
+    moments::{BLOCK, PACKED},
     oracle,
 };
 use opt_kernels::{
@@ -438,6 +440,37 @@ impl Train for Cpu {
             let moments = unsafe { [part(first, range), part(second, range)] };
             let gradient = &gradient.data[range.clone()];
             self.level.run(elements::Adam { param, gradient, moments, adam, corrections, factor });
+        })
+    }
+
+    fn adamw8(
+        &self,
+        param: &mut Tensor,
+        gradient: &Tensor,
+        moments: &mut Moments8<Tensor>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Tensor>>,
+    ) -> Result<()> {
+        check::same_shape("adamw8", gradient.shape, param.shape)?;
+        check::moments8("adamw8", moments.parts().map(|part| part.shape), param.shape)?;
+        let factor = Cpu::clip_factor(clip)?;
+        let corrections = adam.corrections();
+        let len = param.data.len();
+        let param = param.data.target();
+        let Moments8 { first, second, scales } = moments;
+        let moments = [first, second, scales].map(|moment| moment.data.target());
+        self.for_ranges(len.div_ceil(BLOCK), ELEMENTS / BLOCK, |blocks| {
+            let range = blocks.start * BLOCK..len.min(blocks.end * BLOCK);
+            let of = |width: usize| blocks.start * width..blocks.end * width;
+            let [first, second, scales] = moments;
+            // SAFETY: shapes are checked: parameters have these elements, and moments a row for each block. They belong
+            // to this task alone.
+            let (param, moments) = unsafe {
+                let codes = of(PACKED);
+                (part(param, &range), [part(first, &codes), part(second, &codes), part(scales, &of(2))])
+            };
+            let gradient = &gradient.data[range];
+            self.level.run(elements::Adam8 { param, gradient, moments, adam, corrections, factor });
         })
     }
 

@@ -64,8 +64,11 @@ impl Moments8<[usize; 2]> {
 pub struct DynamicMap {
     /// The number of each code, in ascending order; the last is 1.
     pub levels: [f32; 256],
-    /// The middles between neighbours.
-    pub bounds: [f32; 255],
+    /// The middles between neighbours; after the last of them, infinity.
+    pub bounds: [f32; 256],
+    /// For each bin of magnitudes, how many bounds are below all of it, of numbers of either sign: within it there is at
+    /// most one more.
+    below: [[u8; BINS]; 2],
 }
 
 /// Of -0.993 to 1, for the first moment.
@@ -81,6 +84,18 @@ const fn edge(k: usize, n: usize) -> f32 {
     let step = ((1.0 - 0.1_f32) / n as f32) as f64;
     let edge = if k < n.div_ceil(2) { 0.1_f32 as f64 + step * k as f64 } else { 1.0 - step * (n - k) as f64 };
     edge as f32
+}
+
+/// Bits of a number below those that say which bin it is in: seven of the fraction are above them.
+const BIN_BITS: u32 = 16;
+/// The bin of 2⁻²³, which is below the lowest bound, and that of 1.
+const BIN_FIRST: u32 = (127 - 23) << 7;
+const BIN_LAST: u32 = 127 << 7;
+const BINS: usize = (BIN_LAST - BIN_FIRST + 1) as usize;
+
+/// The least magnitude of a bin.
+const fn bin_start(bin: usize) -> f32 {
+    f32::from_bits((BIN_FIRST + bin as u32) << BIN_BITS)
 }
 
 impl DynamicMap {
@@ -103,23 +118,40 @@ impl DynamicMap {
             decade += 1;
         }
         levels[code] = 1.0;
-        let mut bounds = [0.0; 255];
+        let mut bounds = [f32::INFINITY; 256];
         let mut i = 0;
-        while i < bounds.len() {
+        while i < 255 {
             bounds[i] = (levels[i] + levels[i + 1]) / 2.0;
             i += 1;
         }
-        Self { levels, bounds }
+        let mut below = [[0; BINS]; 2];
+        let (mut positive, mut negative) = (0, 0);
+        let mut bin = 0;
+        while bin < BINS {
+            while bounds[positive] < bin_start(bin) {
+                positive += 1;
+            }
+            below[0][bin] = positive as u8;
+            // Upwards here, too: from the bin of the largest magnitudes.
+            while bounds[negative] <= -bin_start(BINS - bin) {
+                negative += 1;
+            }
+            below[1][BINS - 1 - bin] = negative as u8;
+            bin += 1;
+        }
+        Self { levels, bounds, below }
     }
 
     /// The code of the nearest level; of two that are equally near, the lower.
-    #[inline]
+    #[inline(always)]
     pub fn code(&self, x: f32) -> u8 {
-        self.bounds.partition_point(|bound| *bound < x) as u8
+        let bin = (x.abs().to_bits() >> BIN_BITS).clamp(BIN_FIRST, BIN_LAST) - BIN_FIRST;
+        let below = self.below[usize::from(x < 0.0)][bin as usize];
+        below + u8::from(self.bounds[usize::from(below)] < x)
     }
 
     /// The elements of a block whose largest magnitude is `scale`.
-    #[inline]
+    #[inline(always)]
     pub fn decode(&self, packed: &[f32], scale: f32, values: &mut [f32]) {
         for (three, packed) in values.chunks_mut(3).zip(packed) {
             let digits = (*packed as u32).to_le_bytes();
@@ -130,15 +162,21 @@ impl DynamicMap {
     }
 
     /// Writes the codes of a block's elements; gives their largest magnitude.
-    #[inline]
+    #[inline(always)]
     pub fn encode(&self, values: &[f32], packed: &mut [f32]) -> f32 {
-        let scale = values.iter().fold(0.0_f32, |most, v| most.max(v.abs()));
+        // Eight maxima side by side, and codes apart from packs: for the compiler to vectorise.
+        let (eights, rest) = values.as_chunks::<8>();
+        let mut most = [0.0_f32; 8];
+        for eight in eights {
+            most.iter_mut().zip(eight).for_each(|(most, v)| *most = most.max(v.abs()));
+        }
+        let scale = most.iter().chain(rest).fold(0.0_f32, |most, v| most.max(v.abs()));
         // Where all are zero, so that zero times it is.
         let inverse = scale.max(f32::MIN_POSITIVE).recip();
-        packed.fill(0.0);
-        for (packed, three) in packed.iter_mut().zip(values.chunks(3)) {
-            let digits = three.iter().rev().map(|v| u32::from(self.code(v * inverse)));
-            *packed = digits.fold(0, |high, digit| high << 8 | digit) as f32;
+        let mut codes = [0; 3 * PACKED];
+        codes.iter_mut().zip(values).for_each(|(code, v)| *code = self.code(v * inverse));
+        for (packed, [low, middle, high]) in packed.iter_mut().zip(codes.as_chunks().0) {
+            *packed = u32::from_le_bytes([*low, *middle, *high, 0]) as f32;
         }
         scale
     }
@@ -154,6 +192,13 @@ mod tests {
             assert!(map.levels.is_sorted_by(|a, b| a < b) && map.bounds.is_sorted_by(|a, b| a < b));
             for (code, level) in map.levels.iter().enumerate() {
                 assert_eq!(usize::from(map.code(*level)), code);
+            }
+            let edges = (0..BINS).map(bin_start).chain(map.bounds).filter(|edge| edge.is_finite());
+            for x in edges.flat_map(|edge| [edge, edge.next_up(), edge.next_down()]) {
+                for x in [x, -x, x / 3.0, -x / 3.0] {
+                    let below = map.bounds.iter().filter(|bound| **bound < x).count();
+                    assert_eq!(usize::from(map.code(x)), below, "{x:e}");
+                }
             }
             assert_eq!(map.code(0.0), if map == &SIGNED { 127 } else { 0 });
             assert_eq!([map.code(-2.0), map.code(f32::INFINITY)], [0, 255]);

@@ -4,7 +4,10 @@
 //! the caller's affair. They are written for the compiler to vectorise: sums are kept in eight parts, and in f64,
 //! since a row's mean or a sum of squares loses too much otherwise.
 
-use opt_backend::{AdamW, Dropout, Sgd};
+use opt_backend::{
+    AdamW, Dropout, Sgd,
+    moments::{BLOCK, PACKED, SIGNED, UNSIGNED},
+};
 
 /// One step of AdamW.
 pub fn adamw(
@@ -23,6 +26,28 @@ pub fn adamw(
         *m = adam.beta1 * *m + new1 * g;
         *v = adam.beta2 * *v + new2 * g * g;
         *p = *p * decay - step_size * *m / (v.sqrt() / root + adam.eps);
+    }
+}
+
+/// One step of AdamW with moments in eight bits (`opt_backend::Moments8`), of elements that begin with a block; the
+/// moments are the codes of the two, and the scales of both.
+pub fn adamw8(
+    param: &mut [f32],
+    gradient: &[f32],
+    [first, second, scales]: [&mut [f32]; 3],
+    adam: AdamW,
+    factor: f32,
+) {
+    let (mut m, mut v) = ([0.0; BLOCK], [0.0; BLOCK]);
+    let codes = first.chunks_mut(PACKED).zip(second.chunks_mut(PACKED)).zip(scales.chunks_mut(2));
+    for ((p, g), ((first, second), scales)) in param.chunks_mut(BLOCK).zip(gradient.chunks(BLOCK)).zip(codes)
+    {
+        let (m, v) = (&mut m[..p.len()], &mut v[..p.len()]);
+        SIGNED.decode(first, scales[0], m);
+        UNSIGNED.decode(second, scales[1], v);
+        adamw(p, g, [m, v], adam, factor);
+        scales[0] = SIGNED.encode(m, first);
+        scales[1] = UNSIGNED.encode(v, second);
     }
 }
 

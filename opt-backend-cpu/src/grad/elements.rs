@@ -1,6 +1,9 @@
 //! What is done element by element, compiled for each instruction set.
 
-use opt_backend::{AdamW, Dropout, Sgd};
+use opt_backend::{
+    AdamW, Dropout, Sgd,
+    moments::{BLOCK, PACKED, SIGNED, UNSIGNED},
+};
 use opt_kernels::simd::{Kernel, Simd};
 
 /// Elements `first..` of a tensor, some of which are dropped.
@@ -47,6 +50,39 @@ impl Kernel for Adam<'_> {
             *v = adam.beta2 * *v + (1.0 - adam.beta2) * g * g;
             let decayed = *p * (1.0 - adam.lr * adam.weight_decay);
             *p = decayed - step_size * *m / (v.sqrt() / root + adam.eps);
+        }
+    }
+}
+
+/// One step of AdamW with moments in eight bits, as [`opt_backend::oracle::gradient::adamw8`] has it, of elements that
+/// begin with a block.
+pub(crate) struct Adam8<'a> {
+    pub(crate) param: &'a mut [f32],
+    pub(crate) gradient: &'a [f32],
+    /// Codes of both, and scales.
+    pub(crate) moments: [&'a mut [f32]; 3],
+    pub(crate) adam: AdamW,
+    /// [`AdamW::corrections`]
+    pub(crate) corrections: (f32, f32),
+    pub(crate) factor: f32,
+}
+
+impl Kernel for Adam8<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { param, gradient, moments: [first, second, scales], adam, corrections, factor } = self;
+        let (mut m, mut v) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let codes = first.chunks_mut(PACKED).zip(second.chunks_mut(PACKED)).zip(scales.chunks_mut(2));
+        let blocks = param.chunks_mut(BLOCK).zip(gradient.chunks(BLOCK)).zip(codes);
+        for ((param, gradient), ((first, second), scales)) in blocks {
+            let (m, v) = (&mut m[..param.len()], &mut v[..param.len()]);
+            SIGNED.decode(first, scales[0], m);
+            UNSIGNED.decode(second, scales[1], v);
+            Adam { param, gradient, moments: [m, v], adam, corrections, factor }.run(simd);
+            scales[0] = SIGNED.encode(m, first);
+            scales[1] = UNSIGNED.encode(v, second);
         }
     }
 }
