@@ -74,7 +74,8 @@ pub(crate) struct TrainArgs {
     /// Steps over which the learning rate rises from 0.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Steps")]
     warmup_steps: u64,
-    /// How parameters follow their gradients: adamw or sgd.
+    /// How parameters follow their gradients: adamw, adamw8bit (whose moments take a third of the memory)
+    /// or sgd.
     #[arg(long, value_name = "NAME", default_value = "adamw", value_parser = optimizer, help_heading = "Steps")]
     optimizer: Optimizer,
     /// Decay of matrices; biases and LayerNorms have none.

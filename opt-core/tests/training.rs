@@ -16,13 +16,17 @@ use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
 
 /// Sequences with a pattern that can be learned.
 fn data(count: u32) -> Dataset {
-    let config = Checkpoint::open(fixtures().join("models/pre_ln")).unwrap().config().clone();
-    Dataset::new(examples(count), &DataOptions::new(&config, None)).unwrap()
+    data_for("pre_ln", count)
 }
 
-fn examples(count: u32) -> Vec<Example> {
+fn data_for(model: &str, count: u32) -> Dataset {
+    let config = Checkpoint::open(fixtures().join("models").join(model)).unwrap().config().clone();
+    Dataset::new(examples(count, config.vocab_size as u32), &DataOptions::new(&config, None)).unwrap()
+}
+
+fn examples(count: u32, vocab: u32) -> Vec<Example> {
     (0..count)
-        .map(|i| Example::new((0..9).map(|j| 3 + (i % 5 * 7 + j * (1 + i % 3)) % 90).collect()))
+        .map(|i| Example::new((0..9).map(|j| 3 + (i % 5 * 7 + j * (1 + i % 3)) % (vocab - 7)).collect()))
         .collect()
 }
 
@@ -39,7 +43,11 @@ fn options() -> TrainOptions {
 }
 
 fn tuner(method: Method) -> Tuner {
-    Tuner::load(fixtures().join("models/pre_ln"), method, backend::load()).unwrap()
+    tuner_of("pre_ln", method)
+}
+
+fn tuner_of(model: &str, method: Method) -> Tuner {
+    Tuner::load(fixtures().join("models").join(model), method, backend::load()).unwrap()
 }
 
 fn trainer(options: TrainOptions) -> Trainer<'static> {
@@ -103,9 +111,17 @@ fn resuming_gives_what_never_stopping_gives() {
         (lora(&|lora| (lora.use_dora, lora.bias) = (true, Bias::All)), Optimizer::default()),
         (prefix(false), Optimizer::Sgd { momentum: 0.0 }),
         (prefix(true), Optimizer::default()),
+        // Of 4096 elements.
+        (prefix(true), Optimizer::adamw_8bit()),
         (Method::adapter(AdapterConfig::new(AdapterMethod::Prompt(PromptConfig::default())), 7), momentum),
+        // With matrices that are large enough for it, beside some that are not.
+        (Method::full(), Optimizer::adamw_8bit()),
     ] {
-        let trainer = |options: TrainOptions| Trainer::new(tuner(method.clone()), data(12), options);
+        let eighth = optimizer == Optimizer::adamw_8bit() && matches!(method, Method::Full(_));
+        let model = if eighth { WIDE } else { "pre_ln" };
+        let data = |count| data_for(model, count);
+        let trainer =
+            |options: TrainOptions| Trainer::new(tuner_of(model, method.clone()), data(12), options);
         let dir = tempfile::tempdir().unwrap();
         let options = options().optimizer(optimizer).save_steps(2).save_limit(9).eval_steps(3);
         let through = dir.path().join("through");
@@ -130,6 +146,47 @@ fn resuming_gives_what_never_stopping_gives() {
             assert_same(&resumed, &through, &format!("{method:?} stopped after {stop}"));
         }
     }
+}
+
+/// A model with matrices of more than 4096 elements, fc1 and fc2, and of fewer.
+const WIDE: &str = "shape_13b";
+
+/// Moments in eight bits are kept as they are, in a third of the room, where tensors are large and no embeddings; and
+/// the model learns as with moments in f32.
+#[test]
+fn moments_in_eight_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = |name: &str, optimizer: Optimizer, resume: bool| {
+        let options = options().lr(1e-3).optimizer(optimizer).max_steps(30).save_steps(15);
+        let trainer = Trainer::new(tuner_of(WIDE, Method::full()), data_for(WIDE, 12), options);
+        trainer.resume(resume).run(dir.path().join(name))
+    };
+    let f32s = train("f32", Optimizer::default(), false).unwrap().loss.unwrap();
+    let coded = train("coded", Optimizer::adamw_8bit(), false).unwrap().loss.unwrap();
+    assert!((coded - f32s).abs() < 0.05 * f32s, "{coded} with 8 bits, {f32s} with f32");
+
+    let file = dir.path().join("coded/checkpoint-15/optimizer.safetensors");
+    let memory = common::Arrays::read(&file);
+    let [codes, scales] =
+        ["exp_avg_sq_codes", "absmax"].map(|part| memory.get(&format!("layers.0.fc1.weight.{part}")));
+    assert_eq!((codes.shape(), scales.shape()), (&[25, 86][..], &[25, 2][..]));
+    assert!(codes.iter().all(|v| v.fract() == 0.0 && (0.0..16_777_216.0).contains(v)));
+    for small in ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.fc1.bias"] {
+        memory.get(&format!("{small}.exp_avg_sq"));
+    }
+
+    // What does not fit is refused.
+    let bytes = fs::read(&file).unwrap();
+    let text = b"[25,86]";
+    let at = bytes.windows(text.len()).position(|window| window == text).unwrap();
+    let mut other = bytes.clone();
+    other[at..at + text.len()].copy_from_slice(b"[86,25]");
+    fs::write(&file, other).unwrap();
+    fs::remove_dir_all(dir.path().join("coded/checkpoint-30")).unwrap();
+    let error = train("coded", Optimizer::adamw_8bit(), true).unwrap_err();
+    assert!(error.to_string().contains("expected shape [25, 86], found [86, 25]"), "{error}");
+    fs::write(&file, bytes).unwrap();
+    assert_eq!(train("coded", Optimizer::adamw_8bit(), true).unwrap().steps, 30);
 }
 
 #[test]
@@ -161,7 +218,7 @@ fn the_best_model_is_the_result_and_can_be_loaded() {
     assert!(opt.warnings().is_empty(), "{:?}", opt.warnings());
     // What was written is what was evaluated.
     let mut tuned = Tuner::load(&output, Method::full(), backend::load()).unwrap();
-    assert!((tuned.loss(&examples(5)).unwrap() - best).abs() < 1e-4);
+    assert!((tuned.loss(&examples(5, 97)).unwrap() - best).abs() < 1e-4);
     let lines = fs::read_to_string(output.join("log.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), 36);
 }

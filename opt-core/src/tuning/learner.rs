@@ -4,7 +4,7 @@ use super::{
     ContrastOptions, DistillOptions, Example, Pooling, StepOptions, StepResult, contrast,
     distill::Distill,
     head::TrainedHead,
-    optimizer::Memory,
+    optimizer::{Memory, Optimizer, remembered},
     tape::{Taped, Var},
     weights::Plan,
 };
@@ -66,11 +66,12 @@ pub(crate) trait Learn: Send {
     /// Whether [`Learn::memory`] gives nothing.
     fn memory_is_empty(&self, name: &str) -> bool;
 
-    /// Sets a parameter, and what the optimizer remembers of it.
+    /// Sets a parameter, and what the optimizer remembers of it, if anything.
     fn restore(
         &mut self,
         name: &str,
         value: ArrayView2<'_, f32>,
+        optimizer: Optimizer,
         memory: &[ArrayView2<'_, f32>],
     ) -> Result<()>;
 
@@ -396,6 +397,7 @@ impl<B: Train> Learn for Learner<B> {
         &mut self,
         name: &str,
         value: ArrayView2<'_, f32>,
+        optimizer: Optimizer,
         memory: &[ArrayView2<'_, f32>],
     ) -> Result<()> {
         let backend = &self.taped.backend;
@@ -404,12 +406,18 @@ impl<B: Train> Learn for Learner<B> {
         let Some(param) = state.params.iter_mut().find(|param| param.name == name) else {
             return fail(format!("tensor {name}: nothing of this name is trained"));
         };
-        let expected = backend.shape(&param.value);
-        if let Some(found) =
-            std::iter::once(&value).chain(memory).map(|v| v.dim().into()).find(|s| *s != expected)
-        {
-            let found: [usize; 2] = found;
-            return fail(format!("tensor {name}: expected shape {expected:?}, found {found:?}"));
+        let shape = backend.shape(&param.value);
+        let parts = remembered(optimizer, name, shape);
+        if !(memory.is_empty() || memory.len() == parts.len()) {
+            let names: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
+            return fail(format!("tensor {name}: expected all of {names:?}, found {}", memory.len()));
+        }
+        let expected = std::iter::once(("value", shape)).chain(parts);
+        for ((part, expected), found) in expected.zip(std::iter::once(&value).chain(memory)) {
+            let found: [usize; 2] = found.dim().into();
+            if found != expected {
+                return fail(format!("tensor {name}.{part}: expected shape {expected:?}, found {found:?}"));
+            }
         }
         param.value = Arc::new(backend.upload(value)?);
         if !memory.is_empty() {
@@ -491,7 +499,8 @@ impl<B: Train> Learn for Learner<B> {
         let sum_squares = backend.sum_squares(&gradients)?;
         for param in params {
             if !self.memory.contains_key(&param.name) {
-                let fresh = Memory::fresh(&*backend, options.optimizer, backend.shape(&param.value))?;
+                let fresh =
+                    Memory::fresh(&*backend, options.optimizer, &param.name, backend.shape(&param.value))?;
                 self.memory.insert(param.name.clone(), fresh);
             }
             if let Some(memory) = self.memory.get_mut(&param.name) {

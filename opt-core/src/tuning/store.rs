@@ -13,7 +13,7 @@
 
 use super::{
     learner::Learn,
-    optimizer::{Optimizer, memory_names},
+    optimizer::{Optimizer, remembered},
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -199,9 +199,10 @@ impl Store {
                         return Err(Error::new(ErrorKind::Checkpoint, message));
                     }
                 };
+                let parts = remembered(optimizer, &name, shape);
                 let memory: Vec<ArrayView2<'_, f32>> =
-                    memory_names(optimizer).iter().filter_map(|part| of(part)).map(|m| m.view()).collect();
-                learner.restore(&name, value.view(), &memory)?;
+                    parts.iter().filter_map(|(part, _)| of(part)).map(|m| m.view()).collect();
+                learner.restore(&name, value.view(), optimizer, &memory)?;
             }
             Ok(state)
         };
@@ -291,33 +292,35 @@ fn write_memory(
     kept: &dyn Fn(&str) -> bool,
 ) -> Result<()> {
     let mut entries = Vec::new();
-    for (name, [rows, width]) in learner.shapes() {
-        // Before the first step, and of what has no gradient, nothing is remembered.
-        let remembers = !learner.memory_is_empty(&name);
+    // Of which parameter an entry is, and which part of what is remembered, if it is not its value.
+    let mut sources = BTreeMap::new();
+    for (name, shape) in learner.shapes() {
+        let mut enter = |part: &str, shape: [usize; 2], index: Option<usize>| {
+            let entry = format!("{name}.{part}");
+            entries.push((entry.clone(), shape.to_vec()));
+            sources.insert(entry, (name.clone(), index));
+        };
         if kept(&name) {
-            entries.push((format!("{name}.value"), vec![rows, width]));
+            enter("value", shape, None);
         }
-        for part in memory_names(optimizer) {
-            if remembers {
-                entries.push((format!("{name}.{part}"), vec![rows, width]));
+        // Before the first step, and of what has no gradient, nothing is remembered.
+        if !learner.memory_is_empty(&name) {
+            for (index, (part, shape)) in remembered(optimizer, &name, shape).into_iter().enumerate() {
+                enter(part, shape, Some(index));
             }
         }
     }
     // The parts of a parameter are asked for one after the other: they are read once.
-    let mut last: Option<(String, Vec<Array2<f32>>)> = None;
+    let mut last: Option<(&str, Vec<Array2<f32>>)> = None;
     write_arrays(path, &entries, &mut |entry| {
-        let (name, part) = entry.rsplit_once('.').unwrap_or((entry, ""));
-        if part == "value" {
-            return learner.value(name);
-        }
+        let missing = || Error::new(ErrorKind::NotFound, format_args!("{entry}: nothing is remembered"));
+        let (name, index) = sources.get(entry).ok_or_else(missing)?;
+        let Some(index) = *index else { return learner.value(name) };
         if last.as_ref().is_none_or(|(known, _)| known != name) {
-            last = Some((name.to_owned(), learner.memory(name)?));
+            last = Some((name, learner.memory(name)?));
         }
-        let index = memory_names(optimizer).iter().position(|known| *known == part);
-        let found = last.as_ref().zip(index).and_then(|((_, parts), index)| parts.get(index));
-        found
-            .cloned()
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, format_args!("{entry}: nothing is remembered")))
+        let part = last.as_ref().and_then(|(_, parts)| parts.get(index));
+        part.cloned().ok_or_else(missing)
     })
 }
 
