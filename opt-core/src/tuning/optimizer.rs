@@ -10,6 +10,7 @@ use std::sync::Arc;
 /// ```
 /// use opt_core::tuning::Optimizer;
 /// assert_eq!("adamw".parse::<Optimizer>()?, Optimizer::default());
+/// assert_eq!("adamw8bit".parse::<Optimizer>()?, Optimizer::adamw_8bit());
 /// # Ok::<(), opt_core::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
