@@ -6,11 +6,15 @@
 use crate::{
     cache::Cache,
     error::convert,
+    train::Maps,
     weights::{Kept, Linear, Norm, foreign},
 };
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use opt_backend::{Activation, Attend, Error, ErrorKind, Result, Span};
-use std::{ops::Range, sync::Mutex};
+use std::{
+    ops::Range,
+    sync::{Mutex, OnceLock},
+};
 
 /// Rows of a long prompt that attend at a time: scores are `[heads, rows, positions]`.
 const ROWS: usize = 256;
@@ -21,6 +25,8 @@ pub(crate) struct Plain {
     pub(crate) device: Device,
     /// n, n - 1, ..., 1 for the last n asked for: [`Plain::best`] needs it at each step.
     countdown: Mutex<Option<Tensor>>,
+    /// What [`Plain::adamw8`] looks up, once it has.
+    pub(crate) maps: OnceLock<Maps>,
 }
 
 /// The best entry of each row of logits, on the host. A row without a finite largest number has none.
@@ -35,7 +41,7 @@ pub(crate) struct Best {
 
 impl Plain {
     pub(crate) fn new(device: &Device) -> Self {
-        Self { device: device.clone(), countdown: Mutex::new(None) }
+        Self { device: device.clone(), countdown: Mutex::new(None), maps: OnceLock::new() }
     }
 
     pub(crate) fn zeros(&self, shape: [usize; 2]) -> CandleResult<Tensor> {

@@ -2,6 +2,7 @@
 //!
 //! On the CPU what is owned or handed in by `&mut` is changed in place. Elsewhere a new tensor takes its place.
 
+mod eight_bits;
 mod plain;
 
 use crate::{
@@ -11,9 +12,11 @@ use crate::{
     weights::{Kept, Weight},
 };
 use opt_backend::{
-    Activation, AdamW, Attend, Backend, Clip, DType, Dropout, Error, ErrorKind, Layout, Result, Sgd,
-    Smoothing, Train, check, oracle,
+    Activation, AdamW, Attend, Backend, Clip, DType, Dropout, Error, ErrorKind, Layout, Moments8, Result,
+    Sgd, Smoothing, Train, check, oracle,
 };
+
+pub(crate) use eight_bits::Maps;
 
 impl Candle {
     /// A copy in a format, in memory of its own.
@@ -377,6 +380,40 @@ impl Train for Candle {
                     plain.adamw(all, &gradient.data, adam, factor.as_ref())
                 };
                 [param.data, m.data, v.data] = updated().map_err(|error| convert(op, error))?;
+                Ok(())
+            }
+        }
+    }
+
+    fn adamw8(
+        &self,
+        param: &mut Tensor,
+        gradient: &Tensor,
+        moments: &mut Moments8<Tensor>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Tensor>>,
+    ) -> Result<()> {
+        let op = "adamw8";
+        check::same_shape(op, gradient.shape, param.shape)?;
+        check::moments8(op, moments.parts().map(|part| part.shape), param.shape)?;
+        Self::clip_shape(clip.as_ref())?;
+        let held = moments.parts().map(|part| &part.data);
+        match &self.way {
+            Way::Cpu(kernels) => {
+                kernels.adamw8(&param.data, &gradient.data, held, adam, factor(kernels, clip)?)
+            }
+            Way::Plain(plain) => {
+                let [first, second, scales] = held;
+                let held = Moments8 { first, second, scales };
+                let updated = || {
+                    let factor =
+                        clip.map(|c| plain.clip_factor(&c.sum_squares.data, c.max_norm)).transpose()?;
+                    plain.adamw8(&param.data, &gradient.data, held, adam, factor.as_ref())
+                };
+                let (p, updated) = updated().map_err(|error| convert(op, error))?;
+                [moments.first.data, moments.second.data, moments.scales.data] =
+                    [updated.first, updated.second, updated.scales];
+                param.data = p;
                 Ok(())
             }
         }

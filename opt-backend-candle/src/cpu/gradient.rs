@@ -8,7 +8,10 @@ use crate::{
     weights::{Kept, Norm, foreign},
 };
 use candle_core::{DType, Tensor};
-use opt_backend::{Activation, AdamW, Dropout, Layout, Result, Sgd, Smoothing};
+use opt_backend::{
+    Activation, AdamW, Dropout, Layout, Result, Sgd, Smoothing,
+    moments::{BLOCK, PACKED},
+};
 use opt_kernels::gradient;
 use pulp::Arch;
 
@@ -360,6 +363,38 @@ impl Kernels {
         change::<f32, _>(op, p, |p| {
             change::<f32, _>(op, m, |m| change::<f32, _>(op, v, |v| update(p, m, v)))
         })??
+    }
+
+    /// `moments` are the codes of both and the scales.
+    pub(crate) fn adamw8(
+        &self,
+        p: &Tensor,
+        g: &Tensor,
+        [first, second, scales]: [&Tensor; 3],
+        adam: AdamW,
+        factor: f32,
+    ) -> Result<()> {
+        let op = "adamw8";
+        let (storage, layout) = g.storage_and_layout();
+        let g = numbers::<f32>(op, &storage, layout)?;
+        let update = |p: &mut [f32], first: &mut [f32], second: &mut [f32], scales: &mut [f32]| {
+            let work = 60 * g.len();
+            let share = self.pool.share(g.len().div_ceil(BLOCK), work);
+            let elements = p.chunks_mut(share * BLOCK).zip(g.chunks(share * BLOCK));
+            let codes = first.chunks_mut(share * PACKED).zip(second.chunks_mut(share * PACKED));
+            let parts = elements.zip(codes.zip(scales.chunks_mut(share * 2))).collect();
+            type Part<'a> = ((&'a mut [f32], &'a [f32]), ((&'a mut [f32], &'a mut [f32]), &'a mut [f32]));
+            self.pool.each(work, parts, |((p, g), ((first, second), scales)): Part<'_>| {
+                gradient::adamw8(p, g, [first, second, scales], adam, factor);
+            });
+        };
+        change::<f32, _>(op, p, |p| {
+            change::<f32, _>(op, first, |first| {
+                change::<f32, _>(op, second, |second| {
+                    change::<f32, _>(op, scales, |scales| update(p, first, second, scales))
+                })
+            })
+        })???
     }
 
     pub(crate) fn sgd(
