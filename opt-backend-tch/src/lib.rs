@@ -120,6 +120,8 @@ pub struct Tch {
     host: Host,
     /// Whether quantized weights are expanded by LibTorch's ops on the CPU, too.
     plain: bool,
+    /// What ops of the device look up to quantize moments, once they have.
+    maps: OnceLock<train::Maps>,
     counters: Counters,
 }
 
@@ -169,6 +171,14 @@ impl Tch {
     /// Whether quantized weights are multiplied by kernels of the CPU.
     pub(crate) fn host_kernels(&self) -> bool {
         self.device == Device::Cpu && !self.plain
+    }
+
+    pub(crate) fn maps(&self, op: &'static str) -> Result<&train::Maps> {
+        if let Some(maps) = self.maps.get() {
+            return Ok(maps);
+        }
+        let maps = train::Maps::new(self.device).map_err(error::torch(op))?;
+        Ok(self.maps.get_or_init(|| maps))
     }
 }
 
@@ -223,7 +233,14 @@ impl Builder {
             },
         };
         let host = Host::new(usize::try_from(threads).unwrap_or(1).max(1), self.compute);
-        let tch = Tch { device, threads, host, plain: self.plain, counters: Counters::default() };
+        let tch = Tch {
+            device,
+            threads,
+            host,
+            plain: self.plain,
+            maps: OnceLock::new(),
+            counters: Counters::default(),
+        };
         {
             let _at_work = tch.at_work();
             device::check_products_are_f32(&tch)?;

@@ -10,6 +10,7 @@ use std::{borrow::Borrow, fmt, ops::Deref, sync::Arc};
 use tch::{Device, Kind, kind::Element};
 
 /// A tensor of LibTorch that may be read from several threads at once.
+#[derive(Debug)]
 pub(crate) struct Held(tch::Tensor);
 
 // SAFETY: `tch::Tensor` is a pointer to a counted reference to a C++ tensor. Counting is atomic, and LibTorch allows

@@ -4,6 +4,7 @@
 //! which tch has no function, or LibTorch none that passes memory once, are those of [`opt_kernels::gradient`].
 
 mod attention;
+mod eight_bits;
 mod elements;
 mod losses;
 mod norms;
@@ -19,9 +20,11 @@ use crate::{
     weights::{Dense, Kept},
 };
 use opt_backend::{
-    Activation, AdamW, Attend, Clip, DType, Dropout, Layout, Result, Sgd, Smoothing, Train, check,
+    Activation, AdamW, Attend, Clip, DType, Dropout, Layout, Moments8, Result, Sgd, Smoothing, Train, check,
 };
 use tch::Kind;
+
+pub(crate) use eight_bits::Maps;
 
 /// Changes `x` in place, in f32.
 fn changed(
@@ -234,6 +237,18 @@ impl Train for Tch {
     ) -> Result<()> {
         let _at_work = self.at_work();
         optimizers::adamw(self, param, gradient, moments, adam, clip)
+    }
+
+    fn adamw8(
+        &self,
+        param: &mut Tensor,
+        gradient: &Tensor,
+        moments: &mut Moments8<Tensor>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Tensor>>,
+    ) -> Result<()> {
+        let _at_work = self.at_work();
+        eight_bits::adamw8(self, param, gradient, moments, adam, clip)
     }
 
     fn sgd(

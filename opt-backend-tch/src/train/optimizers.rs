@@ -16,14 +16,14 @@ use tch::Kind;
 const ELEMENTS: usize = 1 << 15;
 
 /// What gradients are multiplied by: on the CPU a number, elsewhere a tensor that nobody waits for.
-enum Factor {
+pub(super) enum Factor {
     One,
     Number(f32),
     Tensor(tch::Tensor),
 }
 
 impl Factor {
-    fn new(tch: &Tch, clip: Option<Clip<'_, Tensor>>) -> Result<Self> {
+    pub(super) fn new(tch: &Tch, clip: Option<Clip<'_, Tensor>>) -> Result<Self> {
         const OP: &str = "clip";
         let Some(Clip { sum_squares, max_norm }) = clip else { return Ok(Self::One) };
         check::same_shape(OP, sum_squares.shape(), [1, 1])?;
@@ -44,7 +44,7 @@ impl Factor {
         factor().map(Self::Tensor).map_err(torch(OP))
     }
 
-    fn number(&self) -> f32 {
+    pub(super) fn number(&self) -> f32 {
         if let Self::Number(factor) = self { *factor } else { 1.0 }
     }
 
@@ -116,7 +116,7 @@ pub(crate) fn adamw(
     })
 }
 
-fn adamw_composed(
+pub(super) fn adamw_composed(
     p: &mut tch::Tensor,
     g: &tch::Tensor,
     [m, v]: [&mut tch::Tensor; 2],
