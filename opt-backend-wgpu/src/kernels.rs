@@ -153,6 +153,7 @@ macro_rules! sources {
 sources!(
     "activation",
     "adamw",
+    "adamw8",
     "add",
     "append",
     "arrange",

@@ -6,6 +6,7 @@
 
 mod attention;
 mod each;
+mod eight_bits;
 mod held;
 mod kernels;
 mod losses;
@@ -24,7 +25,8 @@ use crate::{
 use each::Numbers;
 use kernels::Each;
 use opt_backend::{
-    Activation, AdamW, Attend, Clip, DType, Dropout, Error, Layout, Result, Sgd, Smoothing, Train, check,
+    Activation, AdamW, Attend, Clip, DType, Dropout, Error, Layout, Moments8, Result, Sgd, Smoothing, Train,
+    check,
 };
 
 /// Threads of an element-wise kernel.
@@ -170,6 +172,17 @@ impl Train for Wgpu {
         clip: Option<Clip<'_, Tensor>>,
     ) -> Result<()> {
         self.gpu.adamw(param, gradient, moments, adam, clip)
+    }
+
+    fn adamw8(
+        &self,
+        param: &mut Tensor,
+        gradient: &Tensor,
+        moments: &mut Moments8<Tensor>,
+        adam: AdamW,
+        clip: Option<Clip<'_, Tensor>>,
+    ) -> Result<()> {
+        self.gpu.adamw8(param, gradient, moments, adam, clip)
     }
 
     fn sgd(

@@ -90,6 +90,9 @@ pub(crate) enum Training {
     AdamW {
         clip: bool,
     },
+    AdamW8 {
+        clip: bool,
+    },
     Sgd {
         velocity: bool,
         clip: bool,
@@ -115,6 +118,7 @@ impl Training {
             Training::Squares => "squares",
             Training::Scatter => "scatter",
             Training::AdamW { .. } => "adamw",
+            Training::AdamW8 { .. } => "adamw8",
             Training::Sgd { .. } => "sgd",
         }
     }
@@ -148,6 +152,8 @@ impl Training {
             Training::Scatter => &[R, W, R],
             Training::AdamW { clip: true } => &[W, W, W, R, R],
             Training::AdamW { clip: false } => &[W, W, W, R],
+            Training::AdamW8 { clip: true } => &[W, W, W, W, R, R],
+            Training::AdamW8 { clip: false } => &[W, W, W, W, R],
             Training::Sgd { velocity: true, clip: true } => &[W, R, W, R],
             Training::Sgd { velocity: true, clip: false } => &[W, R, W],
             Training::Sgd { velocity: false, clip: true } => &[W, R, R],
@@ -204,7 +210,7 @@ impl Training {
                 define("THREADS", ATTEND_THREADS);
                 defines.insert("UNIT", if quads { "vec4<f32>" } else { "f32" }.into());
             }
-            Training::AdamW { clip } => define("CLIP", clip.into()),
+            Training::AdamW { clip } | Training::AdamW8 { clip } => define("CLIP", clip.into()),
             Training::Sgd { velocity, clip } => {
                 define("VELOCITY", velocity.into());
                 define("CLIP", clip.into());
@@ -237,6 +243,7 @@ impl Training {
             all.extend(both.map(|rows| Training::Attend { rows, head }));
         }
         all.extend(both.map(|clip| Training::AdamW { clip }));
+        all.extend(both.map(|clip| Training::AdamW8 { clip }));
         for velocity in both {
             all.extend(both.map(|clip| Training::Sgd { velocity, clip }));
         }

@@ -11,12 +11,15 @@ use opt_backend::{AdamW, Clip, Result, Sgd, check};
 use std::sync::Arc;
 
 /// What clips, as kernels bind it, and the norm that is allowed.
-fn clipping<'a>(op: &'static str, clip: Option<&Clip<'a, Tensor>>) -> Result<(Option<Slice<'a>>, f32)> {
+pub(super) fn clipping<'a>(
+    op: &'static str,
+    clip: Option<&Clip<'a, Tensor>>,
+) -> Result<(Option<Slice<'a>>, f32)> {
     let Some(clip) = clip else { return Ok((None, 0.0)) };
     Ok((Some(bound(op, clip.sum_squares.slice(&(0..1)))?), clip.max_norm))
 }
 
-fn check_clip(clip: Option<&Clip<'_, Tensor>>) -> Result<()> {
+pub(super) fn check_clip(clip: Option<&Clip<'_, Tensor>>) -> Result<()> {
     clip.map_or(Ok(()), |clip| check::same_shape("clip", clip.sum_squares.shape(), [1, 1]))
 }
 
