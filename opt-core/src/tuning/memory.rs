@@ -1,6 +1,10 @@
 //! How much memory a training takes, told before it is made.
 
-use super::{DistillOptions, Method, TrainOptions, optimizer::memory_names, tuner::Full};
+use super::{
+    DistillOptions, Method, TrainOptions,
+    optimizer::{Optimizer, remembered},
+    tuner::Full,
+};
 use crate::{
     Result,
     adapter::{AdapterConfig, AdapterMethod, LoraConfig, Part},
@@ -20,7 +24,7 @@ const NUMBER: u64 = 4;
 /// |---|---|
 /// | `weights` | 4 for each number that is trained, 8 for those of an adapter; the others as they are held |
 /// | `gradients` | 4 for each number that is trained |
-/// | `optimizer` | 8 for each number that is trained with AdamW; 4 or none with SGD, with and without momentum |
+/// | `optimizer` | 8 for each number that is trained with AdamW, 2.7 in eight bits; 4 or none with SGD, with and without momentum |
 /// | `activations` | 4 · rows · (layers · kept + max(head, work)) + a copy of the largest weight of a layer |
 ///
 /// rows = batch size · tokens of an example, with those of a prompt. In each row, a layer keeps `8 · hidden + ffn`
@@ -101,11 +105,14 @@ impl TrainingMemory {
         let Trained { whole, new, first_layer } = Trained::by(method, config)?;
         // What an adapter starts from stays on the host.
         let (mut weights, mut trained) = (2 * NUMBER * new, new);
+        // Of an adapter the most: its tensors are small.
+        let mut optimizer = new * remembered_bytes(options.optimizer, "", &[1]);
         for (name, shape) in config.tensor_shapes() {
             if whole.contains(&name) {
                 let numbers = count(&shape);
                 trained += numbers;
                 weights += NUMBER * numbers;
+                optimizer += remembered_bytes(options.optimizer, &name, &shape);
             } else {
                 weights += held(&name, &shape);
             }
@@ -135,7 +142,7 @@ impl TrainingMemory {
         Ok(Self {
             weights,
             gradients: NUMBER * trained,
-            optimizer: NUMBER * trained * memory_names(options.optimizer).len() as u64,
+            optimizer,
             activations: NUMBER.saturating_mul(numbers.saturating_add(inside.once)).saturating_add(copied),
         })
     }
@@ -165,11 +172,11 @@ impl TrainingMemory {
             false => 0,
         };
         let kept = rows.saturating_mul((logits + states + teacher.word_embed_proj_dim) as u64);
-        let remembered = memory_names(options.optimizer).len() as u64;
+        let remembered = remembered_bytes(options.optimizer, "", &[trained as usize]);
         Self {
             weights: self.weights.saturating_add(weights + NUMBER * trained),
             gradients: self.gradients + NUMBER * trained,
-            optimizer: self.optimizer + NUMBER * trained * remembered,
+            optimizer: self.optimizer + remembered,
             activations: self.activations.saturating_add(NUMBER.saturating_mul(kept)),
         }
     }
@@ -180,6 +187,18 @@ impl TrainingMemory {
             .into_iter()
             .fold(0, u64::saturating_add)
     }
+}
+
+/// What an optimizer remembers of a tensor, in bytes.
+fn remembered_bytes(optimizer: Optimizer, name: &str, shape: &[usize]) -> u64 {
+    let shape = match *shape {
+        [rows, width] => [rows, width],
+        _ => [1, shape.iter().product()],
+    };
+    remembered(optimizer, name, shape)
+        .into_iter()
+        .map(|(_, [rows, width])| NUMBER * (rows * width) as u64)
+        .sum()
 }
 
 fn count(shape: &[usize]) -> u64 {
@@ -319,7 +338,7 @@ fn low_rank(adapter: &AdapterConfig, lora: &LoraConfig, config: &OptConfig, is_r
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{adapter::PromptConfig, tuning::Optimizer};
+    use crate::adapter::PromptConfig;
 
     /// OPT-125m.
     fn config() -> OptConfig {
