@@ -180,6 +180,16 @@ impl TrainArgs {
         self.seq_len.unwrap_or(config.max_position_embeddings.min(512))
     }
 
+    /// A flag that means nothing where other things than tokens are learned.
+    pub(crate) fn of_language(&self) -> Option<&'static str> {
+        let given = [
+            ("--label-smoothing", self.label_smoothing != 0.0),
+            ("--pack", self.pack),
+            ("--documents", self.documents != DocumentsName::File),
+        ];
+        given.into_iter().find_map(|(flag, given)| given.then_some(flag))
+    }
+
     /// What is learned from, and what is evaluated on.
     pub(crate) fn read(
         &self,

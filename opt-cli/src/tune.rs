@@ -9,7 +9,7 @@ use crate::{
 };
 use clap::{Args, ValueEnum};
 use opt_core::{
-    Load,
+    ErrorKind, Load,
     adapter::{Adapter, AdapterConfig, AdapterMethod, Bias, LoraConfig, Names, PrefixConfig, PromptConfig},
     checkpoint::Checkpoint,
     config::OptConfig,
@@ -247,7 +247,11 @@ impl Tune {
             |names: &[String]| if names.is_empty() { vec!["LABEL_0".to_owned()] } else { names.to_vec() };
         let known = match (self.task, &self.model.adapter) {
             (TaskName::Language | TaskName::Search, _) => return Ok(None),
-            (_, Some(adapter)) => Some(Head::beside(&Adapter::open(adapter)?, adapter, model)?),
+            (_, Some(adapter)) => match Head::beside(&Adapter::open(adapter)?, adapter, model) {
+                // One that was trained for tokens so far.
+                Err(error) if error.kind() == ErrorKind::NotFound => None,
+                head => Some(head?),
+            },
             (_, None) => Head::of(model)?,
         };
         let is_meant = |task: &Task| {
@@ -398,6 +402,11 @@ impl Tune {
         if let Some((flag, _, methods)) = wrong {
             let names: Vec<String> = methods.iter().map(|m| format!("{m:?}").to_lowercase()).collect();
             return Err(Failure::usage(format!("{flag} belongs to opt tune {}", names.join(" and "))));
+        }
+        if self.task != TaskName::Language
+            && let Some(flag) = self.train.of_language()
+        {
+            return Err(Failure::usage(format!("{flag} belongs to --task language")));
         }
         use TaskName::{Classify, MultiLabel, Regress, Search};
         let flags: [(&str, bool, &[TaskName]); 4] = [

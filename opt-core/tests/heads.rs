@@ -230,6 +230,23 @@ fn what_was_trained_is_found_again() {
     }
 }
 
+#[test]
+fn a_head_takes_the_place_of_another() {
+    let base = fixtures().join("heads/one_of");
+    for task in [Task::one_of(["a", "b"]).unwrap(), Task::Answer] {
+        let tuner = Tuner::load(&base, Method::full(), backend::load()).unwrap();
+        let head = Head::new(task.clone(), tuner.config(), 1);
+        let tuner = tuner.head(head.clone()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        tuner.save(dir.path()).unwrap();
+        let saved = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(Head::of(&saved).unwrap(), Some(head));
+        let heads =
+            saved.tensors().filter(|t| t.name.starts_with("score") || t.name.starts_with("qa_outputs"));
+        assert_eq!(heads.count(), if task == Task::Answer { 2 } else { 1 });
+    }
+}
+
 /// A model of a few sentences that learns to tell them apart: from JSONL to names of classes, with a stop on the way.
 #[test]
 fn a_classifier_from_data_to_use() {
@@ -300,7 +317,7 @@ fn an_answer_is_a_part_of_its_context() {
         QuestionAnswerer::adapted("../models/opt-novels", dir.path().join("out"), backend::load()).unwrap();
     let found = model.answer(question, context, AnswerOptions::default().top_k(3)).unwrap();
     assert_eq!(found[0].text, "Anna Grey", "{found:?}");
-    assert_eq!(context[found[0].bytes.clone()].trim(), "Anna Grey");
+    assert_eq!(&context[found[0].bytes.clone()], "Anna Grey");
     assert!(found.len() == 3 && found.windows(2).all(|pair| pair[0].score >= pair[1].score), "{found:?}");
     assert!(model.answer(question, "", AnswerOptions::default()).is_err());
 }
@@ -343,5 +360,8 @@ fn heads_that_cannot_be_used() {
     // An adapter of a language model has no head.
     let adapter = fixtures().join("gradients/lora");
     let base = fixtures().join("models/pre_ln");
-    expect(SequenceClassifier::adapted(base, adapter, backend::load()).err().unwrap(), "found 0");
+    expect(
+        SequenceClassifier::adapted(base, adapter, backend::load()).err().unwrap(),
+        "expected a head (score.weight), found none",
+    );
 }

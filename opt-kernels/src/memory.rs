@@ -308,7 +308,10 @@ pub fn out_of_memory(what: &'static str, bytes: usize) -> Error {
 pub fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
     let mut vec: Vec<T> = Vec::new();
     let bytes = len.saturating_mul(size_of::<T>());
-    vec.try_reserve_exact(len).map_err(|_| out_of_memory(what, bytes))?;
+    if vec.try_reserve_exact(len).is_err() {
+        spare::release();
+        vec.try_reserve_exact(len).map_err(|_| out_of_memory(what, bytes))?;
+    }
     if bytes >= 4 * HUGE_PAGE {
         // Its whole pages: fresh memory this large comes page by page, 25 000 times for the logits of a long prompt.
         let start = vec.as_mut_ptr().cast::<u8>();

@@ -60,8 +60,15 @@ impl Drop for Keep {
         if spare.keepers > 0 {
             return;
         }
-        spare.bytes = 0;
-        for ((align, size), blocks) in std::mem::take(&mut spare.blocks) {
+        spare.clear();
+    }
+}
+
+impl Spare {
+    /// Hands all that is kept back to the system.
+    fn clear(&mut self) {
+        self.bytes = 0;
+        for ((align, size), blocks) in std::mem::take(&mut self.blocks) {
             // It was taken from a layout.
             let Ok(layout) = Layout::from_size_align(size, align) else { continue };
             for Block(start) in blocks {
@@ -72,6 +79,11 @@ impl Drop for Keep {
     }
 }
 
+/// Hands all that is kept back to the system, which has no more.
+pub(crate) fn release() {
+    spare().clear();
+}
+
 /// Memory of this layout, or of one of the same alignment and up to a quarter more, and what its layout is. What is in
 /// it is anything.
 pub(crate) fn take(layout: Layout) -> Option<(NonNull<u8>, Layout)> {
@@ -80,10 +92,13 @@ pub(crate) fn take(layout: Layout) -> Option<(NonNull<u8>, Layout)> {
         return None;
     }
     let mut spare = spare();
-    let mut fits = spare.blocks.range_mut((align, size)..=(align, size + size / 4));
-    let (&(_, size), start) = fits.find_map(|(key, blocks)| Some((key, blocks.pop()?.0)))?;
-    spare.bytes -= size;
-    Some((start, Layout::from_size_align(size, align).ok()?))
+    let (&key, blocks) = spare.blocks.range_mut((align, size)..=(align, size + size / 4)).next()?;
+    let Block(start) = blocks.pop()?;
+    if blocks.is_empty() {
+        spare.blocks.remove(&key);
+    }
+    spare.bytes -= key.1;
+    Some((start, Layout::from_size_align(key.1, align).ok()?))
 }
 
 /// Takes memory over, or says that it is to be freed.
@@ -95,8 +110,12 @@ pub(crate) unsafe fn give(start: NonNull<u8>, layout: Layout) -> bool {
         return false;
     }
     let mut spare = spare();
-    if spare.keepers == 0 || spare.bytes + layout.size() > MOST {
+    if spare.keepers == 0 || layout.size() > MOST {
         return false;
+    }
+    if spare.bytes + layout.size() > MOST {
+        // Sizes that nobody asks for any more: what is needed comes back with the next step.
+        spare.clear();
     }
     spare.bytes += layout.size();
     spare.blocks.entry((layout.align(), layout.size())).or_default().push(Block(start));

@@ -26,5 +26,5 @@ pub use file::{Adapter, AdapterSource};
 pub(crate) use loaded::Loaded;
 pub use merge::{MergeOptions, Merged, merge};
 #[cfg(not(target_arch = "wasm32"))]
-pub(crate) use target::PREFIX;
+pub(crate) use target::{HEADS, PREFIX};
 pub use target::{Part, Slot, Target, TargetKind};

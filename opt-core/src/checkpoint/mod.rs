@@ -9,6 +9,7 @@
 mod convert;
 mod entry;
 mod files;
+#[cfg(not(target_arch = "wasm32"))]
 mod fingerprint;
 mod flax;
 #[doc(hidden)]

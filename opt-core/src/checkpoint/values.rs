@@ -14,6 +14,9 @@ use std::{
     path::Path,
 };
 
+/// What the names of heads' tensors begin with: a model has one.
+const HEADS: [&str; 2] = ["score.", "qa_outputs."];
+
 /// Gives the value of a tensor by its name; vectors are `[1, width]`.
 pub(crate) type Values<'a> = &'a mut dyn FnMut(&str) -> Result<Array2<f32>>;
 
@@ -34,8 +37,8 @@ pub(crate) fn array_bytes(tensors: &[(String, Vec<usize>, Array2<f32>)]) -> Resu
     Ok(bytes)
 }
 
-/// Writes the weights of `base` with those in `replaced`, canonical names, as `values` has them, in f32, and tensors that
-/// `base` does not have, with their shapes, likewise.
+/// Writes the weights of `base` with those in `replaced`, canonical names, as `values` has them, in f32, and `added`, the
+/// tensors of a head with their shapes, likewise and in the place of those of another head.
 pub(crate) fn write_replaced(
     path: &Path,
     base: &Checkpoint,
@@ -44,6 +47,10 @@ pub(crate) fn write_replaced(
     values: Values<'_>,
 ) -> Result<()> {
     let mut written = base.written();
+    // A head in the place of another.
+    if !added.is_empty() {
+        written.retain(|(info, _)| !HEADS.iter().any(|head| info.name.starts_with(head)));
+    }
     let dtype = |info: &TensorInfo| if replaced.contains(&info.name) { FileDType::F32 } else { info.dtype };
     // Tensors of wider numbers come first, so that all are aligned.
     written.sort_by_key(|(info, _)| std::cmp::Reverse(dtype(info).size()));

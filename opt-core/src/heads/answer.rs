@@ -108,7 +108,10 @@ impl QuestionAnswerer {
                 let score = begins * finishes;
                 if found.len() < options.top_k || found.last().is_some_and(|worst| worst.score < score) {
                     // A token may begin with the space before a word.
-                    let text = context.get(bytes.clone()).unwrap_or_default().trim().to_owned();
+                    let part = context.get(bytes.clone()).unwrap_or_default();
+                    let text = part.trim().to_owned();
+                    let start = bytes.start + part.len() - part.trim_start().len();
+                    let bytes = start..start + text.len();
                     let at = found.partition_point(|other| other.score >= score);
                     found.insert(at, Answer { text, bytes, score });
                     found.truncate(options.top_k);

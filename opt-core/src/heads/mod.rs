@@ -34,7 +34,7 @@ pub(crate) use classify::{last_token, sigmoid};
 pub use task::Task;
 
 use crate::{
-    Error, ErrorKind, Load, Opt, Result,
+    CancelToken, Error, ErrorKind, Load, Opt, Result,
     adapter::{Adapter, PREFIX},
     checkpoint::Checkpoint,
     config::OptConfig,
@@ -69,7 +69,7 @@ impl Head {
     }
 
     /// The head of a checkpoint whose config.json names one of transformers' two classes with a head; `None` for
-    /// others.
+    /// others, and for checkpoints in memory, whose config has no such names.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for classes that cannot be meant, [`ErrorKind::NotFound`] and [`ErrorKind::Checkpoint`]
@@ -91,7 +91,7 @@ impl Head {
     /// by the model's own config.json, and else classes are called `LABEL_0` and so on, as in transformers.
     ///
     /// # Errors
-    /// As [`Head::of`]; [`ErrorKind::Option`] for an adapter without a head.
+    /// As [`Head::of`]; [`ErrorKind::NotFound`] for an adapter without a head.
     pub fn beside(adapter: &Adapter, directory: impl AsRef<Path>, model: &Checkpoint) -> Result<Self> {
         let file = directory.as_ref().join(HEAD_CONFIG);
         let named = match std::fs::read_to_string(&file) {
@@ -101,51 +101,46 @@ impl Head {
                 return Err(Error::because(ErrorKind::Io, format_args!("cannot read {}", file.display()), e));
             }
         };
-        let found = |task: &Task| {
-            let [weight, bias] = task.tensors().map(|name| adapter.tensors().get(&format!("{PREFIX}{name}")));
-            Some((weight?, bias))
-        };
-        let of_model = || Task::from_config(&model.config_json()?);
+        let find = |name: &str| adapter.tensors().get(&format!("{PREFIX}{name}"));
+        let place = |e: Error| e.at(format_args!("adapter {:?}", adapter.name()));
+        let width = model.config().word_embed_proj_dim;
+        let answers = || adapter.config().task_type.as_deref() == Some("QUESTION_ANS");
         let task = match named {
             Some(task) => task,
-            None => match adapter.config().task_type.as_deref() {
-                Some("QUESTION_ANS") => Task::Answer,
-                _ => match of_model()? {
-                    Some(task) => task,
-                    None => Task::unnamed(found(&Task::Numbers(vec![])).map_or(0, |(w, _)| w.shape()[0]))?,
+            None if answers() => Task::Answer,
+            None => match (Task::from_config(&model.config_json()?)?, find("score.weight")) {
+                (Some(task), _) if task != Task::Answer => task,
+                (_, Some(weight)) => match weight.shape() {
+                    &[outputs, found] if found == width => Task::unnamed(outputs)?,
+                    found => {
+                        let message =
+                            format_args!("tensor score.weight: expected [classes, {width}], found {found:?}");
+                        return Err(place(Error::new(ErrorKind::Checkpoint, message)));
+                    }
                 },
+                (_, None) => return Err(place(missing("score.weight"))),
             },
         };
-        let Some((weight, bias)) = found(&task) else {
-            let message = format_args!(
-                "adapter {:?}: expected a head ({}), found none",
-                adapter.name(),
-                task.tensors()[0]
-            );
-            return Err(Error::new(ErrorKind::Option, message));
-        };
-        let shape = [task.outputs(), model.config().word_embed_proj_dim];
-        let weight = shaped(weight, task.tensors()[0], &shape)?;
-        let bias = match task.has_bias() {
-            false => None,
-            true => match bias {
-                Some(bias) => Some(shaped(bias, task.tensors()[1], &shape[..1])?),
-                None => {
-                    let message =
-                        format_args!("adapter {:?}: tensor {} is missing", adapter.name(), task.tensors()[1]);
-                    return Err(Error::new(ErrorKind::NotFound, message));
-                }
-            },
-        };
-        Self { task, weight, bias }.checked()
+        let shape = [task.outputs(), width];
+        let [weight, bias] = task.tensors();
+        let weight =
+            find(weight).ok_or_else(|| missing(weight)).and_then(|found| shaped(found, weight, &shape));
+        let bias = task.has_bias().then(|| {
+            find(bias).ok_or_else(|| missing(bias)).and_then(|found| shaped(found, bias, &shape[..1]))
+        });
+        Self { weight: weight.map_err(place)?, bias: bias.transpose().map_err(place)?, task }
+            .checked()
+            .map_err(place)
     }
 
     fn checked(self) -> Result<Self> {
-        match self.weight.iter().chain(self.bias.iter().flatten()).find(|value| !value.is_finite()) {
+        let [weight, bias] = self.task.tensors();
+        let weights = self.weight.iter().map(|value| (weight, *value));
+        let biases = self.bias.iter().flatten().map(|value| (bias, *value));
+        match weights.chain(biases).find(|(_, value)| !value.is_finite()) {
             None => Ok(self),
-            Some(found) => {
-                let message =
-                    format_args!("tensor {}: expected finite numbers, found {found}", self.task.tensors()[0]);
+            Some((name, found)) => {
+                let message = format_args!("tensor {name}: expected finite numbers, found {found}");
                 Err(Error::new(ErrorKind::Checkpoint, message))
             }
         }
@@ -176,6 +171,10 @@ impl Head {
     }
 }
 
+fn missing(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format_args!("expected a head ({name}), found none"))
+}
+
 /// A tensor of an adapter that must have this shape.
 fn shaped<D: ndarray::Dimension>(
     tensor: &ArrayD<f32>,
@@ -183,11 +182,12 @@ fn shaped<D: ndarray::Dimension>(
     shape: &[usize],
 ) -> Result<ndarray::Array<f32, D>> {
     let fits = tensor.shape() == shape;
-    let tensor = if fits { tensor.clone().into_dimensionality().ok() } else { None };
-    tensor.ok_or_else(|| {
+    let fitting = if fits { tensor.clone().into_dimensionality().ok() } else { None };
+    fitting.ok_or_else(|| {
+        let found = tensor.shape();
         Error::new(
             ErrorKind::Checkpoint,
-            format_args!("adapter: tensor {name}: expected shape {shape:?}, found another"),
+            format_args!("tensor {name}: expected shape {shape:?}, found {found:?}"),
         )
     })
 }
@@ -196,6 +196,8 @@ fn shaped<D: ndarray::Dimension>(
 struct Headed {
     opt: Opt,
     head: Head,
+    /// That of the loading: it ends predictions too.
+    cancel: CancelToken,
 }
 
 impl Headed {
@@ -204,14 +206,16 @@ impl Headed {
             let message = format_args!("{}: expected a model {expected}, found one without", path.display());
             return Err(Error::new(ErrorKind::Config, message));
         };
-        Ok(Self { opt: Opt::load(path, load)?, head })
+        let cancel = load.cancel.clone().unwrap_or_default();
+        Ok(Self { opt: Opt::load(path, load)?, head, cancel })
     }
 
     fn adapted(path: &Path, adapter: &Path, load: Load<'_>) -> Result<Self> {
         let opened = Adapter::open(adapter)?;
         let head = Head::beside(&opened, adapter, &Checkpoint::open(path)?)?;
         let name = opened.name().to_owned();
-        Ok(Self { opt: Opt::load(path, load.adapter(opened))?.adapted(&name)?, head })
+        let cancel = load.cancel.clone().unwrap_or_default();
+        Ok(Self { opt: Opt::load(path, load.adapter(opened))?.adapted(&name)?, head, cancel })
     }
 
     /// What the LM head would see `[tokens, word_embed_proj_dim]`, of each sequence.
@@ -219,7 +223,11 @@ impl Headed {
         let adapter = self.opt.adapter();
         let sequence = |ids| Sequence { hidden: Hidden::Last, adapter, ..Sequence::new(ids) };
         let sequences = sequences.iter().map(|&ids| sequence(ids)).collect();
-        let outputs = self.opt.engine().forward_blocking(Forward { sequences, cancel: None, watch: None })?;
+        let outputs = self.opt.engine().forward_blocking(Forward {
+            sequences,
+            cancel: Some(&self.cancel),
+            watch: None,
+        })?;
         Ok(outputs.into_iter().map(|mut output| output.hidden.pop().unwrap_or_default()).collect())
     }
 

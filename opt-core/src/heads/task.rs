@@ -2,6 +2,7 @@
 
 use crate::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 
 /// What a head is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -62,8 +63,9 @@ impl Task {
         if names.len() < least && self != Self::Answer {
             return fail(format_args!("{}: expected at least {least}, found {}", self.about(), names.len()));
         }
-        match names.iter().enumerate().find(|(i, name)| names.iter().take(*i).any(|other| other == *name)) {
-            Some((_, twice)) => fail(format_args!("{}: {twice:?} is there twice", self.about())),
+        let mut known = HashSet::new();
+        match names.iter().find(|name| !known.insert(*name)) {
+            Some(twice) => fail(format_args!("{}: {twice:?} is there twice", self.about())),
             None => Ok(self),
         }
     }

@@ -144,13 +144,39 @@ pub struct Recall {
 /// assert_eq!(recall(queries.view(), passages.view(), 1), 0.5);
 /// assert_eq!(recall(queries.view(), passages.view(), 2), 1.0);
 /// ```
+///
+/// # Panics
+/// If the two have different shapes.
 pub fn recall(queries: ArrayView2<'_, f32>, passages: ArrayView2<'_, f32>, k: usize) -> f64 {
-    let cosines = unit(queries).dot(&unit(passages).t());
-    let found = cosines.outer_iter().enumerate().filter(|(own, row)| {
-        let like = row.iter().nth(*own).copied().unwrap_or(f64::NEG_INFINITY);
-        row.iter().filter(|other| **other > like).count() < k
-    });
-    found.count() as f64 / queries.nrows().max(1) as f64
+    within(&ranks(queries, passages), k)
+}
+
+impl Recall {
+    pub(super) fn of(ranks: &[usize]) -> Self {
+        Self { at_1: within(ranks, 1), at_10: within(ranks, 10) }
+    }
+}
+
+fn within(ranks: &[usize], k: usize) -> f64 {
+    ranks.iter().filter(|rank| **rank < k).count() as f64 / ranks.len().max(1) as f64
+}
+
+/// Queries that are compared with all passages at a time.
+const BLOCK: usize = 256;
+
+/// For each query how many passages are more like it than its own; what is no number is.
+pub(super) fn ranks(queries: ArrayView2<'_, f32>, passages: ArrayView2<'_, f32>) -> Vec<usize> {
+    assert_eq!(queries.dim(), passages.dim(), "a passage for each query, of one width");
+    let (queries, passages) = (unit(queries), unit(passages));
+    let mut ranks = Vec::new();
+    for block in queries.axis_chunks_iter(Axis(0), BLOCK) {
+        for row in block.dot(&passages.t()).outer_iter() {
+            let like = row.iter().nth(ranks.len()).copied().unwrap_or(f64::NAN);
+            let not_more = row.iter().filter(|other| **other <= like).count();
+            ranks.push(row.len() - not_more);
+        }
+    }
+    ranks
 }
 
 /// Rows of length 1, in f64.

@@ -109,9 +109,10 @@ pub struct DataOptions {
     pub documents: Documents,
     /// Cuts the lines of JSONL into blocks too.
     pub pack: bool,
-    /// Leaves the end of longer examples away, where that is an error otherwise.
+    /// Leaves the end of longer examples away, where that is an error otherwise; examples whose answer was there are left
+    /// out.
     pub truncate: bool,
-    /// The folder of temporary files; the system's unless set. About 4 bytes a token are needed.
+    /// The folder of temporary files; the system's unless set. About 4 bytes a token and 24 an example are needed.
     pub scratch: Option<PathBuf>,
     /// Ends reading from elsewhere.
     pub cancel: CancelToken,

@@ -4,7 +4,7 @@ use super::{
     ContrastOptions, DistillOptions, Example, Pooling, StepOptions, StepResult, contrast,
     distill::Distill,
     head::TrainedHead,
-    optimizer::{Memory, Optimizer, remembered},
+    optimizer::{Memory, Optimizer, misfit, remembered},
     tape::{Taped, Var},
     weights::Plan,
 };
@@ -418,6 +418,9 @@ impl<B: Train> Learn for Learner<B> {
             if found != expected {
                 return fail(format!("tensor {name}.{part}: expected shape {expected:?}, found {found:?}"));
             }
+        }
+        if let Some(found) = misfit(memory) {
+            return fail(format!("tensor {name}: expected what an optimizer remembers, found {found}"));
         }
         param.value = Arc::new(backend.upload(value)?);
         if !memory.is_empty() {

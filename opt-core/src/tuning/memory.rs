@@ -126,11 +126,11 @@ impl TrainingMemory {
         let head = 2 * hidden + 2 * config.vocab_size as u64 + behind;
         let ffn = config.ffn_dim as u64;
         let work = (2 * hidden + ffn).max(6 * hidden);
-        let beside = inside.prefix * options.batch_size as u64 * 3 * hidden;
+        let beside = (inside.prefix * 3 * hidden).saturating_mul(options.batch_size as u64);
         let numbers = match options.gradient_checkpointing {
             false => {
                 let kept = rows.saturating_mul(before + layers * inside.kept + head.max(work));
-                kept.saturating_add(layers * beside)
+                kept.saturating_add(layers.saturating_mul(beside))
             }
             true => {
                 let states = config.num_hidden_layers as u64 * hidden;

@@ -92,7 +92,8 @@ const LEAST_8BIT: usize = 4096;
 /// it, nor those of embeddings, as transformers' `Trainer` has it.
 fn in_eight_bits(name: &str, [rows, width]: [usize; 2]) -> bool {
     let tables = ["embed_tokens.weight", "embed_positions.weight", "prompt_embeddings"];
-    let embedding = tables.iter().any(|table| name.ends_with(table));
+    // The last is what a projected prefix starts from.
+    let embedding = tables.iter().any(|table| name.ends_with(table)) || name == "embedding.weight";
     !embedding && rows * width >= LEAST_8BIT
 }
 
@@ -117,6 +118,15 @@ pub(crate) fn remembered(
         Optimizer::Sgd { momentum } if momentum != 0.0 => vec![("momentum_buffer", shape)],
         Optimizer::Sgd { .. } => Vec::new(),
     }
+}
+
+/// A number that no optimizer remembers, among parts as [`remembered`] lists them: three are codes, which devices look
+/// up without asking, and scales.
+pub(crate) fn misfit(parts: &[ArrayView2<'_, f32>]) -> Option<f32> {
+    let [first, second, scales] = parts else { return None };
+    let is_code = |x: f32| (0.0..16_777_216.0).contains(&x) && x.fract() == 0.0;
+    let codes = first.iter().chain(second).copied().find(|x| !is_code(*x));
+    codes.or_else(|| scales.iter().copied().find(|x| !(x.is_finite() && *x >= 0.0)))
 }
 
 /// Whether weight decay applies, as transformers' `Trainer` has it: not to biases and LayerNorms.

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     adapter::{
-        Adapter, AdapterConfig, AdapterMethod, LoraConfig, PREFIX, Part, PrefixConfig, PromptConfig,
+        Adapter, AdapterConfig, AdapterMethod, HEADS, LoraConfig, PREFIX, Part, PrefixConfig, PromptConfig,
         TargetKind,
     },
     checkpoint::{Checkpoint, Weight, io, pretty},
@@ -39,10 +39,13 @@ pub(super) enum Artifact {
 impl Artifact {
     pub(super) fn write(&self, inside: &Path, learner: &dyn Learn) -> Result<()> {
         match self {
-            Self::Model { base, files, head } => {
-                let width = base.config().word_embed_proj_dim;
-                let head = head.as_ref().map_or_else(Vec::new, |task| task.shapes(width));
-                write_model(inside, base, files, &head, learner)
+            Self::Model { base, files, head: None } => write_model(inside, base, files, &[], learner),
+            Self::Model { base, files, head: Some(task) } => {
+                let mut files = files.clone();
+                for (_, contents) in files.iter_mut().filter(|(name, _)| name == "config.json") {
+                    *contents = with_head(contents, task)?;
+                }
+                write_model(inside, base, &files, &task.shapes(base.config().word_embed_proj_dim), learner)
             }
             Self::Adapter { config, model, head } => {
                 adapter(config, model, head.as_ref(), learner)?.save(inside)?;
@@ -62,18 +65,7 @@ impl Artifact {
     /// Puts a head on top, as transformers and PEFT describe it.
     pub(super) fn put_on(&mut self, task: &Task) -> Result<()> {
         match self {
-            Self::Model { files, head, .. } => {
-                let unusable = |e| Error::because(ErrorKind::Config, "config.json is not usable", e);
-                for (_, contents) in files.iter_mut().filter(|(name, _)| name == "config.json") {
-                    let mut config: Value = serde_json::from_slice(contents).map_err(unusable)?;
-                    if let Some(map) = config.as_object_mut() {
-                        map.remove("num_labels");
-                        map.extend(task.config_keys());
-                    }
-                    *contents = pretty(&config)?;
-                }
-                *head = Some(task.clone());
-            }
+            Self::Model { head, .. } => *head = Some(task.clone()),
             Self::Adapter { config, head, .. } => {
                 if config.lora().is_none() {
                     let message =
@@ -81,17 +73,35 @@ impl Artifact {
                     return Err(Error::new(ErrorKind::Unsupported, message));
                 }
                 let (task_type, modules) = task.peft();
+                **config = without_head(config);
                 config.task_type = Some(task_type.to_owned());
-                for module in modules.iter().copied().filter(|module| !module.is_empty()) {
-                    if config.modules_to_save.iter().all(|known| known != module) {
-                        config.modules_to_save.push(module.to_owned());
-                    }
-                }
+                config.modules_to_save.extend(modules.iter().map(|module| (*module).to_owned()));
                 *head = Some(task.clone());
             }
         }
         Ok(())
     }
+}
+
+/// A config.json that says what a head is for.
+fn with_head(config_json: &[u8], task: &Task) -> Result<Vec<u8>> {
+    let mut config: Value = serde_json::from_slice(config_json)
+        .map_err(|e| Error::because(ErrorKind::Config, "config.json is not usable", e))?;
+    if let Some(map) = config.as_object_mut() {
+        map.remove("num_labels");
+        map.extend(task.config_keys());
+    }
+    pretty(&config)
+}
+
+/// An adapter's configuration without the head that was trained beside it: the adapter is trained further for tokens.
+pub(super) fn without_head(config: &AdapterConfig) -> AdapterConfig {
+    let mut config = config.clone();
+    if config.modules_to_save.iter().any(|module| HEADS.contains(&&module[..])) {
+        config.modules_to_save.retain(|module| !HEADS.contains(&&module[..]));
+        config.task_type = Some("CAUSAL_LM".to_owned());
+    }
+    config
 }
 
 /// What was trained, as an adapter.

@@ -45,7 +45,7 @@ pub(super) struct State {
     pub(super) best: Option<(f64, u64)>,
     /// Evaluations since that were no better.
     pub(super) stale: u64,
-    /// Target tokens learned from.
+    /// Target tokens learned from; examples where the goal is another.
     pub(super) tokens: u64,
 }
 
@@ -231,14 +231,16 @@ impl Store {
         Ok(())
     }
 
-    /// The log, from its start, less what came after `step`.
-    pub(super) fn log(&self, step: u64) -> Result<Log> {
+    /// The log, from its start, less what came after `step`; nothing of it without one.
+    pub(super) fn log(&self, step: Option<u64>) -> Result<Log> {
         let path = self.output.join(LOG);
         let kept: Vec<Value> = match fs::read_to_string(&path) {
             Ok(text) => text
                 .lines()
                 .filter_map(|line| serde_json::from_str(line).ok())
-                .filter(|line: &Value| line["step"].as_u64().is_some_and(|at| at <= step))
+                .filter(|line: &Value| {
+                    line["step"].as_u64().is_some_and(|at| step.is_some_and(|step| at <= step))
+                })
                 .collect(),
             Err(_) => Vec::new(),
         };
@@ -274,10 +276,8 @@ pub(super) fn write_model(
     learner: &dyn Learn,
 ) -> Result<()> {
     let trained: BTreeSet<String> = learner.shapes().into_iter().map(|(name, _)| name).collect();
-    let is_new = |name: &str| !base.tensors().any(|info| info.name == name);
-    let added: Vec<(String, Vec<usize>)> = head.iter().filter(|(name, _)| is_new(name)).cloned().collect();
     let path = inside.join("model.safetensors");
-    write_replaced(&path, base, &trained, &added, &mut |name| learner.value(name))?;
+    write_replaced(&path, base, &trained, head, &mut |name| learner.value(name))?;
     for (name, contents) in files {
         let path = inside.join(name);
         fs::write(&path, contents).map_err(|e| io("cannot write", &path, e))?;

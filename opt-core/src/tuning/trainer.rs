@@ -54,7 +54,7 @@ pub struct StepReport {
     pub lr: f64,
     /// Norm of all gradients together, before clipping.
     pub grad_norm: f32,
-    /// Target tokens of this step.
+    /// Target tokens of this step; examples where the goal is another.
     pub tokens: u64,
     /// Tokens that were run a second, over this step.
     pub tokens_per_second: f64,
@@ -74,7 +74,7 @@ pub struct TrainReport {
     pub best: Option<(f64, u64)>,
     /// Whether it ended early, since evaluations were no better any more.
     pub stopped_early: bool,
-    /// Target tokens learned from.
+    /// Target tokens learned from; examples where the goal is another.
     pub tokens: u64,
     /// Where the result lies.
     pub output: PathBuf,
@@ -158,7 +158,8 @@ impl<'a> Trainer<'a> {
             Some(step) => store.restore(step, self.tuner.learner(), self.options.optimizer)?,
             None => State::default(),
         };
-        let log = store.log(state.step)?;
+        // Where nothing was saved nothing is kept: it begins anew.
+        let log = store.log(last)?;
         let mut run = Run { trainer: self, plan, store, state, log, began: Instant::now(), first: 0 };
         run.first = run.state.step;
         run.go()

@@ -1,9 +1,10 @@
 use super::{
     ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions,
     TrainingMemory, contrast,
+    contrast::ranks,
     data::Dataset,
-    head, recall,
-    start::{Artifact, adapter},
+    head,
+    start::{self, Artifact, adapter},
     weights::Plan,
 };
 use crate::{
@@ -193,7 +194,7 @@ impl Tuner {
                 Artifact::Adapter { config: adapter.clone(), model: config.clone(), head: None }
             }
             Method::Continue(adapter) => {
-                let adapter = Box::new(adapter.config().clone());
+                let adapter = Box::new(start::without_head(adapter.config()));
                 Artifact::Adapter { config: adapter, model: config.clone(), head: None }
             }
         };
@@ -372,8 +373,7 @@ impl Tuner {
             Array2::from_shape_vec((values.len() / width, width), values).unwrap_or_default()
         };
         let (queries, passages) = (rows(queries), rows(passages));
-        let at = |k| recall(queries.view(), passages.view(), k);
-        Ok(Recall { at_1: at(1), at_10: at(10) })
+        Ok(Recall::of(&ranks(queries.view(), passages.view())))
     }
 
     /// The model's shape.
@@ -418,14 +418,18 @@ impl Tuner {
     pub fn memory(&self, options: &TrainOptions, seq_len: usize) -> Result<TrainingMemory> {
         let held = |name: &str, _: &[usize]| self.held.get(name).copied().unwrap_or_default();
         let (config, dtype) = (&self.config, self.holding.dtype);
-        let own = TrainingMemory::with(config, &self.method, dtype, &held, options, seq_len)?;
+        // Pairs are two texts, each as long as an example may be.
+        let texts = if self.learns_pairs() { 2 } else { 1 };
+        let batch = options.batch_size.saturating_mul(texts);
+        let rows = options.clone().batch_size(batch);
+        let own = TrainingMemory::with(config, &self.method, dtype, &held, &rows, seq_len)?;
         Ok(match &self.purpose {
             Purpose::Teacher(teacher) => {
                 let Teacher { options: distill, config: teacher, bytes, .. } = &**teacher;
                 let rows = options.batch_size.saturating_mul(seq_len) as u64;
                 own.with_teacher((teacher, *bytes), *distill, config, options, rows)
             }
-            // A head is small beside what is below it; pairs are two texts, each as long as an example may be.
+            // A head is small beside what is below it.
             _ => own,
         })
     }

@@ -3,6 +3,7 @@
 use super::{
     DataOptions, Reads, jsonl,
     read::{refuse, tokenizer},
+    text::Text,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -10,12 +11,7 @@ use crate::{
     tuning::{Example, Goal},
 };
 use serde_json::{Map, Value};
-use std::{
-    collections::BTreeSet,
-    fs::File,
-    io::{BufRead, BufReader},
-    path::Path,
-};
+use std::{collections::BTreeSet, fs::File, path::Path};
 
 /// Reads a line for a head or for search.
 pub(super) fn read(line: &str, options: &DataOptions) -> Result<Example> {
@@ -35,21 +31,12 @@ pub(super) fn read(line: &str, options: &DataOptions) -> Result<Example> {
 pub fn classes(paths: &[&Path]) -> Result<Vec<String>> {
     let mut names = BTreeSet::new();
     for path in paths {
-        let io = |e: std::io::Error| {
-            let missing = e.kind() == std::io::ErrorKind::NotFound;
-            let kind = if missing { ErrorKind::NotFound } else { ErrorKind::Io };
-            Error::because(kind, format_args!("cannot read {}", path.display()), e)
-        };
-        for (number, line) in BufReader::new(File::open(path).map_err(io)?).lines().enumerate() {
-            let line = line.map_err(io)?;
-            let of_line = |line: &str| match object(line)?.remove("label") {
-                Some(Value::String(name)) => Ok(vec![name]),
-                Some(Value::Array(all)) => all.iter().map(name_of).collect(),
-                other => name_of(&other.unwrap_or_default()).map(|name| vec![name]),
-            };
+        let at = |e: Error| e.at(path.display());
+        let mut text = open(path)?;
+        while let Some((number, line)) = text.line().map_err(at)? {
             if !line.trim().is_empty() {
-                let at = |e: Error| e.at(format_args!("line {}", number + 1)).at(path.display());
-                names.extend(of_line(&line).map_err(at)?);
+                let of_line = labels(&line).map_err(|e| e.at(format_args!("line {number}")));
+                names.extend(of_line.map_err(at)?);
             }
         }
     }
@@ -57,6 +44,27 @@ pub fn classes(paths: &[&Path]) -> Result<Vec<String>> {
         return refuse("expected lines with a \"label\", found none");
     }
     Ok(names.into_iter().collect())
+}
+
+fn open(path: &Path) -> Result<Text<File>> {
+    let missing = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    match File::open(path) {
+        Ok(file) => Ok(Text::new(file)),
+        Err(e) => {
+            let kind = if missing(&e) { ErrorKind::NotFound } else { ErrorKind::Io };
+            Err(Error::because(kind, format_args!("cannot open {}", path.display()), e))
+        }
+    }
+}
+
+/// The names that a line has as its label.
+fn labels(line: &str) -> Result<Vec<String>> {
+    let map = object(line)?;
+    match map.get("label") {
+        Some(Value::Array(all)) => all.iter().map(name_of).collect(),
+        Some(label) => Ok(vec![name_of(label)?]),
+        None => refuse(format_args!("expected a \"label\", found {}", jsonl::keys(&map))),
+    }
 }
 
 fn name_of(value: &Value) -> Result<String> {

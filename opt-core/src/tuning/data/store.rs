@@ -90,7 +90,7 @@ impl Writer {
         self.totals
     }
 
-    /// Appends an example whose targets begin at `from`.
+    /// Appends an example.
     pub(super) fn push(&mut self, example: &Example) -> Result<()> {
         let narrow = |n: usize| (n as u32).to_le_bytes();
         let (kind, number, more) = words(&example.goal);
