@@ -140,7 +140,7 @@ pub struct Recall {
 /// use opt_core::tuning::recall;
 ///
 /// let queries = array![[1.0, 0.0], [0.0, 1.0]];
-/// let passages = array![[2.0, 0.1], [3.0, 0.0]];
+/// let passages = array![[1.0, 0.0], [1.0, -0.5]];
 /// assert_eq!(recall(queries.view(), passages.view(), 1), 0.5);
 /// assert_eq!(recall(queries.view(), passages.view(), 2), 1.0);
 /// ```
