@@ -33,8 +33,8 @@ const NUMBER: u64 = 4;
 /// A low-rank term keeps its rank more, with dropout its input too, with DoRA its output; a low-rank term beside fc1, or a
 /// trained bias of a frozen one, keeps `ffn` more, and a prefix three more states for each of its tokens. Layers below the
 /// first one that is trained keep nothing. head = `2 · hidden + 2 · vocabulary`: two states, logits, which their
-/// gradients take the place of, and the copy of these that a product makes on the `cpu` backend. work = `max(2 · hidden + ffn, 6 · hidden)`: gradients inside the layer that is being gone back
-/// through.
+/// gradients take the place of, and the copy of these that a product makes on the `cpu` backend. work =
+/// `max(2 · hidden + ffn, 6 · hidden)`: gradients inside the layer that is being gone back through.
 ///
 /// With gradient checkpointing it is 4 · rows · (layers · hidden + max(head, kept + work)), with all layers.
 ///
