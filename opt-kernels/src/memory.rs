@@ -242,8 +242,12 @@ impl<T: Copy> Aligned<T> {
             Some(kept) => kept,
             None => {
                 // SAFETY: the layout is not empty.
-                let start = NonNull::new(unsafe { alloc::alloc(layout) });
-                let start = start.ok_or_else(|| out_of_memory(what, bytes))?;
+                let allocate = || NonNull::new(unsafe { alloc::alloc(layout) });
+                let again = || {
+                    spare::release();
+                    allocate()
+                };
+                let start = allocate().or_else(again).ok_or_else(|| out_of_memory(what, bytes))?;
                 if bytes >= HUGE_PAGE {
                     advise_huge_pages(start.as_ptr(), bytes);
                 }
