@@ -148,13 +148,21 @@ step "browsers: wasm32, and opt-novels on WebGPU in Chromium"
 beside wasm wasm
 
 step "packaging"
-# All crates, since opt-core names them all; without LibTorch what is packed cannot be compiled.
-# What cargo verifies it takes for released, and so for unchangeable: what an earlier run unpacked into cargo's home, or
-# compiled, would stand for what was packed just now.
-rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/opt-{backend,kernels,core,cli}* target/debug/.fingerprint/opt-*
-no_verify=()
-[ ${#exclude[@]} -eq 0 ] || no_verify=(--no-verify)
-cargo package --workspace --features "$features" ${no_verify[@]+"${no_verify[@]}"} --allow-dirty --quiet
+# All crates, since opt-core names them all. What was packed is then compiled as a workspace of its own, where the
+# dependencies are those checked above: cargo's own verification would build all of them again, each crate by itself.
+packed=$PWD/target/packed
+rm -rf "$packed" target/package
+cargo package --workspace --features "$features" --no-verify --allow-dirty --quiet
+mkdir -p "$packed"
+for crate in target/package/*.crate; do tar -xzf "$crate" -C "$packed"; done
+cp Cargo.lock "$packed"
+{
+  printf '[workspace]\nresolver = "3"\nmembers = ["opt-*"]\n\n[patch.crates-io]\n'
+  (cd "$packed" && for crate in opt-*; do printf '%s = { path = "%s" }\n' "${crate%-*}" "$crate"; done)
+  printf '\n'
+  sed -n '/^\[profile\.dev/,/^$/p' Cargo.toml
+} >"$packed/Cargo.toml"
+(cd "$packed" && CARGO_TARGET_DIR=../ cargo check "${workspace[@]}" --quiet)
 
 step "the oldest supported Rust, $msrv"
 if rustc --version | grep -q "^rustc $msrv"; then

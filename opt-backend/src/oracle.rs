@@ -129,5 +129,17 @@ pub fn log_sum_exp(row: ArrayView1<'_, f32>) -> f64 {
 }
 
 fn dot(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    let product = |(&a, &b): (&f32, &f32)| f64::from(a) * f64::from(b);
+    let (Some(a), Some(b)) = (a.as_slice(), b.as_slice()) else {
+        return a.iter().zip(b).map(product).sum();
+    };
+    // Sums that do not wait for one another: nearly all of the conformance suite's time is spent here.
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    let mut sums = [0.0; 16];
+    for (a, b) in a.iter().zip(b) {
+        for (sum, pair) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += product(pair);
+        }
+    }
+    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(product).sum::<f64>()
 }

@@ -12,9 +12,9 @@ use opt_core::{
     Load,
     checkpoint::Checkpoint,
     tokenizer::Tokenizer,
-    tuning::{DistillOptions, Method, Tuner, data::Reads, student_of},
+    tuning::{DistillOptions, Method, OutputOptions, TeacherOutputs, Tuner, data::Reads, student_of},
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const HELP: &str = "\
 Examples:
@@ -63,6 +63,15 @@ pub(crate) struct Distill {
     #[arg(long, value_name = "X", default_value_t = DistillOptions::default().alpha_cos, help_heading = "Method")]
     alpha_cos: f32,
 
+    /// Learn from what the teacher made of the data before, in this file; if it is not there, write it first. Hidden
+    /// states are not kept, and of each target only the largest logits.
+    #[arg(long, value_name = "FILE", help_heading = "Method")]
+    teacher_outputs: Option<PathBuf>,
+    /// Logits of a target that --teacher-outputs keeps; the rest of the probability is spread evenly over the rest of
+    /// the tokens. [default: 64]
+    #[arg(long, value_name = "K", requires = "teacher_outputs", help_heading = "Method")]
+    teacher_top_k: Option<usize>,
+
     #[command(flatten)]
     train: TrainArgs,
     #[command(flatten)]
@@ -82,7 +91,7 @@ impl Distill {
                 "--model belongs to other subcommands; expected --teacher and --student",
             ));
         }
-        let options = self.train.options(5e-4);
+        let options = self.train.options(5e-4)?;
         options.validate()?;
         let distill = DistillOptions::default()
             .temperature(self.temperature)
@@ -91,7 +100,6 @@ impl Distill {
             .alpha_hidden(self.alpha_hidden)
             .alpha_cos(self.alpha_cos);
         distill.validate()?;
-        let backend = self.place.choose()?;
         let path = model::find(Some(&self.teacher), &console).map_err(|e| e.at("--teacher"))?;
         let teacher = Checkpoint::open(&path)?;
         let mut words = tokenizer(&path)?;
@@ -111,11 +119,50 @@ impl Distill {
         let mut config = student.config().clone();
         config.max_position_embeddings =
             config.max_position_embeddings.min(teacher.config().max_position_embeddings);
-        let load = Load::with(backend).dtype(self.dtype.into()).cancel(console.cancel.clone());
-        let tuner = Tuner::from_checkpoint(student, Method::full(), load)?.files(files);
-        let tuner = tuner.distill(teacher, distill)?;
+        let load = || -> Result<Load<'_>, Failure> {
+            let load = Load::with(self.place.choose()?).dtype(self.dtype.into());
+            Ok(load.cancel(console.cancel.clone()))
+        };
+        let student_load = load()?;
+        let Some(file) = &self.teacher_outputs else {
+            let tuner = Tuner::from_checkpoint(student, Method::full(), student_load)?.files(files);
+            let tuner = tuner.distill(teacher, distill)?;
+            let (data, eval) = self.train.read(&config, words, Reads::Language, &console)?;
+            return self.train.run(tuner, data, eval, options, &console, self.show);
+        };
         let (data, eval) = self.train.read(&config, words, Reads::Language, &console)?;
+        let outputs = match file.exists() {
+            true => self.known(file, &teacher)?,
+            false => {
+                let keep = OutputOptions::default().temperature(self.temperature);
+                let keep = self.teacher_top_k.map_or(keep, |k| keep.k(k));
+                console.catch_interrupts();
+                let bar = console.bar("teaching");
+                let mut progress = |at: opt_core::Progress<'_>| bar.show(at);
+                TeacherOutputs::write(file, &teacher, load()?, &data, keep, Some(&mut progress))?
+            }
+        };
+        let tuner = Tuner::from_checkpoint(student, Method::full(), student_load)?.files(files);
+        let tuner = tuner.distill_from(outputs, distill)?;
         self.train.run(tuner, data, eval, options, &console, self.show)
+    }
+
+    /// Outputs that are there, which must be this teacher's.
+    fn known(&self, file: &Path, teacher: &Checkpoint) -> Result<TeacherOutputs, Failure> {
+        let outputs = TeacherOutputs::open(file)?;
+        let place = file.display();
+        if !outputs.are_of(teacher)? {
+            return Err(Failure::usage(format!(
+                "{place}: expected outputs of --teacher, found another model's"
+            )));
+        }
+        match self.teacher_top_k {
+            Some(k) if k != outputs.k() => Err(Failure::usage(format!(
+                "--teacher-top-k: expected {}, which {place} was written with, found {k}",
+                outputs.k()
+            ))),
+            _ => Ok(outputs),
+        }
     }
 }
 

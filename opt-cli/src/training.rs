@@ -78,6 +78,9 @@ pub(crate) struct TrainArgs {
     /// or sgd.
     #[arg(long, value_name = "NAME", default_value = "adamw", value_parser = optimizer, help_heading = "Steps")]
     optimizer: Optimizer,
+    /// Decays of AdamW's first and second moment. [default: 0.9,0.999]
+    #[arg(long, value_name = "B1,B2", value_parser = betas, help_heading = "Steps")]
+    betas: Option<(f32, f32)>,
     /// Decay of matrices; biases and LayerNorms have none.
     #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Steps")]
     weight_decay: f32,
@@ -139,6 +142,13 @@ fn optimizer(name: &str) -> Result<Optimizer, String> {
     name.parse().map_err(|e: opt_core::Error| e.to_string())
 }
 
+fn betas(text: &str) -> Result<(f32, f32), String> {
+    let decay = |x: &str| x.trim().parse().ok().filter(|x: &f32| (0.0..1.0).contains(x));
+    text.split_once(',')
+        .and_then(|(first, second)| Some((decay(first)?, decay(second)?)))
+        .ok_or_else(|| "expected two numbers from 0 to below 1 with a comma between, as 0.9,0.999".into())
+}
+
 /// The tokenizer of a model, if it has one.
 pub(crate) fn tokenizer(model: &Path) -> Result<Option<Tokenizer>, Failure> {
     let dir = if model.is_dir() { model } else { model.parent().unwrap_or(Path::new("")) };
@@ -151,14 +161,14 @@ pub(crate) fn tokenizer(model: &Path) -> Result<Option<Tokenizer>, Failure> {
 
 impl TrainArgs {
     /// How the training runs, at this learning rate unless a flag says another.
-    pub(crate) fn options(&self, lr: f64) -> TrainOptions {
+    pub(crate) fn options(&self, lr: f64) -> Result<TrainOptions, Failure> {
         let options = TrainOptions::default()
             .max_steps(self.max_steps)
             .batch_size(self.batch_size)
             .grad_accum(self.grad_accum)
             .schedule(self.schedule)
             .warmup_steps(self.warmup_steps)
-            .optimizer(self.optimizer)
+            .optimizer(self.optimizer()?)
             .weight_decay(self.weight_decay)
             .clip((self.clip != 0.0).then_some(self.clip))
             .label_smoothing(self.label_smoothing)
@@ -169,10 +179,23 @@ impl TrainArgs {
             .save_limit(self.save_limit)
             .patience(self.patience)
             .lr(self.lr.unwrap_or(lr));
-        match self.epochs {
+        Ok(match self.epochs {
             Some(epochs) => options.epochs(epochs),
             None => options,
+        })
+    }
+
+    fn optimizer(&self) -> Result<Optimizer, Failure> {
+        let mut optimizer = self.optimizer;
+        match (&mut optimizer, self.betas) {
+            (_, None) => {}
+            (
+                Optimizer::AdamW { beta1, beta2, .. } | Optimizer::AdamW8bit { beta1, beta2, .. },
+                Some(betas),
+            ) => (*beta1, *beta2) = betas,
+            _ => return Err(Failure::usage("--betas belongs to --optimizer adamw and adamw8bit")),
         }
+        Ok(optimizer)
     }
 
     /// The most tokens that an example has.

@@ -199,7 +199,7 @@ struct Start {
 impl Tune {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let console = Console::new(self.show);
-        let options = self.options();
+        let options = self.options()?;
         options.validate()?;
         let backend = self.model.place.choose()?;
         let path = match &self.from_scratch {
@@ -318,7 +318,7 @@ impl Tune {
         Ok(Start { checkpoint: new_model(&config, self.train.seed)?, tokenizer, files })
     }
 
-    fn options(&self) -> TrainOptions {
+    fn options(&self) -> Result<TrainOptions, Failure> {
         self.train.options(match self.method {
             MethodName::Full => 5e-5,
             MethodName::Lora => 3e-4,

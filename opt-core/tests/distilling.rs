@@ -8,7 +8,8 @@ use opt_core::{
     ErrorKind, Opt,
     checkpoint::Checkpoint,
     tuning::{
-        DistillOptions, Event, Example, Method, StepOptions, TrainOptions, Trainer, Tuner,
+        DistillOptions, Event, Example, Method, OutputOptions, StepOptions, TeacherOutputs, TrainOptions,
+        Trainer, Tuner,
         data::{DataOptions, Dataset},
         new_model, student_layers, student_of,
     },
@@ -190,6 +191,77 @@ fn resuming_asks_for_the_same_teacher() {
     assert!(text.contains("resumed with other settings: method.distill.teacher_weights: expected"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
     run(teacher(), true).unwrap();
+}
+
+/// Of a whole vocabulary outputs that were written teach what the teacher does; of a part, nearly that.
+#[test]
+fn outputs_teach_what_the_teacher_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = || model("shape_350m");
+    let options = DistillOptions::default().temperature(1.5);
+    let student = || Tuner::from_checkpoint(model("shape_125m"), Method::full(), backend::load()).unwrap();
+    let batch = examples(4);
+    let write = |k: usize| {
+        let keep = OutputOptions::default().k(k).temperature(1.5);
+        let path = dir.path().join(k.to_string());
+        TeacherOutputs::write(&path, &teacher(), backend::load(), &data(12), keep, None)
+    };
+    let step = StepOptions::default();
+    let (loss, expected) = student().distill(teacher(), options).unwrap().gradients(&batch, step).unwrap();
+    let vocabulary = teacher().config().vocab_size;
+    let mut gaps = Vec::new();
+    for k in [vocabulary, vocabulary / 2, 2] {
+        let outputs = write(k).unwrap();
+        assert_eq!((outputs.k(), outputs.temperature()), (k, 1.5));
+        assert!(outputs.are_of(&teacher()).unwrap() && !outputs.are_of(&model("shape_125m")).unwrap());
+        let mut tuner = student().distill_from(outputs, options).unwrap();
+        let (own, found) = tuner.gradients(&batch, step).unwrap();
+        // Twice the same, whatever the order.
+        let back: Vec<Example> = batch.iter().rev().cloned().collect();
+        assert!((tuner.gradients(&back, step).unwrap().0 - own).abs() < 1e-5);
+        if k == vocabulary {
+            assert!((own - loss).abs() < 1e-5 * loss, "{own}, {loss}");
+            for (name, expected) in &expected {
+                assert_near(found[name].view(), expected.view(), name);
+            }
+        }
+        let off = |name: &String| (&found[name] - &expected[name]).mapv(|v| v * v).sum();
+        gaps.push(expected.keys().map(off).sum::<f32>());
+    }
+    assert!(gaps.is_sorted() && gaps[1] > 0.0, "{gaps:?}");
+    // Other data, and what is out of range.
+    let mut tuner = student().distill_from(write(2).unwrap(), options).unwrap();
+    let error = tuner.gradients(&[Example::new(vec![9, 9, 9])], step).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Prompt, "{error}");
+    assert!(error.to_string().contains("it was written for other data"), "{error}");
+    for k in [0, vocabulary + 1] {
+        assert_eq!(write(k).unwrap_err().kind(), ErrorKind::Option);
+    }
+    for wrong in [options.temperature(2.0), options.alpha_hidden(0.1), options.alpha_cos(0.1)] {
+        let error = student().distill_from(TeacherOutputs::open(dir.path().join("2")).unwrap(), wrong);
+        assert!(error.is_err_and(|error| error.kind() == ErrorKind::Option));
+    }
+}
+
+#[test]
+fn a_file_that_holds_no_outputs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("outputs");
+    let keep = OutputOptions::default().k(3);
+    TeacherOutputs::write(&path, &model("shape_350m"), backend::load(), &data(3), keep, None).unwrap();
+    let whole = fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let error = TeacherOutputs::open(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Checkpoint, "{error}");
+    };
+    for end in [0, 10, whole.len() / 2, whole.len() - 1] {
+        refused(&whole[..end]);
+    }
+    refused(&[&whole[..], b"!"].concat());
+    let text = String::from_utf8_lossy(&whole).replacen("\"version\":1", "\"version\":2", 1);
+    refused(&text.into_bytes());
+    assert_eq!(TeacherOutputs::open(dir.path().join("none")).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]

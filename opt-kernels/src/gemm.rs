@@ -153,6 +153,7 @@ impl<'a, X: Operand, W> Block<'a, X, W> {
 
 impl<X: Operand, P: Source<Operand = X>> Kernel for Block<'_, X, &P> {
     type Output = ();
+    const BF16: bool = X::BF16;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

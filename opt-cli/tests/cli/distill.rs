@@ -52,6 +52,35 @@ fn students_of_either_kind_can_be_used() {
     }
 }
 
+/// The teacher runs once; what it made is learned from again without it.
+#[test]
+fn outputs_of_the_teacher_are_written_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = data(dir.path());
+    let file = dir.path().join("teacher.outputs");
+    let start = |name: &str, flags: &[&str]| {
+        let mut command = distill("shape_350m", &data, &dir.path().join(name));
+        command.args(["--student-layers", "2", "--teacher-outputs"]).arg(&file).args(flags);
+        command
+    };
+    run(start("first", &["--teacher-top-k", "12"]).arg("--json")).json();
+    let written = fs::read(&file).unwrap();
+    run(start("second", &[]).arg("--json")).json();
+    assert!(fs::read(&file).unwrap() == written);
+    let weights = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
+    assert!(weights("first") == weights("second"));
+    run(&mut start("third", &["--teacher-top-k", "13"])).refused(2, &["--teacher-top-k", "12", "13"]);
+    run(&mut start("third", &["--temperature", "3"])).refused(2, &["temperature: expected 2", "found 3"]);
+    run(&mut start("third", &["--alpha-hidden", "1"])).refused(2, &["alpha_hidden: expected 0"]);
+    run(distill("shape_1.3b", &data, &dir.path().join("third"))
+        .args(["--student-layers", "2", "--teacher-outputs"])
+        .arg(&file))
+    .refused(2, &["teacher.outputs", "another model's"]);
+    fs::write(&file, &written[..written.len() - 1]).unwrap();
+    run(&mut start("third", &[])).refused(1, &["teacher.outputs", "ends early"]);
+    assert!(!dir.path().join("third").exists());
+}
+
 #[test]
 fn refusals() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@
 //! its logits and states stay where they were computed.
 
 use super::{
-    Example,
+    Example, TeacherOutputs,
     learner::{Forward, Pass, wanted_rows},
     tape::{Taped, Var},
     weights::ParamId,
@@ -105,11 +105,23 @@ impl DistillOptions {
     }
 }
 
+/// What a student is to learn from.
+#[derive(Clone, Copy)]
+pub(crate) enum Teaching<'a> {
+    Model(&'a Checkpoint),
+    Outputs(&'a TeacherOutputs),
+}
+
+/// A teacher that is run, or what it was run for once.
+enum Teacher<B: Backend> {
+    Model(Box<Decoder<B>>, OptConfig),
+    Outputs(TeacherOutputs),
+}
+
 /// A teacher, and what is wanted of it.
 pub(super) struct Distill<B: Backend> {
     options: DistillOptions,
-    teacher: Decoder<B>,
-    config: OptConfig,
+    teacher: Teacher<B>,
     /// By the student's layer, the teacher's layer whose result its own is compared with.
     matched: Vec<usize>,
     /// From the student's hidden width to the teacher's.
@@ -124,8 +136,8 @@ pub(super) struct Taught<B: Backend> {
     logits: Option<B::Tensor>,
     /// The state after each layer that is matched, `[targets, hidden_size]`.
     states: Vec<Option<B::Tensor>>,
-    /// What the LM head sees, `[targets, word_embed_proj_dim]`.
-    last: B::Tensor,
+    /// What the LM head sees, `[targets, word_embed_proj_dim]`; outputs that were written hold none.
+    last: Option<B::Tensor>,
 }
 
 impl<B: Train> Distill<B> {
@@ -133,11 +145,18 @@ impl<B: Train> Distill<B> {
     pub(super) fn load(
         taped: &Taped<B>,
         student: &OptConfig,
-        teacher: &Checkpoint,
+        teacher: Teaching<'_>,
         holding: &Holding,
         options: DistillOptions,
         cancel: &CancelToken,
     ) -> Result<Self> {
+        let teacher = match teacher {
+            Teaching::Model(teacher) => teacher,
+            Teaching::Outputs(outputs) => {
+                let teacher = Teacher::Outputs(outputs.clone());
+                return Ok(Self { options, teacher, matched: Vec::new(), hidden: None, last: None });
+            }
+        };
         let config = teacher.config().clone();
         let layers = config.num_hidden_layers;
         let mut taken = |_: &str| cancel.check("loading");
@@ -160,7 +179,8 @@ impl<B: Train> Distill<B> {
             true => matched(layers, student.num_hidden_layers),
             false => Vec::new(),
         };
-        Ok(Self { options, teacher: decoder, config, matched, hidden, last })
+        let teacher = Teacher::Model(Box::new(decoder), config);
+        Ok(Self { options, teacher, matched, hidden, last })
     }
 
     /// Whether states after layers are compared.
@@ -168,9 +188,19 @@ impl<B: Train> Distill<B> {
         !self.matched.is_empty()
     }
 
-    /// Runs the teacher.
+    /// Runs the teacher, or looks up what it made of these examples.
     pub(super) fn teach(&self, b: &B, examples: &[Example]) -> Result<Taught<B>> {
-        let longest = self.config.max_position_embeddings;
+        let (teacher, config) = match &self.teacher {
+            Teacher::Model(teacher, config) => (teacher, config),
+            Teacher::Outputs(outputs) => {
+                let logits = match self.options.alpha_kd > 0.0 {
+                    true => Some(b.upload(outputs.logits(examples)?.view())?),
+                    false => None,
+                };
+                return Ok(Taught { logits, states: Vec::new(), last: None });
+            }
+        };
+        let longest = config.max_position_embeddings;
         if let Some(example) = examples.iter().find(|example| example.ids().len() > longest) {
             let message = format_args!(
                 "expected at most {longest} tokens (the teacher's context), found {}",
@@ -183,12 +213,12 @@ impl<B: Train> Distill<B> {
         let positions: Vec<u32> =
             spans.iter().flat_map(|span| 0..span.len).map(|position| position as u32).collect();
         let (rows, _) = wanted_rows(examples, &spans);
-        let mut h = self.teacher.start(b, self.teacher.embed(b, &ids)?, &positions)?;
+        let mut h = teacher.start(b, teacher.embed(b, &ids)?, &positions)?;
         let mut states = Vec::new();
-        for (index, layer) in self.teacher.layers.iter().enumerate() {
-            let is_last = index + 1 == self.teacher.layers.len();
+        for (index, layer) in teacher.layers.iter().enumerate() {
+            let is_last = index + 1 == teacher.layers.len();
             let wanted = is_last.then_some(&rows[..]);
-            let at = At { style: self.teacher.style, index, spans: &spans, wanted };
+            let at = At { style: teacher.style, index, spans: &spans, wanted };
             h = layer.forward(b, h, at, None, Inside { attentions: None, inputs: None })?;
             states.push(match (self.matched.contains(&index), is_last) {
                 (false, _) => None,
@@ -196,10 +226,9 @@ impl<B: Train> Distill<B> {
                 (true, true) => Some(b.copy(&h)?),
             });
         }
-        let last = self.teacher.finish(b, h)?;
-        let logits =
-            (self.options.alpha_kd > 0.0).then(|| b.logits(&last, self.teacher.head())).transpose()?;
-        Ok(Taught { logits, states, last })
+        let last = teacher.finish(b, h)?;
+        let logits = (self.options.alpha_kd > 0.0).then(|| b.logits(&last, teacher.head())).transpose()?;
+        Ok(Taught { logits, states, last: Some(last) })
     }
 
     /// The loss `[1, 1]` of a student's pass; the tape is told where its gradients start.
@@ -240,9 +269,9 @@ impl<B: Train> Distill<B> {
                 )?);
             }
         }
-        if alpha_cos > 0.0 {
+        if let Some(teacher) = taught.last.as_ref().filter(|_| alpha_cos > 0.0) {
             let last = projected(taped, &last, self.last)?;
-            losses.push(cosine(taped, &last, &taught.last, pass.scale * alpha_cos)?);
+            losses.push(cosine(taped, &last, teacher, pass.scale * alpha_cos)?);
         }
         let mut losses = losses.into_iter();
         let Some(mut total) = losses.next() else {

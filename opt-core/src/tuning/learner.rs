@@ -2,7 +2,7 @@
 
 use super::{
     ContrastOptions, DistillOptions, Example, Pooling, StepOptions, StepResult, contrast,
-    distill::Distill,
+    distill::{Distill, Teaching},
     head::TrainedHead,
     optimizer::{Memory, Optimizer, misfit, remembered},
     tape::{Taped, Var},
@@ -78,7 +78,7 @@ pub(crate) trait Learn: Send {
     /// Lets steps and gradients be those of a distillation from a teacher, which is held as `holding` says.
     fn distill(
         &mut self,
-        teacher: &Checkpoint,
+        teacher: Teaching<'_>,
         holding: &Holding,
         options: DistillOptions,
         cancel: &CancelToken,
@@ -431,7 +431,7 @@ impl<B: Train> Learn for Learner<B> {
 
     fn distill(
         &mut self,
-        teacher: &Checkpoint,
+        teacher: Teaching<'_>,
         holding: &Holding,
         options: DistillOptions,
         cancel: &CancelToken,

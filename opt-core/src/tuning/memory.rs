@@ -164,9 +164,7 @@ impl TrainingMemory {
         };
         let trained = matrix(distill.alpha_hidden, teacher.hidden_size, student.hidden_size)
             + matrix(distill.alpha_cos, teacher.word_embed_proj_dim, student.word_embed_proj_dim);
-        // The teacher's logits, and a copy of the student's where there are two losses of these.
-        let losses = [distill.alpha_ce, distill.alpha_kd].into_iter().filter(|alpha| *alpha > 0.0).count();
-        let logits = if distill.alpha_kd > 0.0 { losses * teacher.vocab_size } else { 0 };
+        let logits = logits_of(distill) * teacher.vocab_size;
         let states = match distill.alpha_hidden > 0.0 {
             true => student.num_hidden_layers * (teacher.hidden_size + student.hidden_size),
             false => 0,
@@ -181,11 +179,28 @@ impl TrainingMemory {
         }
     }
 
+    /// With a teacher's outputs for `rows` rows: as logits, on the host too.
+    pub(super) fn with_outputs(self, vocab_size: usize, distill: DistillOptions, rows: u64) -> Self {
+        let on_host = usize::from(distill.alpha_kd > 0.0);
+        let kept = rows.saturating_mul(((logits_of(distill) + on_host) * vocab_size) as u64);
+        Self { activations: self.activations.saturating_add(NUMBER.saturating_mul(kept)), ..self }
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
         [self.weights, self.gradients, self.optimizer, self.activations]
             .into_iter()
             .fold(0, u64::saturating_add)
+    }
+}
+
+/// How many times a row's logits are there for a teacher's sake: the teacher's, and a copy of the student's where there
+/// are two losses of these.
+fn logits_of(distill: DistillOptions) -> usize {
+    match (distill.alpha_ce > 0.0, distill.alpha_kd > 0.0) {
+        (_, false) => 0,
+        (false, true) => 1,
+        (true, true) => 2,
     }
 }
 

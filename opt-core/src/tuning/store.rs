@@ -366,7 +366,7 @@ fn difference(place: &str, old: &Value, new: &Value) -> Option<(String, Value, V
 }
 
 /// Temporary files and directories are their maker's alone; these are to be files like others.
-fn readable(path: &Path) -> std::io::Result<()> {
+pub(super) fn readable(path: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -1,6 +1,8 @@
+mod teacher;
+
 use super::{
-    ContrastOptions, DistillOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions,
-    TrainingMemory, contrast,
+    ContrastOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions, TrainingMemory,
+    contrast,
     contrast::ranks,
     data::Dataset,
     head,
@@ -19,6 +21,7 @@ use crate::{
 use ndarray::{Array2, Axis};
 use opt_backend::{Counts, DType, Info};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
+use teacher::Teacher;
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -149,16 +152,6 @@ enum Purpose {
     Pairs(ContrastOptions),
 }
 
-/// What is known of a teacher beside its weights.
-struct Teacher {
-    options: DistillOptions,
-    config: OptConfig,
-    /// Bytes of its weights.
-    bytes: u64,
-    /// What tells them from others.
-    weights: String,
-}
-
 impl Tuner {
     /// Opens a model to train it: a directory in Hugging Face layout, or a single weights file beside its config.json.
     ///
@@ -219,47 +212,6 @@ impl Tuner {
             }
         }
         self
-    }
-
-    /// Lets what follows learn from a teacher's outputs too: steps and gradients are of the losses that
-    /// [`DistillOptions`] lists, while [`Tuner::loss`] stays the cross-entropy. The teacher can have any shape of the
-    /// student's vocabulary; it is held as [`Tuner::load`] was told to hold what is not trained, on the same backend,
-    /// and nothing is dropped in it.
-    ///
-    /// ```
-    /// use opt_core::{Load, checkpoint::Checkpoint};
-    /// use opt_core::tuning::{DistillOptions, Example, Method, StepOptions, Tuner, student_of};
-    ///
-    /// let teacher = Checkpoint::open("../models/opt-novels")?;
-    /// let (student, files) = student_of(&teacher, 2)?;
-    /// let tuner = Tuner::from_checkpoint(student, Method::full(), Load::default())?.files(files);
-    /// let mut tuner = tuner.distill(teacher, DistillOptions::default())?;
-    /// let step = tuner.step(&[&[Example::new(vec![2, 100, 200, 300])]], StepOptions::default())?;
-    /// assert!(step.loss > 0.0);
-    /// # Ok::<(), opt_core::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ErrorKind::Option`] for options out of range, another vocabulary, and a student that has a teacher already;
-    /// those of [`crate::Opt::load`] for the teacher.
-    pub fn distill(mut self, teacher: Checkpoint, options: DistillOptions) -> Result<Self> {
-        options.validate()?;
-        self.still_free()?;
-        let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
-        let (own, found) = (self.config.vocab_size, teacher.config().vocab_size);
-        if own != found {
-            return fail(format!(
-                "teacher: expected the student's vocabulary of {own} tokens, found {found}"
-            ));
-        }
-        let place = |e: Error| e.at("teacher");
-        teacher.validate().map_err(place)?;
-        self.holding.check(&teacher).map_err(place)?;
-        self.learner.distill(&teacher, &self.holding, options, &self.cancel)?;
-        let (bytes, weights) = (self.holding.total_bytes(&teacher), teacher.fingerprint().map_err(place)?);
-        let teacher = Teacher { options, config: teacher.config().clone(), bytes, weights };
-        self.purpose = Purpose::Teacher(Box::new(teacher));
-        Ok(self)
     }
 
     fn still_free(&self) -> Result<()> {
@@ -424,11 +376,7 @@ impl Tuner {
         let rows = options.clone().batch_size(batch);
         let own = TrainingMemory::with(config, &self.method, dtype, &held, &rows, seq_len)?;
         Ok(match &self.purpose {
-            Purpose::Teacher(teacher) => {
-                let Teacher { options: distill, config: teacher, bytes, .. } = &**teacher;
-                let rows = options.batch_size.saturating_mul(seq_len) as u64;
-                own.with_teacher((teacher, *bytes), *distill, config, options, rows)
-            }
+            Purpose::Teacher(teacher) => teacher.memory(own, config, options, seq_len),
             // A head is small beside what is below it.
             _ => own,
         })
@@ -550,12 +498,7 @@ impl Tuner {
         };
         let (key, value) = match &self.purpose {
             Purpose::Tokens => return settings,
-            Purpose::Teacher(teacher) => {
-                let Teacher { options, config, weights, .. } = &**teacher;
-                let settings =
-                    serde_json::json!({ "options": options, "teacher": config, "teacher_weights": weights });
-                ("distill", settings)
-            }
+            Purpose::Teacher(teacher) => ("distill", teacher.settings()),
             Purpose::Head(task) => ("head", task.config_keys().into()),
             Purpose::Pairs(options) => ("contrast", serde_json::json!(options)),
         };

@@ -200,6 +200,7 @@ struct Task<'a, X, R> {
 
 impl<X: Operand, R: Right<X>> Kernel for Task<'_, X, R> {
     type Output = ();
+    const BF16: bool = X::BF16;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

@@ -102,6 +102,7 @@ struct Block<'a> {
 
 impl Kernel for Block<'_> {
     type Output = ();
+    const BYTES: bool = true;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

@@ -103,6 +103,7 @@ impl SimdLevel {
         struct Ask;
         impl Kernel for Ask {
             type Output = &'static [usize];
+            const BYTES: bool = true;
             #[inline(always)]
             fn run<S: Simd>(self, _: S) -> &'static [usize] {
                 S::INT_TILES
@@ -116,6 +117,7 @@ impl SimdLevel {
         struct Ask;
         impl Kernel for Ask {
             type Output = bool;
+            const BF16: bool = true;
             #[inline(always)]
             fn run<S: Simd>(self, _: S) -> bool {
                 S::BF16_DOT
@@ -124,7 +126,7 @@ impl SimdLevel {
         self.run(Ask)
     }
 
-    /// Runs `kernel` compiled for this level.
+    /// Runs `kernel` compiled for this level, or for the one below if it has no use for what this one adds.
     ///
     /// Values of this type that users can get hold of are checked when a backend is built; asking for an
     /// absent level here falls back to scalar.
@@ -132,37 +134,37 @@ impl SimdLevel {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            SimdLevel::Avx512Bf16 if self.is_available() => {
+            SimdLevel::Avx512Bf16 if K::BF16 && self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx512::run_bf16(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
-            SimdLevel::Avx512Vnni if self.is_available() => {
+            SimdLevel::Avx512Vnni | SimdLevel::Avx512Bf16 if K::BYTES && self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx512::run_vnni(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
-            SimdLevel::Avx512 if self.is_available() => {
+            SimdLevel::Avx512 | SimdLevel::Avx512Vnni | SimdLevel::Avx512Bf16 if self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx512::run(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
-            SimdLevel::Avx2Vnni if self.is_available() => {
+            SimdLevel::Avx2Vnni if K::BYTES && self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx2::run_vnni(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
-            SimdLevel::Avx2 if self.is_available() => {
+            SimdLevel::Avx2 | SimdLevel::Avx2Vnni if self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { avx2::run(kernel) }
             }
             #[cfg(target_arch = "aarch64")]
-            SimdLevel::NeonDot if self.is_available() => {
+            SimdLevel::NeonDot if K::BYTES && self.is_available() => {
                 // SAFETY: the features were just detected.
                 unsafe { neon::run_dot(kernel) }
             }
             #[cfg(target_arch = "aarch64")]
-            SimdLevel::Neon if self.is_available() => {
+            SimdLevel::Neon | SimdLevel::NeonDot if self.is_available() => {
                 // SAFETY: the feature was just detected.
                 unsafe { neon::run(kernel) }
             }
@@ -213,6 +215,11 @@ pub struct Sizes {
 pub trait Kernel {
     /// What it returns.
     type Output;
+    /// Whether it multiplies bytes. One that does not is compiled for fewer levels: with all of them the compiler is
+    /// at work for twice as long.
+    const BYTES: bool = false;
+    /// Whether it multiplies pairs of bf16.
+    const BF16: bool = false;
     /// The computation; implementations are `#[inline(always)]`.
     fn run<S: Simd>(self, s: S) -> Self::Output;
 }
@@ -339,6 +346,7 @@ mod tests {
 
     impl Kernel for Bytes<'_> {
         type Output = Vec<[i64; 10]>;
+        const BYTES: bool = true;
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {

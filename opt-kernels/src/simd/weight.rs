@@ -27,6 +27,8 @@ pub trait Weight: Number + Send + Sync + 'static {
 
 /// What is multiplied and added lane by lane: a number, or two at once.
 pub trait Operand: Weight<Operand = Self> + Default {
+    /// [`Kernel::BF16`](super::Kernel::BF16) of what multiplies them.
+    const BF16: bool = false;
     fn splat<S: Simd>(self, s: S) -> S::V;
     /// `sum` plus the products of `x` and `column`.
     fn multiply_add<S: Simd>(s: S, x: S::V, column: S::V, sum: S::V) -> S::V;
@@ -173,6 +175,7 @@ impl Operand for f32 {
 }
 
 impl Operand for Bf16x2 {
+    const BF16: bool = true;
     #[inline(always)]
     fn splat<S: Simd>(self, s: S) -> S::V {
         s.splat(f32::from_bits(self.0))
@@ -274,6 +277,7 @@ mod tests {
 
     impl Kernel for Dot<'_> {
         type Output = [f32; 16];
+        const BF16: bool = true;
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {

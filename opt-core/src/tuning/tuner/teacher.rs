@@ -1,0 +1,136 @@
+//! Learning from a teacher beside the text.
+
+use super::{Purpose, Tuner};
+use crate::{
+    Error, ErrorKind, Result,
+    checkpoint::Checkpoint,
+    config::OptConfig,
+    tuning::{DistillOptions, TeacherOutputs, TrainOptions, TrainingMemory, distill::Teaching},
+};
+
+/// What is known of a teacher beside its weights.
+pub(super) struct Teacher {
+    options: DistillOptions,
+    /// What tells its weights from others.
+    weights: String,
+    kind: Kind,
+}
+
+enum Kind {
+    /// It is run. `bytes` are those of its weights.
+    Model { config: Box<OptConfig>, bytes: u64 },
+    /// It was run: so many logits are known of each target.
+    Outputs { k: usize },
+}
+
+impl Tuner {
+    /// Lets what follows learn from a teacher's outputs too: steps and gradients are of the losses that
+    /// [`DistillOptions`] lists, while [`Tuner::loss`] stays the cross-entropy. The teacher can have any shape of the
+    /// student's vocabulary; it is held as [`Tuner::load`] was told to hold what is not trained, on the same backend,
+    /// and nothing is dropped in it.
+    ///
+    /// ```
+    /// use opt_core::{Load, checkpoint::Checkpoint};
+    /// use opt_core::tuning::{DistillOptions, Example, Method, StepOptions, Tuner, student_of};
+    ///
+    /// let teacher = Checkpoint::open("../models/opt-novels")?;
+    /// let (student, files) = student_of(&teacher, 2)?;
+    /// let tuner = Tuner::from_checkpoint(student, Method::full(), Load::default())?.files(files);
+    /// let mut tuner = tuner.distill(teacher, DistillOptions::default())?;
+    /// let step = tuner.step(&[&[Example::new(vec![2, 100, 200, 300])]], StepOptions::default())?;
+    /// assert!(step.loss > 0.0);
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for options out of range, another vocabulary, and a student that has a teacher already;
+    /// those of [`crate::Opt::load`] for the teacher.
+    pub fn distill(mut self, teacher: Checkpoint, options: DistillOptions) -> Result<Self> {
+        options.validate()?;
+        self.still_free()?;
+        self.check_vocabulary(teacher.config().vocab_size)?;
+        let place = |e: Error| e.at("teacher");
+        teacher.validate().map_err(place)?;
+        self.holding.check(&teacher).map_err(place)?;
+        let weights = teacher.fingerprint().map_err(place)?;
+        self.learner.distill(Teaching::Model(&teacher), &self.holding, options, &self.cancel)?;
+        let bytes = self.holding.total_bytes(&teacher);
+        let kind = Kind::Model { config: Box::new(teacher.config().clone()), bytes };
+        self.purpose = Purpose::Teacher(Box::new(Teacher { options, weights, kind }));
+        Ok(self)
+    }
+
+    /// [`Tuner::distill`] from what a teacher made of the same examples before; see [`TeacherOutputs`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] as [`Tuner::distill`], for another temperature than the outputs were written for, and for
+    /// `alpha_hidden` or `alpha_cos` above 0, since states are not kept. An example that the teacher has not seen is an
+    /// error of the step that it is in.
+    pub fn distill_from(mut self, outputs: TeacherOutputs, options: DistillOptions) -> Result<Self> {
+        options.validate()?;
+        self.still_free()?;
+        self.check_vocabulary(outputs.vocab_size())?;
+        let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
+        for (name, alpha) in [("alpha_hidden", options.alpha_hidden), ("alpha_cos", options.alpha_cos)] {
+            if alpha > 0.0 {
+                return fail(format!(
+                    "{name}: expected 0, as a teacher's outputs hold no hidden states, found {alpha}"
+                ));
+            }
+        }
+        let (own, found) = (outputs.temperature(), options.temperature);
+        if own != found {
+            return fail(format!(
+                "temperature: expected {own}, which the teacher's outputs were written for, found {found}"
+            ));
+        }
+        self.learner.distill(Teaching::Outputs(&outputs), &self.holding, options, &self.cancel)?;
+        let (weights, kind) = (outputs.teacher_weights().to_owned(), Kind::Outputs { k: outputs.k() });
+        self.purpose = Purpose::Teacher(Box::new(Teacher { options, weights, kind }));
+        Ok(self)
+    }
+
+    /// Whether it can learn from a teacher of so many tokens.
+    fn check_vocabulary(&self, found: usize) -> Result<()> {
+        match self.config.vocab_size {
+            own if own == found => Ok(()),
+            own => {
+                let message =
+                    format_args!("teacher: expected the student's vocabulary of {own} tokens, found {found}");
+                Err(Error::new(ErrorKind::Option, message))
+            }
+        }
+    }
+}
+
+impl Teacher {
+    /// What a training takes that takes `own` without a teacher.
+    pub(super) fn memory(
+        &self,
+        own: TrainingMemory,
+        student: &OptConfig,
+        options: &TrainOptions,
+        seq_len: usize,
+    ) -> TrainingMemory {
+        let rows = options.batch_size.saturating_mul(seq_len) as u64;
+        match &self.kind {
+            Kind::Model { config, bytes } => {
+                own.with_teacher((config, *bytes), self.options, student, options, rows)
+            }
+            Kind::Outputs { .. } => own.with_outputs(student.vocab_size, self.options, rows),
+        }
+    }
+
+    /// What a resumed training must have in common with the one it goes on with.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        let Self { options, weights, kind } = self;
+        match kind {
+            Kind::Model { config, .. } => {
+                serde_json::json!({ "options": options, "teacher": config, "teacher_weights": weights })
+            }
+            Kind::Outputs { k } => {
+                serde_json::json!({ "options": options, "top_k": k, "teacher_weights": weights })
+            }
+        }
+    }
+}
