@@ -10,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 log=$(mktemp -d)
-trap 'rm -rf "$log"' EXIT
+beside=
+trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null; rm -rf "$log"' EXIT
 ci=${CI:-}
 msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
@@ -50,8 +51,9 @@ if [ -n "$ci" ]; then
     { apt-get update -qq && apt-get install -y -qq mesa-vulkan-drivers libvulkan1; }
   # A device that is not there is then a failed test, not a skipped one.
   export OPT_REQUIRE_BACKENDS=1
-  # Nothing is built a second time here, so what would make that faster only takes space: a quarter of all.
-  export CARGO_INCREMENTAL=0
+  # Nothing is built a second time here, so what would make that faster only takes space: a quarter of all. Where a
+  # test failed it says without line tables.
+  export CARGO_INCREMENTAL=0 CARGO_PROFILE_DEV_DEBUG=none
 fi
 if libtorch=$(ci/libtorch.sh ${ci:+--install} 2>"$log/libtorch"); then
   eval "$libtorch"
@@ -88,11 +90,30 @@ for feature in cpu tch candle wgpu; do
     fi
   done
 done
-cargo build -p opt-core --quiet
+cargo check -p opt-core --quiet
 
 step "tests"
 logged tests cargo test "${workspace[@]}" --no-fail-fast
 grep '^skipped' "$log/tests" || true
+
+# Scripts of their own: they install what they need in CI, and elsewhere say on a line what they leave out and why.
+script() { # NAME TARGET_FOLDER
+  logged "$1" "ci/$1.sh" "$msrv"
+  [ -z "$ci" ] || rm -rf "target/$2"
+  local left_out
+  while read -r left_out; do skip "${left_out#skipped: }"; done < <(grep '^skipped: ' "$log/$1" || true)
+}
+arm_and_asan() {
+  step "64-bit ARM: the embedded backend, emulated"
+  script arm aarch64
+  step "AddressSanitizer: the crates with kernels on host memory"
+  script asan asan
+}
+# Much of the time these, like the suites, keep one core busy.
+if [ -n "$ci" ]; then
+  arm_and_asan >"$log/beside" 2>&1 &
+  beside=$!
+fi
 
 # The tests of opt-core that run a model, each backend in its turn.
 suite=(adapters agreement distilling engine generation heads loading models properties quantized sampling scoring search sessions streaming texts
@@ -133,19 +154,18 @@ for backend in cpu tch candle wgpu; do
   fi
 done
 
-# Scripts of their own: they install what they need in CI, and elsewhere say on a line what they leave out and why.
-beside() { # NAME TARGET_FOLDER
-  logged "$1" "ci/$1.sh" "$msrv"
-  [ -z "$ci" ] || rm -rf "target/$2"
-  local left_out
-  while read -r left_out; do skip "${left_out#skipped: }"; done < <(grep '^skipped: ' "$log/$1" || true)
-}
-step "64-bit ARM: the embedded backend, emulated"
-beside arm aarch64
-step "AddressSanitizer: the crates with kernels on host memory"
-beside asan asan
+if [ -n "$ci" ]; then
+  step "beside the suites"
+  wait "$beside" || { cat "$log/beside"; exit 1; }
+  cat "$log/beside"
+  # The counts are in the logs of both.
+  rm "$log/beside"
+  beside=
+else
+  arm_and_asan
+fi
 step "browsers: wasm32, and opt-novels on WebGPU in Chromium"
-beside wasm wasm
+script wasm wasm
 
 step "packaging"
 # All crates, since opt-core names them all. What was packed is then compiled as a workspace of its own, where the

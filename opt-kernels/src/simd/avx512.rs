@@ -38,6 +38,14 @@ pub(super) fn detected_bf16() -> bool {
     is_x86_feature_detected!("avx512bf16")
 }
 
+/// Whether dot products of bf16 are faster than conversion to f32 and twice as many products there. Not on Intel's
+/// processors, which make half as many of them a cycle: on a Sapphire Rapids a product of 512 rows takes 1.5 times as
+/// long, while on a Zen 5 it takes half as long.
+pub(super) fn fast_bf16() -> bool {
+    let vendor = __cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx] != [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+}
+
 /// # Safety
 /// The CPU has the features of [`detected`], [`detected_vnni`], [`detected_bf16`] and those of AVX2.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]

@@ -45,7 +45,7 @@ pub enum SimdLevel {
 }
 
 impl SimdLevel {
-    /// Every level, the fastest last among those of one architecture.
+    /// Every level, those of one architecture in the order of what they have.
     pub const ALL: [SimdLevel; 8] = [
         SimdLevel::Scalar,
         SimdLevel::Avx2,
@@ -80,9 +80,15 @@ impl SimdLevel {
         }
     }
 
-    /// The fastest level of this machine.
+    /// The fastest level of this machine: the last that it has, but for dot products of bf16 where they are slow.
     pub fn best() -> SimdLevel {
-        SimdLevel::ALL.into_iter().rev().find(|level| level.is_available()).unwrap_or(SimdLevel::Scalar)
+        let is_fast = |level: &SimdLevel| match level {
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Bf16 => avx512::fast_bf16(),
+            _ => true,
+        };
+        let mut fastest_first = SimdLevel::ALL.into_iter().rev();
+        fastest_first.find(|level| level.is_available() && is_fast(level)).unwrap_or(SimdLevel::Scalar)
     }
 
     /// The sizes of this level's tiles.
