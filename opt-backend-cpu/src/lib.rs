@@ -2,8 +2,8 @@
 //!
 //! Weights are held as f32, f16 or bf16, activations are f32, and every product is accumulated in f32. SIMD kernels
 //! (AVX-512, AVX2, NEON, scalar) are chosen at run time, threads belong to the [`Cpu`] value, and nothing is global.
-//! Where the CPU has dot products of bf16 (AVX512-BF16), activations are rounded to bf16 as they meet weights of bf16,
-//! unless they are to stay f32 ([`CpuBuilder::compute`]).
+//! Where the CPU has fast dot products of bf16 (AVX512-BF16, but on Intel's processors), activations are rounded to bf16
+//! as they meet weights of bf16, unless they are to stay f32 ([`CpuBuilder::compute`]).
 //!
 //! Results are deterministic in the strong sense: a row's result is bit-equal whatever batch, chunk of a prompt and
 //! thread count it is computed with. They may differ in the last bits between instruction sets.

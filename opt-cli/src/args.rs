@@ -70,8 +70,8 @@ pub(crate) struct PlaceArgs {
     pub(crate) device: Option<String>,
 
     /// Multiply by quantized weights with activations in this number format; from the fastest to the most exact: int8,
-    /// int16, f32. On processors with instructions for bf16, the cpu backend also rounds activations to bf16 for weights
-    /// of bf16; not with f32.
+    /// int16, f32. On processors with fast instructions for bf16, the cpu backend also rounds activations to bf16 for
+    /// weights of bf16; not with f32.
     #[arg(long, value_name = "FORMAT", default_value = "int16", help_heading = "Model")]
     pub(crate) compute: ComputeFormat,
 
