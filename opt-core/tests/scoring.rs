@@ -2,41 +2,32 @@
 
 mod common;
 
-use common::{backend::same_numbers, named, tiny::Tiny, tiny::random_ids};
+use common::{backend::same_numbers, fixtures, json, named, tiny::Tiny, tiny::random_ids};
 use opt_core::{ErrorKind, ScoreInput, tokenizer::Bos};
+use serde::Deserialize;
 
-/// Ids by the `tokenizers` library and the rule of lm-evaluation-harness (`_encode_pair`): white space at the end of
-/// the context (Python's `rstrip`) moves to the continuation, whose ids are those of the whole text behind as many as
+/// Texts, and their ids by transformers and the rule of lm-evaluation-harness (`_encode_pair`): white space at the end
+/// of the context (Python's `rstrip`) moves to the continuation, whose ids are those of the whole text behind as many as
 /// the context has.
+#[derive(Deserialize)]
+struct Pair {
+    context: String,
+    continuation: String,
+    context_ids: Vec<u32>,
+    continuation_ids: Vec<u32>,
+}
+
 #[test]
 fn pairs_as_in_lm_evaluation_harness() {
-    let pairs: &[(&str, &str, &[u32], &[u32])] = &[
-        ("The river", " was wide", &[477, 2568], &[312, 2888]),
-        ("The river ", "was wide", &[477, 2568], &[312, 2888]),
-        ("The river   ", "was wide", &[477, 2568], &[574, 312, 2888]),
-        ("He said:\n", "Yes", &[734, 385, 29], &[202, 980]),
-        (
-            "Question: who?\nAnswer:",
-            " the old man",
-            &[5208, 426, 346, 29, 460, 34, 202, 3133, 86, 1337, 29],
-            &[266, 642, 441],
-        ),
-        ("un", "happy", &[450], &[3745]),
-        ("na\u{ef}ve caf", "\u{e9}", &[2465, 131, 111, 314, 2049, 73], &[4206]),
-        ("\u{1f600} ", "\u{1f600}", &[176, 257, 250, 226], &[224, 176, 257, 250, 226]),
-        ("It was the\u{a0}", "night", &[810, 312, 266], &[2551, 1385]),
-        ("one\t", "two", &[464], &[201, 4950]),
-        ("\n\nA", "\n\nB", &[202, 202, 36], &[202, 202, 37]),
-        ("end\u{1d}", "more", &[492], &[221, 2214]),
-        ("The \u{3000}", "x", &[477], &[224, 163, 226, 226, 91]),
-    ];
+    let pairs: Vec<Pair> = json(fixtures().join("texts/pairs.json"));
+    assert!(pairs.len() > 10);
     let opt = named("opt-novels");
-    for (context, continuation, first, then) in pairs {
+    for Pair { context, continuation, context_ids, continuation_ids } in pairs {
         for (bos, start) in [(Bos::Model, &[2u32][..]), (Bos::Never, &[])] {
-            let found = ScoreInput::pair(&opt, context, continuation, bos).unwrap();
+            let found = ScoreInput::pair(&opt, &context, &continuation, bos).unwrap();
             let what = format!("{context:?} and {continuation:?}, {bos:?}");
-            assert_eq!(found.ids, [start, first, then].concat(), "{what}");
-            assert_eq!(found.from, start.len() + first.len(), "{what}");
+            assert_eq!(found.ids, [start, &context_ids, &continuation_ids].concat(), "{what}");
+            assert_eq!(found.from, start.len() + context_ids.len(), "{what}");
         }
     }
 }

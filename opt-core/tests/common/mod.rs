@@ -97,7 +97,7 @@ impl Arrays {
     }
 }
 
-fn json<T: DeserializeOwned>(path: impl AsRef<Path>) -> T {
+pub fn json<T: DeserializeOwned>(path: impl AsRef<Path>) -> T {
     let path = path.as_ref();
     let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
