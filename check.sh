@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 log=$(mktemp -d)
 beside=
-trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null; rm -rf "$log"' EXIT
+# The job beside the suites is a process group of its own, which ends with this.
+trap '[ -z "$beside" ] || kill -- -"$beside" 2>/dev/null || true; rm -rf "$log"' EXIT
 ci=${CI:-}
 msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
@@ -111,8 +112,10 @@ arm_and_asan() {
 }
 # Much of the time these, like the suites, keep one core busy.
 if [ -n "$ci" ]; then
-  arm_and_asan >"$log/beside" 2>&1 &
+  set -m
+  arm_and_asan >"$log/beside" 2>&1 </dev/null &
   beside=$!
+  set +m
 fi
 
 # The tests of opt-core that run a model, each backend in its turn.
@@ -174,7 +177,8 @@ packed=$PWD/target/packed
 rm -rf "$packed" target/package
 cargo package --workspace --features "$features" --no-verify --allow-dirty --quiet
 mkdir -p "$packed"
-for crate in target/package/*.crate; do tar -xzf "$crate" -C "$packed"; done
+# With the times of now (-m): those inside are all the same, and would look to cargo as if nothing had changed.
+for crate in target/package/*.crate; do tar -xzmf "$crate" -C "$packed"; done
 cp Cargo.lock "$packed"
 {
   printf '[workspace]\nresolver = "3"\nmembers = ["opt-*"]\n\n[patch.crates-io]\n'

@@ -99,7 +99,11 @@ impl Distill {
             .alpha_kd(self.alpha_kd)
             .alpha_hidden(self.alpha_hidden)
             .alpha_cos(self.alpha_cos);
-        distill.validate()?;
+        match self.teacher_outputs {
+            Some(_) => distill.validate_without_states()?,
+            None => distill.validate()?,
+        }
+        let backend = self.place.choose()?;
         let path = model::find(Some(&self.teacher), &console).map_err(|e| e.at("--teacher"))?;
         let teacher = Checkpoint::open(&path)?;
         let mut words = tokenizer(&path)?;
@@ -119,30 +123,34 @@ impl Distill {
         let mut config = student.config().clone();
         config.max_position_embeddings =
             config.max_position_embeddings.min(teacher.config().max_position_embeddings);
-        let load = || -> Result<Load<'_>, Failure> {
-            let load = Load::with(self.place.choose()?).dtype(self.dtype.into());
-            Ok(load.cancel(console.cancel.clone()))
-        };
-        let student_load = load()?;
+        let load = |backend| Load::with(backend).dtype(self.dtype.into()).cancel(console.cancel.clone());
         let Some(file) = &self.teacher_outputs else {
-            let tuner = Tuner::from_checkpoint(student, Method::full(), student_load)?.files(files);
+            let tuner = Tuner::from_checkpoint(student, Method::full(), load(backend))?.files(files);
             let tuner = tuner.distill(teacher, distill)?;
             let (data, eval) = self.train.read(&config, words, Reads::Language, &console)?;
             return self.train.run(tuner, data, eval, options, &console, self.show);
         };
         let (data, eval) = self.train.read(&config, words, Reads::Language, &console)?;
-        let outputs = match file.exists() {
-            true => self.known(file, &teacher)?,
+        let (own, found) = (student.config().vocab_size, teacher.config().vocab_size);
+        if own != found {
+            return Err(Failure::usage(format!(
+                "teacher: expected the student's vocabulary of {own} tokens, found {found}"
+            )));
+        }
+        let (outputs, backend) = match file.exists() {
+            true => (self.known(file, &teacher)?, backend),
             false => {
                 let keep = OutputOptions::default().temperature(self.temperature);
                 let keep = self.teacher_top_k.map_or(keep, |k| keep.k(k));
                 console.catch_interrupts();
                 let bar = console.bar("teaching");
                 let mut progress = |at: opt_core::Progress<'_>| bar.show(at);
-                TeacherOutputs::write(file, &teacher, load()?, &data, keep, Some(&mut progress))?
+                let outputs =
+                    TeacherOutputs::write(file, &teacher, load(backend), &data, keep, Some(&mut progress))?;
+                (outputs, self.place.choose()?)
             }
         };
-        let tuner = Tuner::from_checkpoint(student, Method::full(), student_load)?.files(files);
+        let tuner = Tuner::from_checkpoint(student, Method::full(), load(backend))?.files(files);
         let tuner = tuner.distill_from(outputs, distill)?;
         self.train.run(tuner, data, eval, options, &console, self.show)
     }

@@ -4,6 +4,7 @@ use crate::args::ShowArgs;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use opt_core::{CancelToken, Progress};
 use std::{
+    cell::Cell,
     io::{self, IsTerminal, Write},
     ops::ControlFlow,
     time::{Duration, Instant},
@@ -13,6 +14,8 @@ use std::{
 pub(crate) struct Console {
     quiet: bool,
     bars: bool,
+    /// Whether Ctrl-C is caught already.
+    catches: Cell<bool>,
     /// Used by the first Ctrl-C.
     pub(crate) cancel: CancelToken,
 }
@@ -20,12 +23,15 @@ pub(crate) struct Console {
 impl Console {
     pub(crate) fn new(show: ShowArgs) -> Self {
         let bars = !show.quiet && io::stderr().is_terminal();
-        Self { quiet: show.quiet, bars, cancel: CancelToken::new() }
+        Self { quiet: show.quiet, bars, catches: Cell::new(false), cancel: CancelToken::new() }
     }
 
     /// From here on the first Ctrl-C ends the work cleanly and the second one the process. Called once all input is
     /// read: until then there is nothing to end cleanly.
     pub(crate) fn catch_interrupts(&self) {
+        if self.catches.replace(true) {
+            return;
+        }
         let cancel = self.cancel.clone();
         let caught = ctrlc::set_handler(move || {
             if cancel.is_cancelled() {

@@ -4,8 +4,8 @@ use std::{fmt, str::FromStr};
 /// they are.
 ///
 /// It is about quantized weights, and about those of bf16 where the CPU backend finds fast instructions for dot
-/// products of bf16 (AVX512-BF16, but on Intel's processors): there activations are rounded to bf16 too, as LibTorch does, unless this says
-/// [`Compute::F32`]. Products with weights of f32 and f16 are computed in f32 whatever this says.
+/// products of bf16 (AVX512-BF16, but on Intel's processors): there activations are rounded to bf16 too, as LibTorch
+/// does, unless this says [`Compute::F32`]. Products with weights of f32 and f16 are computed in f32 whatever this says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Compute {

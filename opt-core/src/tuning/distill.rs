@@ -103,6 +103,24 @@ impl DistillOptions {
         }
         Ok(())
     }
+
+    /// [`DistillOptions::validate`], and whether what a [`super::TeacherOutputs`] holds is enough.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`].
+    pub fn validate_without_states(&self) -> Result<()> {
+        self.validate()?;
+        let of_states = [("alpha_hidden", self.alpha_hidden), ("alpha_cos", self.alpha_cos)];
+        match of_states.iter().find(|(_, alpha)| *alpha > 0.0) {
+            None => Ok(()),
+            Some((name, alpha)) => {
+                let message = format_args!(
+                    "{name}: expected 0, as a teacher's outputs hold no hidden states, found {alpha}"
+                );
+                Err(Error::new(ErrorKind::Option, message))
+            }
+        }
+    }
 }
 
 /// What a student is to learn from.

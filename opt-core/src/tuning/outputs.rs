@@ -67,6 +67,8 @@ struct Head {
     vocab_size: usize,
     /// What tells the teacher's weights from others.
     teacher_weights: String,
+    /// The number format that they were held in.
+    teacher_held: String,
     examples: u64,
 }
 
@@ -138,6 +140,7 @@ impl TeacherOutputs {
             temperature,
             vocab_size,
             teacher_weights: teacher.fingerprint()?,
+            teacher_held: load.holding.name(),
             examples: data.len(),
         };
         let cancel = load.cancel.clone().unwrap_or_default();
@@ -151,8 +154,12 @@ impl TeacherOutputs {
         for index in 0..data.len() {
             cancel.check("writing the teacher's outputs")?;
             let example = data.get(index)?;
-            let logits = logits_of(&teacher, &example, &cancel);
-            let logits = logits.map_err(|e| e.at(format_args!("example {}", index + 1)))?;
+            let place_of = |e: Error| e.at(format_args!("example {}", index + 1));
+            if !matches!(example.goal, Goal::Tokens(_)) {
+                let message = "expected tokens to be predicted, found another goal";
+                return Err(place_of(Error::new(ErrorKind::Prompt, message)));
+            }
+            let logits = logits_of(&teacher, &example, &cancel).map_err(place_of)?;
             out.write_all(&key(&example).to_le_bytes()).map_err(place)?;
             out.write_all(&(logits.nrows() as u64).to_le_bytes()).map_err(place)?;
             for row in logits.outer_iter() {
@@ -164,7 +171,7 @@ impl TeacherOutputs {
             }
         }
         let file = out.into_inner().map_err(|e| place(e.into_error()))?;
-        readable(file.path()).map_err(place)?;
+        file.as_file().sync_all().and_then(|()| readable(file.path())).map_err(place)?;
         file.persist(path).map_err(|e| place(e.error))?;
         Self::open(path)
     }
@@ -191,7 +198,7 @@ impl TeacherOutputs {
         if head.version != VERSION {
             return Err(damaged(&format!("version {} of the format", head.version)));
         }
-        if head.k == 0 || head.k > head.vocab_size {
+        if head.k == 0 || head.k > head.vocab_size || u32::try_from(head.vocab_size).is_err() {
             return Err(damaged(&format!("{} logits of a target", head.k)));
         }
         let mut places = HashMap::new();
@@ -200,7 +207,10 @@ impl TeacherOutputs {
             let mut words = [[0; 8]; 2];
             reader.seek(SeekFrom::Start(place)).map_err(read)?;
             for word in &mut words {
-                reader.read_exact(word).map_err(|_| damaged("a file that ends early"))?;
+                reader.read_exact(word).map_err(|e| match e.kind() {
+                    std::io::ErrorKind::UnexpectedEof => damaged("a file that ends early"),
+                    _ => read(e),
+                })?;
             }
             let [key, targets] = words.map(u64::from_le_bytes);
             place += 16;
@@ -237,9 +247,38 @@ impl TeacherOutputs {
         self.head.vocab_size
     }
 
-    /// What tells the teacher's weights from others.
-    pub(super) fn teacher_weights(&self) -> &str {
-        &self.head.teacher_weights
+    /// What a training that learns from them must have in common with the one it goes on with.
+    pub(super) fn settings(&self) -> serde_json::Value {
+        let Head { k, teacher_weights, teacher_held, .. } = &self.head;
+        serde_json::json!({ "top_k": k, "teacher_weights": teacher_weights, "teacher_held": teacher_held })
+    }
+
+    /// Whether the teacher has seen all of this.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Prompt`] for the first example that it has not; those of reading the data.
+    pub fn check(&self, data: &Dataset) -> Result<()> {
+        for index in 0..data.len() {
+            let found = self.place(&data.get(index)?);
+            found.map_err(|e| e.at(format_args!("example {}", index + 1)))?;
+        }
+        Ok(())
+    }
+
+    /// Where the targets of an example begin in the file, and how many there are.
+    fn place(&self, example: &Example) -> Result<(u64, usize)> {
+        let targets = example.targets().count();
+        match self.places.get(&key(example)) {
+            Some((place, count)) if *count == targets as u64 => Ok((*place, targets)),
+            _ => {
+                let message = format_args!(
+                    "{}: expected outputs for all examples, found none for one of {} tokens: it was written for other data",
+                    self.path.display(),
+                    example.ids().len()
+                );
+                Err(Error::new(ErrorKind::Prompt, message))
+            }
+        }
     }
 
     /// The teacher's logits of the targets of these examples, `[targets, vocab_size]`.
@@ -247,21 +286,7 @@ impl TeacherOutputs {
     /// # Errors
     /// [`ErrorKind::Prompt`] for an example that the teacher has not seen; [`ErrorKind::Io`].
     pub(super) fn logits(&self, examples: &[Example]) -> Result<Array2<f32>> {
-        let mut found = Vec::with_capacity(examples.len());
-        for example in examples {
-            let targets = example.targets().count() as u64;
-            match self.places.get(&key(example)) {
-                Some((place, count)) if *count == targets => found.push((*place, targets as usize)),
-                _ => {
-                    let message = format_args!(
-                        "{}: expected outputs for all examples, found none for one of {} tokens: it was written for other data",
-                        self.path.display(),
-                        example.ids().len()
-                    );
-                    return Err(Error::new(ErrorKind::Prompt, message));
-                }
-            }
-        }
+        let found = examples.iter().map(|example| self.place(example)).collect::<Result<Vec<_>>>()?;
         let rows = found.iter().map(|(_, targets)| targets).sum();
         let mut logits = Array2::zeros((rows, self.head.vocab_size));
         let mut all = logits.outer_iter_mut();

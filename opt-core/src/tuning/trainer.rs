@@ -148,6 +148,7 @@ impl<'a> Trainer<'a> {
     pub fn run(mut self, output: impl AsRef<Path>) -> Result<TrainReport> {
         self.options.validate()?;
         let plan = Steps::new(&self.options, &self.data)?;
+        self.tuner.check_data(&self.data)?;
         let settings = json!({
             "options": self.options, "method": self.tuner.settings(), "data": about(&self.data),
             "eval": self.eval.as_ref().map(about), "trainable": self.tuner.trainable(),

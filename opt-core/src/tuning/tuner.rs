@@ -489,6 +489,14 @@ impl Tuner {
         &self.artifact
     }
 
+    /// Whether all of this can be learned, as far as is known before it is.
+    pub(super) fn check_data(&self, data: &Dataset) -> Result<()> {
+        match &self.purpose {
+            Purpose::Teacher(teacher) => teacher.check(data),
+            _ => Ok(()),
+        }
+    }
+
     /// What must be the same for a training to be resumed.
     pub(super) fn settings(&self) -> serde_json::Value {
         let mut settings = match &self.method {

@@ -5,22 +5,22 @@ use crate::{
     Error, ErrorKind, Result,
     checkpoint::Checkpoint,
     config::OptConfig,
-    tuning::{DistillOptions, TeacherOutputs, TrainOptions, TrainingMemory, distill::Teaching},
+    tuning::{
+        DistillOptions, TeacherOutputs, TrainOptions, TrainingMemory, data::Dataset, distill::Teaching,
+    },
 };
 
 /// What is known of a teacher beside its weights.
 pub(super) struct Teacher {
     options: DistillOptions,
-    /// What tells its weights from others.
-    weights: String,
     kind: Kind,
 }
 
 enum Kind {
-    /// It is run. `bytes` are those of its weights.
-    Model { config: Box<OptConfig>, bytes: u64 },
-    /// It was run: so many logits are known of each target.
-    Outputs { k: usize },
+    /// It is run. `weights` tells its weights from others, `bytes` is what they take.
+    Model { config: Box<OptConfig>, weights: String, bytes: u64 },
+    /// It was run.
+    Outputs(TeacherOutputs),
 }
 
 impl Tuner {
@@ -55,8 +55,8 @@ impl Tuner {
         let weights = teacher.fingerprint().map_err(place)?;
         self.learner.distill(Teaching::Model(&teacher), &self.holding, options, &self.cancel)?;
         let bytes = self.holding.total_bytes(&teacher);
-        let kind = Kind::Model { config: Box::new(teacher.config().clone()), bytes };
-        self.purpose = Purpose::Teacher(Box::new(Teacher { options, weights, kind }));
+        let kind = Kind::Model { config: Box::new(teacher.config().clone()), weights, bytes };
+        self.purpose = Purpose::Teacher(Box::new(Teacher { options, kind }));
         Ok(self)
     }
 
@@ -65,28 +65,21 @@ impl Tuner {
     /// # Errors
     /// [`ErrorKind::Option`] as [`Tuner::distill`], for another temperature than the outputs were written for, and for
     /// `alpha_hidden` or `alpha_cos` above 0, since states are not kept. An example that the teacher has not seen is an
-    /// error of the step that it is in.
+    /// error of the step that it is in; a [`crate::tuning::Trainer`] looks at all of them before the first.
     pub fn distill_from(mut self, outputs: TeacherOutputs, options: DistillOptions) -> Result<Self> {
         options.validate()?;
         self.still_free()?;
         self.check_vocabulary(outputs.vocab_size())?;
-        let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
-        for (name, alpha) in [("alpha_hidden", options.alpha_hidden), ("alpha_cos", options.alpha_cos)] {
-            if alpha > 0.0 {
-                return fail(format!(
-                    "{name}: expected 0, as a teacher's outputs hold no hidden states, found {alpha}"
-                ));
-            }
-        }
+        options.validate_without_states()?;
         let (own, found) = (outputs.temperature(), options.temperature);
         if own != found {
-            return fail(format!(
+            let message = format_args!(
                 "temperature: expected {own}, which the teacher's outputs were written for, found {found}"
-            ));
+            );
+            return Err(Error::new(ErrorKind::Option, message));
         }
         self.learner.distill(Teaching::Outputs(&outputs), &self.holding, options, &self.cancel)?;
-        let (weights, kind) = (outputs.teacher_weights().to_owned(), Kind::Outputs { k: outputs.k() });
-        self.purpose = Purpose::Teacher(Box::new(Teacher { options, weights, kind }));
+        self.purpose = Purpose::Teacher(Box::new(Teacher { options, kind: Kind::Outputs(outputs) }));
         Ok(self)
     }
 
@@ -114,23 +107,30 @@ impl Teacher {
     ) -> TrainingMemory {
         let rows = options.batch_size.saturating_mul(seq_len) as u64;
         match &self.kind {
-            Kind::Model { config, bytes } => {
+            Kind::Model { config, bytes, .. } => {
                 own.with_teacher((config, *bytes), self.options, student, options, rows)
             }
-            Kind::Outputs { .. } => own.with_outputs(student.vocab_size, self.options, rows),
+            Kind::Outputs(_) => own.with_outputs(student.vocab_size, self.options, rows),
         }
     }
 
     /// What a resumed training must have in common with the one it goes on with.
     pub(super) fn settings(&self) -> serde_json::Value {
-        let Self { options, weights, kind } = self;
-        match kind {
-            Kind::Model { config, .. } => {
-                serde_json::json!({ "options": options, "teacher": config, "teacher_weights": weights })
+        match &self.kind {
+            Kind::Model { config, weights, .. } => serde_json::json!({
+                "options": self.options, "teacher": config, "teacher_weights": weights,
+            }),
+            Kind::Outputs(outputs) => {
+                serde_json::json!({ "options": self.options, "outputs": outputs.settings() })
             }
-            Kind::Outputs { k } => {
-                serde_json::json!({ "options": options, "top_k": k, "teacher_weights": weights })
-            }
+        }
+    }
+
+    /// Whether it can teach all of this.
+    pub(super) fn check(&self, data: &Dataset) -> Result<()> {
+        match &self.kind {
+            Kind::Model { .. } => Ok(()),
+            Kind::Outputs(outputs) => outputs.check(data),
         }
     }
 }
