@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Arrays, fixtures, novels, tiny::Tiny};
+use common::{Arrays, fixtures, tiny::Tiny};
 use ndarray::{Array2, Axis};
 use opt_backend::{
     HostMatrix,
@@ -19,7 +19,7 @@ use opt_core::{
     },
     tokenizer::Bos,
 };
-use std::{ops::ControlFlow, sync::Arc};
+use std::{ops::ControlFlow, path::PathBuf, sync::Arc};
 
 fn gram(inputs: &ndarray::ArrayD<f32>) -> Gram {
     let mut gram = Gram::new(inputs.shape()[2]);
@@ -258,11 +258,13 @@ fn novel(name: &str) -> Option<String> {
     Some(paragraphs.join("\n\n"))
 }
 
-/// Novels that opt-novels was neither trained nor calibrated on.
+/// Novels that the model below was neither trained nor calibrated on.
 const HELD_OUT: [&str; 3] = ["Burnett_Garden_1911", "Doyle_Hound_1902", "Forster_Angels_1905"];
 
-/// What quantization costs opt-novels, by texts that it does not know.
+/// What quantization costs the opt-novels of the test data, which torch trained and was measured with, by texts that it
+/// does not know.
 struct Judge {
+    model: PathBuf,
     base: Opt,
     checkpoint: Checkpoint,
     /// Of each text, a thousand tokens from its midst.
@@ -280,7 +282,8 @@ struct Verdict {
 
 impl Judge {
     fn new() -> Option<Self> {
-        let base = Opt::open(novels()).unwrap();
+        let model = common::test_data("models/opt-novels")?;
+        let base = Opt::open(&model).unwrap();
         let ids = |text: &str, count: usize| {
             let text: String = text.chars().skip(30_000).take(8 * count).collect();
             let mut ids = base.require_tokenizer().unwrap().encode(&text, Bos::Model).unwrap();
@@ -289,7 +292,7 @@ impl Judge {
         };
         let texts = HELD_OUT.iter().map(|name| Some(ids(&novel(name)?, 1024))).collect::<Option<_>>()?;
         let calibration = calibration_sequences(&ids(&novel("Hardy_Jude_1895")?, 4096), 512, 32).unwrap();
-        Some(Self { checkpoint: Checkpoint::open(novels()).unwrap(), texts, calibration, base })
+        Some(Self { checkpoint: Checkpoint::open(&model).unwrap(), model, texts, calibration, base })
     }
 
     fn of(&self, spec: &QuantSpec, method: Method) -> Verdict {
@@ -299,7 +302,7 @@ impl Judge {
         let sequences: Vec<Vec<u32>> = self.texts[0].chunks(512).map(<[u32]>::to_vec).collect();
         let errors = layer_errors(&self.checkpoint, &weights, &sequences, None, &cancel).unwrap();
         let error = errors.iter().map(|e| e.relative_error).sum::<f64>() / errors.len() as f64;
-        let other = Opt::load(novels(), Load::default().replace(Arc::new(weights))).unwrap();
+        let other = Opt::load(&self.model, Load::default().replace(Arc::new(weights))).unwrap();
         let mut verdict = Verdict { loss: 0.0, kl: 0.0, error };
         for text in &self.texts {
             let mut quiet = |_: opt_core::Progress<'_>| ControlFlow::Continue(());
