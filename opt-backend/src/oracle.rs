@@ -133,7 +133,7 @@ fn dot(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {
     let (Some(a), Some(b)) = (a.as_slice(), b.as_slice()) else {
         return a.iter().zip(b).map(product).sum();
     };
-    // Sums that do not wait for one another: nearly all of the conformance suite's time is spent here.
+    // Sums that do not wait for one another: much of the conformance suite's time is spent here.
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
     let mut sums = [0.0; 16];
     for (a, b) in a.iter().zip(b) {

@@ -221,8 +221,8 @@ pub struct Sizes {
 pub trait Kernel {
     /// What it returns.
     type Output;
-    /// Whether it multiplies bytes. One that does not is compiled for fewer levels: with all of them the compiler is
-    /// at work for twice as long.
+    /// Whether it multiplies bytes. One that does not is compiled for fewer levels: if all were compiled for all of them,
+    /// there would be half as much code again.
     const BYTES: bool = false;
     /// Whether it multiplies pairs of bf16.
     const BF16: bool = false;
