@@ -1,0 +1,1 @@
+//! Evaluation of OPT models that agrees with lm-evaluation-harness.

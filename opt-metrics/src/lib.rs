@@ -1,0 +1,1 @@
+//! Metrics of generated and scored text, equal to the tools that papers use.
