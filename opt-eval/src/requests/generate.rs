@@ -1,0 +1,75 @@
+use super::{Asker, Encoded};
+use crate::task::Generation;
+use opt_core::{
+    Error, ErrorKind, Progress, ProgressFn, Request, Result,
+    generation::GenerationConfig,
+};
+
+/// Prompts that are continued together.
+const BATCH: usize = 16;
+
+/// What a model wrote after a prompt.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Written {
+    /// The text, up to the first stop string.
+    pub text: String,
+    /// Tokens of the prompt that were cut off to leave room.
+    pub cut: usize,
+}
+
+impl Asker<'_> {
+    /// What the model writes after each prompt: up to the first of the stop strings, to EOS, or to `max_gen_toks`
+    /// tokens. Prompts that leave too little room lose their beginning.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] where `max_gen_toks` leaves no room for a prompt, [`ErrorKind::Cancelled`],
+    /// [`ErrorKind::Backend`].
+    pub fn generate(&self, prompts: &[String], how: &Generation, progress: &mut ProgressFn<'_>) -> Result<Vec<Written>> {
+        let tokenizer = self.opt.require_tokenizer()?;
+        let room = self.opt.context().saturating_sub(how.max_gen_toks);
+        if room == 0 {
+            let (context, wanted) = (self.opt.context(), how.max_gen_toks);
+            let message = format_args!("max_gen_toks: expected less than {context} (the context), found {wanted}");
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        let mut config = GenerationConfig::default().max_new_tokens(how.max_gen_toks).do_sample(how.do_sample);
+        config = config.stop_strings(how.until.iter().filter(|stop| !stop.is_empty()).cloned().collect::<Vec<_>>());
+        if let Some(temperature) = how.temperature.filter(|_| how.do_sample) {
+            config = config.temperature(temperature);
+        }
+        let mut written = Vec::with_capacity(prompts.len());
+        for some in prompts.chunks(BATCH) {
+            self.cancel.check("generating")?;
+            let mut requests = Vec::new();
+            for prompt in some {
+                let encoded = self.prompt(prompt, room)?;
+                written.push(Written { text: String::new(), cut: encoded.cut });
+                requests.push(Request::new(encoded.ids).config(config.clone()).cancel(self.cancel.clone()));
+            }
+            let first = written.len() - some.len();
+            let made = self.opt.generate_batch(requests)?;
+            for (slot, made) in written.iter_mut().skip(first).zip(made) {
+                let Some(sequence) = made.sequences.first() else { continue };
+                let text = tokenizer.decode(&sequence.ids, true)?;
+                // The first of each in turn, as the harness cuts.
+                let cut = how.until.iter().filter(|stop| !stop.is_empty());
+                slot.text = cut.fold(text, |text, stop| text.split(&stop[..]).next().unwrap_or_default().to_owned());
+            }
+            if progress(Progress::new("texts", written.len() as u64, prompts.len() as u64)).is_break() {
+                return Err(Error::new(ErrorKind::Cancelled, "generating was cancelled"));
+            }
+        }
+        Ok(written)
+    }
+
+    fn prompt(&self, prompt: &str, room: usize) -> Result<Encoded> {
+        let mut ids = self.tokens(self.opt.require_tokenizer()?, prompt)?;
+        let cut = ids.len().saturating_sub(room);
+        ids.drain(..cut);
+        if ids.is_empty() {
+            return Err(Error::new(ErrorKind::Prompt, "expected a prompt of at least one token, found none"));
+        }
+        Ok(Encoded { from: ids.len(), ids, cut })
+    }
+}

@@ -1,0 +1,182 @@
+use crate::task::Document;
+use opt_core::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+/// What a model said to a document.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Said {
+    /// Log-likelihood of each argument, in nats, and whether it is the greedy one.
+    Likelihoods(Vec<(f64, bool)>),
+    /// Log-likelihood of a text as a whole, in nats.
+    Whole(f64),
+    /// What it wrote.
+    Text(String),
+}
+
+/// A line of a journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    pub(super) doc: usize,
+    #[serde(flatten)]
+    pub(super) reply: Said,
+    /// Arguments that were too long for the model.
+    pub(super) cut: usize,
+}
+
+/// Answers as they came, in a file of JSON lines: first what was run, then for each task a digest of its prompts, and
+/// each answer.
+pub(super) struct Journal {
+    path: PathBuf,
+    file: Option<File>,
+    /// Of each task, the digest of its prompts and what was answered before.
+    before: BTreeMap<String, (u32, Vec<Entry>)>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    #[serde(default)]
+    run: Option<Value>,
+    #[serde(default)]
+    task: Option<String>,
+    #[serde(default)]
+    prompts: Option<u32>,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
+}
+
+impl Journal {
+    /// One that keeps nothing.
+    pub(super) fn none() -> Self {
+        Self { path: PathBuf::new(), file: None, before: BTreeMap::new() }
+    }
+
+    /// Begins a journal, or goes on with one of the same run.
+    pub(super) fn open(path: &Path, run: &Value, resume: bool) -> Result<Self> {
+        let failed = |e: std::io::Error| Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", path.display()), e);
+        let mut journal = Self { path: path.to_owned(), file: None, before: BTreeMap::new() };
+        let whole = match fs::read_to_string(path) {
+            Ok(text) if resume => journal.read(&text, run)?,
+            Ok(_) | Err(_) => 0,
+        };
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            fs::create_dir_all(dir).map_err(failed)?;
+        }
+        let file = OpenOptions::new().create(true).write(true).truncate(false).open(path).map_err(failed)?;
+        // A last line that was cut short goes.
+        file.set_len(whole as u64).map_err(failed)?;
+        let mut file = file;
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(failed)?;
+        journal.file = Some(file);
+        if whole == 0 {
+            journal.line(&json!({ "run": run }))?;
+        }
+        Ok(journal)
+    }
+
+    /// Takes over what an earlier run wrote; says how many bytes of it are whole lines.
+    fn read(&mut self, text: &str, run: &Value) -> Result<usize> {
+        let place = |line: usize| format!("{}, line {line}", self.path.display());
+        let end = text.rfind('\n').map_or(0, |at| at + 1);
+        let whole = text.get(..end).unwrap_or_default();
+        for (index, line) in whole.lines().enumerate() {
+            let no_journal = |e: serde_json::Error| {
+                Error::because(ErrorKind::Option, format_args!("{}: expected a line of a journal", place(index + 1)), e)
+            };
+            let line: Line = serde_json::from_str(line).map_err(no_journal)?;
+            match (line.run, line.task, line.prompts) {
+                (Some(found), ..) if &found != run => {
+                    let message = format_args!("{}: expected a journal of this evaluation ({}), found one of {found}", place(index + 1), differences(run, &found));
+                    return Err(Error::new(ErrorKind::Option, message));
+                }
+                (Some(_), ..) => {}
+                (None, Some(task), Some(prompts)) => {
+                    self.before.entry(task).or_insert((prompts, Vec::new()));
+                }
+                (None, Some(task), None) => {
+                    let entry: Entry = serde_json::from_value(Value::Object(line.rest)).map_err(no_journal)?;
+                    if let Some((_, entries)) = self.before.get_mut(&task) {
+                        entries.push(entry);
+                    }
+                }
+                (None, None, _) => {
+                    let message = format_args!("{}: expected a line of a journal, found another", place(index + 1));
+                    return Err(Error::new(ErrorKind::Option, message));
+                }
+            }
+        }
+        Ok(end)
+    }
+
+    /// Begins a task; gives what was answered before.
+    pub(super) fn begin(&mut self, task: &str, documents: &[Document]) -> Result<Vec<Entry>> {
+        let prompts = digest(documents);
+        match self.before.remove(task) {
+            Some((found, entries)) if found == prompts => Ok(entries),
+            Some(_) => {
+                let message = format_args!("{}: task {task:?} was begun with other prompts, data, examples or limit; without --resume it begins anew", self.path.display());
+                Err(Error::new(ErrorKind::Option, message))
+            }
+            None => {
+                self.line(&json!({ "task": task, "prompts": prompts }))?;
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    pub(super) fn write(&mut self, task: &str, entries: &[Entry]) -> Result<()> {
+        #[derive(Serialize)]
+        struct Named<'a> {
+            task: &'a str,
+            #[serde(flatten)]
+            entry: &'a Entry,
+        }
+        let mut lines = Vec::new();
+        for entry in entries {
+            serde_json::to_writer(&mut lines, &Named { task, entry }).map_err(|e| self.failed(e.into()))?;
+            lines.push(b'\n');
+        }
+        self.bytes(&lines)
+    }
+
+    fn line(&mut self, value: &Value) -> Result<()> {
+        self.bytes(format!("{value}\n").as_bytes())
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = self.file.as_mut().map_or(Ok(()), |file| file.write_all(bytes).and_then(|()| file.flush()));
+        written.map_err(|e| self.failed(e))
+    }
+
+    fn failed(&self, error: std::io::Error) -> Error {
+        Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", self.path.display()), error)
+    }
+}
+
+/// The parts of a run that are not the same.
+fn differences(expected: &Value, found: &Value) -> String {
+    let keys = expected.as_object().into_iter().flat_map(|all| all.keys());
+    let different: Vec<String> = keys.filter(|key| expected.get(key) != found.get(key)).map(|key| format!("{key} differs")).collect();
+    different.join(", ")
+}
+
+/// A checksum over all that is asked.
+fn digest(documents: &[Document]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    for document in documents {
+        for (context, continuation) in &document.arguments {
+            for part in [context, continuation] {
+                hasher.update(&(part.len() as u64).to_le_bytes());
+                hasher.update(part.as_bytes());
+            }
+        }
+    }
+    hasher.finalize()
+}
