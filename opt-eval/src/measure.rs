@@ -6,13 +6,14 @@ use crate::{
 };
 use opt_core::{Error, ErrorKind, Result};
 use opt_metrics::{
-    bleu::Bleu,
+    bleu::{Bleu, BleuStatistics},
     calibration,
-    chrf::Chrf,
-    diversity, labels,
-    rouge::Rouge,
+    chrf::{Chrf, ChrfStatistics},
+    diversity,
+    labels::{self, argmax},
+    rouge::{Rouge, RougeKind},
     statistics::{self, StderrRule, stderr_rule},
-    ter::Ter,
+    ter::{Ter, TerStatistics},
     text,
 };
 
@@ -175,20 +176,6 @@ fn of_choices(name: &str, document: &Document, all: &[LogLikelihood], gold: usiz
     })
 }
 
-/// The first of the largest; what is no number is larger than all, as for numpy.
-fn argmax(scores: &[f64]) -> Option<usize> {
-    let mut best: Option<(usize, f64)> = None;
-    for (index, &score) in scores.iter().enumerate() {
-        if score.is_nan() {
-            return Some(index);
-        }
-        if best.is_none_or(|(_, most)| score > most) {
-            best = Some((index, score));
-        }
-    }
-    best.map(|(index, _)| index)
-}
-
 fn softmax(log_probs: &[f64]) -> Vec<f64> {
     let most = log_probs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let parts: Vec<f64> = log_probs.iter().map(|p| (p - most).exp()).collect();
@@ -197,31 +184,32 @@ fn softmax(log_probs: &[f64]) -> Vec<f64> {
 }
 
 fn of_text(spec: &MetricSpec, written: &str, references: &[String]) -> Result<Value> {
-    let best = |score: &mut dyn FnMut(&str) -> Result<f64>| -> Result<Value> {
-        let scores: Vec<f64> = references.iter().map(|reference| score(reference)).collect::<Result<_>>()?;
-        Ok(Value::Number(scores.into_iter().fold(0.0, f64::max)))
-    };
-    let rouge = |kind: &str, reference: &str| -> Result<f64> {
-        let rouge = Rouge::named(&[kind], false).map_err(in_metrics)?;
-        Ok(rouge.score(reference, written).first().map_or(0.0, |score| score.f_measure))
-    };
-    match &spec.metric[..] {
+    Ok(match &spec.metric[..] {
         "exact_match" => {
-            let options = text::ExactMatchOptions {
-                ignore_case: spec.ignore_case,
-                ignore_punctuation: spec.ignore_punctuation,
-                ignore_numbers: spec.ignore_numbers,
-                regexes_to_ignore: spec.regexes_to_ignore.clone(),
-                ..Default::default()
-            };
+            let mut options = text::ExactMatchOptions::default();
+            options.ignore_case = spec.ignore_case;
+            options.ignore_punctuation = spec.ignore_punctuation;
+            options.ignore_numbers = spec.ignore_numbers;
+            options.regexes_to_ignore.clone_from(&spec.regexes_to_ignore);
             let matcher = text::ExactMatch::new(options).map_err(in_metrics)?;
-            best(&mut |reference| Ok(f64::from(u8::from(matcher.matches(written, reference)))))
+            truth(matcher.matches_any(written, references).map_err(in_metrics)?)
         }
-        kind @ ("rouge1" | "rouge2" | "rougeL" | "rougeLsum") => best(&mut |reference| rouge(kind, reference)),
-        "token_f1" => best(&mut |reference| Ok(text::token_f1(written, reference))),
-        "repetition" => Ok(Value::Number(diversity::seq_rep_n(written, 4))),
-        _ => Ok(Value::Texts(references.to_vec(), written.to_owned())),
-    }
+        "token_f1" => Value::Number(text::best_of(references, written, text::squad_f1)),
+        // Of a text without four words nothing is repeated.
+        "repetition" => Value::Number(diversity::repetition(&words(written), 4).unwrap_or(0.0)),
+        name => match RougeKind::from_name(name) {
+            Some(kind) => {
+                let rouge = Rouge::new(&[kind], false).map_err(in_metrics)?;
+                let scores = rouge.score_multi(references, written).map_err(in_metrics)?;
+                Value::Number(scores.first().map_or(0.0, |score| score.f_measure))
+            }
+            None => Value::Texts(references.to_vec(), written.to_owned()),
+        },
+    })
+}
+
+fn words(text: &str) -> Vec<&str> {
+    text.split_whitespace().collect()
 }
 
 /// One number of all values, and its standard error where the harness has one.
@@ -230,8 +218,10 @@ pub(crate) fn aggregate(kind: Kind, values: &[Value], bootstrap_iters: usize) ->
         Harness(aggregation) => aggregation,
         Calibration => return Ok((calibration_error(values)?, None)),
         Distinct(n) => {
-            let texts: Vec<&str> = values.iter().filter_map(|value| if let Value::Texts(_, text) = value { Some(&text[..]) } else { None }).collect();
-            return Ok((diversity::distinct_n(&texts, n), None));
+            let texts = values.iter().filter_map(|v| if let Value::Texts(_, text) = v { Some(words(text)) } else { None });
+            let texts: Vec<Vec<&str>> = texts.collect();
+            // Texts without a word are all the same.
+            return Ok((diversity::distinct_n(&texts, n).unwrap_or(0.0), None));
         }
     };
     let all: Vec<usize> = (0..values.len()).collect();
@@ -265,9 +255,16 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
     let both = || -> (Vec<i64>, Vec<i64>) {
         values.iter().filter_map(|v| if let Value::Labels(gold, taken) = v { Some((*gold, *taken)) } else { None }).unzip()
     };
-    let texts = || -> (Vec<String>, Vec<Vec<String>>) {
-        values.iter().filter_map(|v| if let Value::Texts(right, written) = v { Some((written.clone(), right.clone())) } else { None }).unzip()
-    };
+    // Counts of single texts are enough for the score of any resample.
+    fn counts<T>(values: &[Value], count: impl Fn(&str, &[String]) -> opt_metrics::Result<T>) -> Result<Vec<T>> {
+        let texts = values.iter().filter_map(|v| if let Value::Texts(right, written) = v { Some((written, right)) } else { None });
+        texts.map(|(written, right)| count(written, right).map_err(in_metrics)).collect()
+    }
+    fn total<T: Default + for<'a> std::ops::AddAssign<&'a T>>(counts: &[T], drawn: &[usize]) -> T {
+        let mut total = T::default();
+        drawn.iter().filter_map(|index| counts.get(*index)).for_each(|one| total += one);
+        total
+    }
     Ok(match aggregation {
         A::Mean => Box::new(move |drawn| statistics::mean(&pick(&numbers, drawn))),
         A::Perplexity => Box::new(move |drawn| statistics::perplexity(&pick(&numbers, drawn))),
@@ -283,7 +280,7 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
             let (gold, taken) = both();
             Box::new(move |drawn| {
                 let (gold, taken) = (pick(&gold, drawn), pick(&taken, drawn));
-                if aggregation == A::F1 { labels::f1_binary(&gold, &taken) } else { labels::matthews_corrcoef(&gold, &taken) }
+                if aggregation == A::F1 { labels::f1_binary(&gold, &taken, &1) } else { labels::matthews_corrcoef(&gold, &taken) }
             })
         }
         A::BrierScore => {
@@ -297,21 +294,21 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
             })
         }
         A::Bleu => {
-            let bleu = Bleu::new(Default::default()).map_err(in_metrics)?;
-            let (written, right) = texts();
-            Box::new(move |drawn| Ok(bleu.corpus(&pick(&written, drawn), &pick(&right, drawn))?.score))
+            let bleu = Bleu::default();
+            let counts = counts(values, |written, right| bleu.statistics(written, right))?;
+            Box::new(move |drawn| Ok(bleu.score(&total::<BleuStatistics>(&counts, drawn)).score))
         }
         A::Chrf | A::ChrfPlusPlus => {
             let mut options = opt_metrics::chrf::ChrfOptions::default();
             options.word_order = if aggregation == A::ChrfPlusPlus { 2 } else { 0 };
             let chrf = Chrf::new(options).map_err(in_metrics)?;
-            let (written, right) = texts();
-            Box::new(move |drawn| Ok(chrf.corpus(&pick(&written, drawn), &pick(&right, drawn))?.score))
+            let counts = counts(values, |written, right| chrf.statistics(written, right))?;
+            Box::new(move |drawn| Ok(chrf.score(&total::<ChrfStatistics>(&counts, drawn)).score))
         }
         A::Ter => {
             let ter = Ter::new(Default::default());
-            let (written, right) = texts();
-            Box::new(move |drawn| Ok(ter.corpus(&pick(&written, drawn), &pick(&right, drawn))?.score))
+            let counts = counts(values, |written, right| ter.statistics(written, right))?;
+            Box::new(move |drawn| Ok(ter.score(&total::<TerStatistics>(&counts, drawn)).score))
         }
         other => {
             let message = format_args!("aggregation {}: not one of a task's metrics", other.name());
@@ -327,22 +324,9 @@ fn calibration_error(values: &[Value]) -> Result<f64> {
         Some((probabilities.get(best).copied()?, best == *gold))
     });
     let (confidence, right): (Vec<f64>, Vec<bool>) = taken.unzip();
-    calibration::expected_calibration_error(&confidence, &right, 10).map_err(in_metrics)
+    Ok(calibration::calibration(&confidence, &right, 15).map_err(in_metrics)?.expected_error)
 }
 
 fn in_metrics(error: opt_metrics::Error) -> Error {
     Error::new(ErrorKind::Option, error)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ties_and_nans_are_numpys() {
-        assert_eq!(argmax(&[1.0, 3.0, 3.0]), Some(1));
-        assert_eq!(argmax(&[1.0, f64::NAN, 3.0]), Some(1));
-        assert_eq!(argmax(&[f64::NEG_INFINITY; 2]), Some(0));
-        assert_eq!(argmax(&[]), None);
-    }
 }

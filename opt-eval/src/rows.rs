@@ -149,18 +149,20 @@ impl Rows {
             return Ok(());
         };
         let pattern = regex::Regex::new(pattern).map_err(|e| bad(format_args!("pattern {pattern:?}"), &e.to_string()))?;
-        let mut current = String::new();
+        let mut lines: Vec<&str> = Vec::new();
         let mut first = 1;
-        for (index, line) in text.split_inclusive('\n').enumerate() {
-            if pattern.is_match(line) && !current.trim().is_empty() {
-                self.push(file, "line", first, page(&current));
-                current.clear();
+        // The end closes the last page.
+        let ends = text.split('\n').map(Some).chain([None]);
+        for (index, line) in ends.enumerate() {
+            if line.is_none_or(|line| pattern.is_match(line)) {
+                let whole = lines.join("\n");
+                if !whole.trim().is_empty() {
+                    self.push(file, "line", first, page(&whole));
+                }
+                lines.clear();
                 first = index + 1;
             }
-            current.push_str(line);
-        }
-        if !current.trim().is_empty() {
-            self.push(file, "line", first, page(&current));
+            lines.extend(line);
         }
         Ok(())
     }

@@ -34,6 +34,8 @@ pub struct EvalOptions {
     pub bos: Bos,
     /// Whether what several requests begin with is run once.
     pub share: bool,
+    /// At most so many tokens of a made text, in the place of what tasks say.
+    pub max_gen_toks: Option<usize>,
     /// Resamples of bootstrapped standard errors; 0 is none.
     pub bootstrap_iters: usize,
     /// Whether to keep what was asked and answered of each row.
@@ -54,6 +56,7 @@ impl Default for EvalOptions {
             task: TaskOptions::default(),
             bos: Bos::Model,
             share: true,
+            max_gen_toks: None,
             bootstrap_iters: 100_000,
             keep_samples: false,
             journal: None,
@@ -101,7 +104,9 @@ pub fn evaluate(
     let mut loaded = Vec::new();
     for spec in &selection.tasks {
         options.cancel.check("evaluation")?;
-        let task = Task::load(spec.clone(), &data, &options.task)?;
+        let mut spec = spec.clone();
+        spec.generation.max_gen_toks = options.max_gen_toks.unwrap_or(spec.generation.max_gen_toks);
+        let task = Task::load(spec, &data, &options.task)?;
         let documents = task.documents()?;
         loaded.push((task, documents));
     }
@@ -148,6 +153,7 @@ fn run_of(opt: &Opt, options: &EvalOptions) -> serde_json::Value {
         "adapter": opt.adapter(),
         "backend": opt.info().name,
         "bos": bos_of(options.bos) == report::Bos::With,
+        "max_gen_toks": options.max_gen_toks,
     })
 }
 
@@ -161,6 +167,7 @@ fn info(opt: &Opt, options: &EvalOptions) -> RunInfo {
     info.num_parameters = Some(config.parameters());
     info.dtype = Some(opt.weights().to_owned());
     info.device = Some(backend.device.to_string());
+    info.gen_kwargs = options.max_gen_toks.map(|most| json!({ "max_gen_toks": most }));
     info.limit = options.task.limit.map(|limit| limit as f64);
     info.bootstrap_iters = options.bootstrap_iters;
     info.fewshot_seed = Some(options.task.fewshot_seed);
@@ -311,7 +318,7 @@ fn sample(
         Answer::Counts { .. } => document.arguments.first().map(|(text, _)| text.clone()).unwrap_or_default(),
     };
     let mut sample = Sample::new(document.id as u64, doc);
-    sample.doc_hash = document_hash(&sample.doc);
+    sample.doc_hash = document_hash(&sample.doc.to_string());
     sample.prompt_hash = hash(document.arguments.first().map_or("", |(context, _)| context));
     sample.target_hash = hash(&target);
     sample.target = target.into();

@@ -3,7 +3,7 @@
 //! A *template* is text with `{{ … }}` in it and gives text; an *expression* is what stands between such braces and
 //! gives a value: `choices.label.index(answerKey)`.
 
-use minijinja::{Environment, Error as JinjaError, ErrorKind as JinjaErrorKind, State, UndefinedBehavior, Value};
+use minijinja::{syntax::SyntaxConfig, Environment, Error as JinjaError, ErrorKind as JinjaErrorKind, State, UndefinedBehavior, Value};
 use opt_core::{Error, ErrorKind, Result};
 use regex::Regex;
 
@@ -11,7 +11,7 @@ use regex::Regex;
 pub(crate) fn environment() -> Environment<'static> {
     let mut env = Environment::new();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
-    env.set_keep_trailing_newline(true);
+    env.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().unwrap_or_default());
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_unknown_method_callback(method);
     env.add_filter("regex_replace", regex_replace);
@@ -53,11 +53,14 @@ fn plain_question(query: &str) -> String {
     query.to_owned()
 }
 
-/// HellaSwag's `ctx` with what is `ctx_b` in the official file, its last sentence, as Python's `capitalize` writes it.
+/// HellaSwag's `ctx` with what is `ctx_b` in the official file as Python's `capitalize` writes it: all that follows the
+/// last end of a sentence. Where `ctx` ends with a sentence `ctx_b` is empty there.
 fn capitalize_last_sentence(ctx: &str) -> String {
-    let ends = ctx.char_indices().filter(|(_, c)| matches!(c, '.' | '!' | '?'));
-    let after = ends.map(|(at, c)| at + c.len_utf8()).rfind(|at| ctx.get(*at..).is_some_and(|rest| rest.starts_with(' ')));
-    match after.and_then(|at| ctx.split_at_checked(at + 1)) {
+    if ctx.ends_with(['.', '!', '?']) {
+        return ctx.to_owned();
+    }
+    let cut = [". ", "! ", "? "].iter().filter_map(|mark| ctx.rfind(mark)).max().map_or(0, |at| at + 2);
+    match ctx.split_at_checked(cut) {
         Some((before, last)) => format!("{before}{}", capitalize(last)),
         None => ctx.to_owned(),
     }
@@ -109,7 +112,7 @@ pub(crate) fn python_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// `text | regex_replace(pattern, replacement)`: Python's `re.sub`, with `$1` for what `\1` is there.
+/// `text | regex_replace(pattern, replacement)`: Python's `re.sub`, with `${1}` for what `\1` is there.
 fn regex_replace(text: &str, pattern: &str, replacement: &str) -> std::result::Result<String, JinjaError> {
     let pattern = Regex::new(pattern)
         .map_err(|e| JinjaError::new(JinjaErrorKind::InvalidOperation, format!("regex_replace: {e}")))?;
@@ -164,7 +167,7 @@ mod tests {
         assert_eq!(text("{{' '+text.split(' ')[-1]}}", doc.clone()), " three");
         assert_eq!(text("{{choices.label.index(key)}}", doc.clone()), "1");
         assert_eq!(text("{{ctx_b.capitalize()}}\n", doc.clone()), "The lady\n");
-        assert_eq!(text("{{ text | regex_replace('o(.)', '$1o') }}", doc.clone()), "noe tw  three".replace("tw ", "two "));
+        assert_eq!(text("{{ text | regex_replace('o(.)', '${1}o') }}", doc.clone()), "noe tw o three");
         assert_eq!(text("{{ '\u{1c} a\u{a0}'.strip() }}", doc.clone()), "a");
         let missing = render(&environment(), "{{ nothing }}", &doc).unwrap_err();
         assert!(explain(&missing).contains("undefined"), "{}", explain(&missing));

@@ -89,14 +89,20 @@ fn prefix(tokenizer: &Tokenizer) -> Result<u32> {
     })
 }
 
-/// The harness' `get_rolling_token_windows` with a context of one token, made disjoint.
+/// The harness' `get_rolling_token_windows` with a context of one token, made disjoint. The last window is as long as
+/// the others, so that what it predicts has more context.
 fn rolling(ids: &[u32], prefix: u32, most: usize) -> Vec<Encoded> {
+    let most = most.max(1);
     let mut windows = Vec::new();
-    let mut before = prefix;
-    for predicted in ids.chunks(most.max(1)) {
-        let window = std::iter::once(before).chain(predicted.iter().copied()).collect();
-        windows.push(Encoded { ids: window, from: 1, cut: 0 });
-        before = predicted.last().copied().unwrap_or(prefix);
+    let mut predicted = 0;
+    for part in ids.chunks(most) {
+        let end = predicted + part.len();
+        let window = match end.checked_sub(most + 1) {
+            Some(begin) => ids.get(begin..end).unwrap_or_default().to_vec(),
+            None => std::iter::once(prefix).chain(ids.get(..end).unwrap_or_default().iter().copied()).collect(),
+        };
+        windows.push(Encoded { from: window.len() - part.len(), ids: window, cut: 0 });
+        predicted = end;
     }
     windows
 }

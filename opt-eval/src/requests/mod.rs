@@ -6,6 +6,7 @@ mod generate;
 mod share;
 
 pub use encode::Encoded;
+pub use generate::Written;
 pub use share::Shared;
 
 use opt_core::{CancelToken, Opt, Progress, ProgressFn, Result, tokenizer::Bos};

@@ -199,17 +199,21 @@ impl<'a> Run<'a> {
         }
         let mut caches: Vec<Option<&mut KvCache>> = batch.caches.iter_mut().map(Some).collect();
         caches.resize_with(nodes.len(), || None);
-        let sequence = |(&index, cache): (&usize, Option<&'_ mut KvCache>)| {
-            let node = self.tree.nodes.get(index)?;
-            let request = encoded.get(node.request)?;
-            let targets = if node.leaf { request.ids.get(request.from..)? } else { &[] };
-            let want = if node.leaf { Want::LogProbs { targets } } else { Want::Nothing };
-            let mut sequence = Sequence::new(request.ids.get(node.start..node.end)?).want(want).adapter(self.opt.adapter());
+        let mut sequences = Vec::with_capacity(nodes.len());
+        for (&index, cache) in nodes.iter().zip(caches) {
+            let of = |node: &Node| -> Option<(&[u32], Want<'_>)> {
+                let request = encoded.get(node.request)?;
+                let targets = if node.leaf { request.ids.get(request.from..)? } else { &[] };
+                let want = if node.leaf { Want::LogProbs { targets } } else { Want::Nothing };
+                Some((request.ids.get(node.start..node.end)?, want))
+            };
+            let (ids, want) = self.tree.nodes.get(index).and_then(of).ok_or_else(|| {
+                Error::new(ErrorKind::Option, "expected the requests that were planned, found others")
+            })?;
+            let mut sequence = Sequence::new(ids).want(want).adapter(self.opt.adapter());
             sequence.cache = cache;
-            Some(sequence)
-        };
-        let sequences: Option<Vec<Sequence<'_>>> = nodes.iter().zip(caches).map(sequence).collect();
-        let sequences = sequences.ok_or_else(|| Error::new(ErrorKind::Option, "expected the requests that were planned, found others"))?;
+            sequences.push(sequence);
+        }
         let outputs = self.opt.engine().forward_blocking(Forward { sequences, cancel: Some(cancel), watch: None })?;
         for (index, cache) in batch.nodes.into_iter().zip(batch.caches) {
             let kept = self.tree.nodes.get(index).is_some_and(|node| !node.leaf);

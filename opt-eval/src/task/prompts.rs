@@ -3,7 +3,7 @@ use crate::{
     rows::{Reading, Row, Rows},
     template,
 };
-use minijinja::{Environment, Value};
+use minijinja::{Environment, Value, value::Serde};
 use opt_core::{Error, ErrorKind, Result};
 use opt_metrics::random::PythonRandom;
 use std::{collections::BTreeMap, path::Path};
@@ -82,9 +82,9 @@ pub struct Task {
 /// Where examples come from.
 enum Examples {
     None,
-    /// The rows that are measured; the row itself is no example.
-    Same,
-    /// Rows of another split, and whether it may hold the row itself.
+    /// The rows that are measured; of a file that stands for all splits the row itself is no example.
+    Same { whole: bool },
+    /// Rows of another split.
     Other(Rows),
 }
 
@@ -131,10 +131,9 @@ impl Task {
             };
             let found = order.iter().map(|split| (locate::files(&spec, root, split), *split)).find(|((files, _), _)| !files.is_empty());
             match found {
-                // The harness leaves the row out only where the two splits are the same by name, or both unsaid.
-                Some(((other, _), _)) if other == files => Examples::Same,
+                Some(((other, whole), _)) if other == files => Examples::Same { whole },
                 Some(((other, _), _)) => Examples::Other(Rows::read(&other, &reading).map_err(named)?),
-                None if all => Examples::Same,
+                None if all => Examples::Same { whole: true },
                 None => {
                     let places = locate::places(&spec, root, order.first().copied().unwrap_or_default());
                     let message = format_args!("expected rows for examples in one of {places}; found none");
@@ -177,6 +176,7 @@ impl Task {
     /// naming file and line; [`ErrorKind::Option`] for more examples than there are.
     pub fn documents(&self) -> Result<Vec<Document>> {
         let writer = Writer { spec: &self.spec, env: template::environment() };
+        let mut known: BTreeMap<usize, String> = BTreeMap::new();
         let count = self.options.limit.map_or(self.len(), |limit| limit.min(self.len()));
         let shots = self.num_fewshot();
         let pool = match &self.examples {
@@ -190,7 +190,15 @@ impl Task {
             let place = |e: Error| e.at(format_args!("task {:?}: {}", self.spec.name, self.rows.place(id)));
             let mut head = String::new();
             if shots > 0 {
-                let chosen = self.choose(row, shots, pool, &mut random).map_err(|e| e.at(format_args!("task {:?}", self.spec.name)))?;
+                let chosen = self
+                    .choose(&writer.key(row)?, shots, pool, &mut random, &mut |index| {
+                        if !known.contains_key(&index) {
+                            let row = pool.rows.get(index);
+                            known.insert(index, row.map(|row| writer.key(row)).transpose()?.unwrap_or_default());
+                        }
+                        Ok(known.get(&index).cloned().unwrap_or_default())
+                    })
+                    .map_err(|e| e.at(format_args!("task {:?}", self.spec.name)))?;
                 for index in chosen {
                     let example = match written.get(&index) {
                         Some(example) => example,
@@ -208,39 +216,52 @@ impl Task {
         Ok(documents)
     }
 
-    /// Indices of examples for a row.
-    fn choose(&self, row: &Row, shots: usize, pool: &Rows, random: &mut PythonRandom) -> Result<Vec<usize>> {
-        let rows = &pool.rows;
-        let other = |index: &usize| rows.get(*index) != Some(row);
+    /// Indices of examples for a row. Rows are the same if `key` is.
+    fn choose(
+        &self,
+        own: &str,
+        shots: usize,
+        pool: &Rows,
+        random: &mut PythonRandom,
+        key: &mut dyn FnMut(usize) -> Result<String>,
+    ) -> Result<Vec<usize>> {
+        let all = pool.rows.len();
         let without_itself = self.leaves_out_itself();
         let first = self.options.first_n || self.spec.fewshot.sampler == Sampler::FirstN;
         let too_few = |have: usize| {
             Error::new(ErrorKind::Option, format_args!("expected {shots} examples, found {have} rows to take them from"))
         };
+        let mut others = |indices: &mut dyn Iterator<Item = usize>, most: usize| -> Result<Vec<usize>> {
+            let mut kept = Vec::new();
+            for index in indices {
+                if kept.len() == most {
+                    break;
+                }
+                if !without_itself || key(index)? != own {
+                    kept.push(index);
+                }
+            }
+            Ok(kept)
+        };
         if first {
-            let all = 0..rows.len();
-            let chosen: Vec<usize> = if without_itself { all.filter(other).take(shots).collect() } else { all.take(shots).collect() };
+            let chosen = others(&mut (0..all), shots)?;
             return if chosen.len() < shots { Err(too_few(chosen.len())) } else { Ok(chosen) };
         }
-        let wanted = if without_itself { shots + 1 } else { shots };
         let mut sample = |count: usize, from: usize| random.sample(from, count).map_err(|_| too_few(from));
-        let mut chosen = sample(wanted, rows.len())?;
-        if without_itself {
-            chosen.retain(other);
-            chosen.truncate(shots);
-            if chosen.len() < shots {
-                // Rows equal to this one were drawn; the harness then draws from all that are not.
-                let left: Vec<usize> = (0..rows.len()).filter(other).collect();
-                chosen = sample(shots, left.len())?.into_iter().filter_map(|i| left.get(i).copied()).collect();
-            }
+        let drawn = sample(if without_itself { shots + 1 } else { shots }, all)?;
+        let chosen = others(&mut drawn.into_iter(), shots)?;
+        if chosen.len() == shots {
+            return Ok(chosen);
         }
-        Ok(chosen)
+        // Rows equal to this one were drawn; the harness then draws from all that are not.
+        let left = others(&mut (0..all), all)?;
+        Ok(sample(shots, left.len())?.into_iter().filter_map(|index| left.get(index).copied()).collect())
     }
 
-    /// Whether a row may not be its own example: where examples are of the rows that are measured, and where the
-    /// harness takes it to be so, which is when neither of the two splits has a name.
+    /// Whether a row may not be its own example: in the harness where the splits of rows and of examples have the same
+    /// name or neither has one; and where one file stands for all splits.
     fn leaves_out_itself(&self) -> bool {
-        matches!(self.examples, Examples::Same) || self.spec.fewshot.split == self.spec.splits.test
+        matches!(self.examples, Examples::Same { whole: true }) || self.spec.fewshot.split == self.spec.splits.test
     }
 }
 
@@ -255,7 +276,7 @@ impl Writer<'_> {
     fn fields(&self, row: &Row) -> Result<Value> {
         let fail = |message: String| Err(Error::new(ErrorKind::Config, message));
         let mut fields: BTreeMap<String, Value> =
-            row.iter().map(|(name, value)| (name.clone(), Value::from_serialize(value))).collect();
+            row.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))).collect();
         let has = |name: &String| row.contains_key(name);
         let Some(shape) = self.spec.rows.iter().find(|shape| shape.has.iter().all(has)) else {
             let Some(nearest) = self.spec.rows.iter().min_by_key(|shape| shape.has.iter().filter(|n| !has(n)).count()) else {
@@ -270,6 +291,11 @@ impl Writer<'_> {
             fields.insert(name.clone(), value);
         }
         Ok(Value::from(fields))
+    }
+
+    /// What tells a row from others: all of its fields, so that rows which a shape makes equal are.
+    fn key(&self, row: &Row) -> Result<String> {
+        Ok(self.fields(row)?.to_string())
     }
 
     fn expression(&self, key: &str, expression: &str, fields: &Value) -> Result<Value> {
