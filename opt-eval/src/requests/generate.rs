@@ -33,7 +33,9 @@ impl Asker<'_> {
             let message = format_args!("max_gen_toks: expected less than {context} (the context), found {wanted}");
             return Err(Error::new(ErrorKind::Option, message));
         }
-        let mut config = GenerationConfig::default().max_new_tokens(how.max_gen_toks).do_sample(how.do_sample);
+        // An empty stop string is found after the first token.
+        let most = if how.until.iter().any(String::is_empty) { 1 } else { how.max_gen_toks };
+        let mut config = GenerationConfig::default().max_new_tokens(most).do_sample(how.do_sample);
         config = config.stop_strings(how.until.iter().filter(|stop| !stop.is_empty()).cloned().collect::<Vec<_>>());
         if let Some(temperature) = how.temperature.filter(|_| how.do_sample) {
             config = config.temperature(temperature);
