@@ -119,7 +119,7 @@ impl ExactMatch {
 /// ends the text, and `\Z` never does.
 fn compile(pattern: &str) -> Result<Regex> {
     let mut translated = String::new();
-    let (mut class, mut chars) = (false, pattern.chars());
+    let (mut class, mut chars) = (false, pattern.chars().peekable());
     while let Some(c) = chars.next() {
         match c {
             '\\' => match chars.next() {
@@ -130,8 +130,16 @@ fn compile(pattern: &str) -> Result<Regex> {
                 }
             },
             '$' if !class => translated.push_str(r"(?:$|(?=\n\z))"),
+            '[' if !class => {
+                class = true;
+                translated.push(c);
+                // A bracket that comes first is one of the characters.
+                for first in ['^', ']'] {
+                    translated.extend(chars.next_if_eq(&first).map(|c| if c == ']' { r"\]" } else { "^" }));
+                }
+            }
             _ => {
-                class = if class { c != ']' } else { c == '[' };
+                class = class && c != ']';
                 translated.push(c);
             }
         }

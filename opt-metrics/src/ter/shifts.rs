@@ -1,6 +1,6 @@
 //! Edits with shifts of phrases, found greedily as Tercom does.
 
-use super::distance::{Edit, distance};
+use super::distance::{Edit, Table};
 use std::collections::HashMap;
 
 /// Longest phrase that is shifted.
@@ -32,14 +32,15 @@ pub(super) fn edits(hypothesis: &[String], reference: &[String]) -> usize {
         words = better;
         shifts += 1;
     }
-    shifts + distance(&words, &reference).0
+    shifts + Table::new(&words, &reference).distance()
 }
 
 /// The hypothesis after the shift that saves most edits, of equals the one of the longest phrase, then from nearest to
 /// the start, then to there; none if no shift saves any, or the search was too long.
 fn best_shift(words: &[u32], reference: &[u32], tried: &mut usize) -> Option<Vec<u32>> {
-    let (before, edits) = distance(words, reference);
-    let alignment = Alignment::new(&edits);
+    let table = Table::new(words, reference);
+    let before = table.distance();
+    let alignment = Alignment::new(&table.edits());
     let mut best: Option<(i64, usize, usize, usize)> = None;
     let mut shifted = Vec::new();
     let mut found = Vec::new();
@@ -60,7 +61,8 @@ fn best_shift(words: &[u32], reference: &[u32], tried: &mut usize) -> Option<Vec
                     }
                     shift(words, start, length, target, &mut shifted);
                     *tried += 1;
-                    let saved = before as i64 - distance(&shifted, reference).0 as i64;
+                    let after = table.distance_of(&shifted, start.min(target));
+                    let saved = before as i64 - after as i64;
                     let better =
                         best.is_none_or(|(s, l, from, to)| (saved, length, from, to) > (s, l, start, target));
                     if better {
