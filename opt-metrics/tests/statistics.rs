@@ -188,6 +188,8 @@ fn what_cannot_be_computed_is_an_error() {
     assert!(
         paired_bootstrap(0, 10, 0, |_| Ok(0.0)).is_err() && paired_bootstrap(3, 1, 0, |_| Ok(0.0)).is_err()
     );
+    assert!(bootstrap_stderr(usize::MAX, 2, |_| Ok(0.0)).is_err());
+    assert!(paired_bootstrap(usize::MAX, 2, 0, |_| Ok(0.0)).is_err());
     assert!(mcnemar(&[true], &[]).is_err());
     assert!(pooled_sample_stderr(&[0.1], &[1]).is_err() && pooled_sample_stderr(&[], &[]).is_err());
     assert!(unweighted_mean_stderr(&[]).is_err() && combined_sample_stderr(&[], &[], &[]).is_err());

@@ -146,6 +146,21 @@ fn ter_equals_sacrebleu() {
 }
 
 #[test]
+fn shifts_are_those_of_sacrebleu() {
+    let mut options = TerOptions::default();
+    options.case_sensitive = true;
+    let ter = Ter::new(options);
+    for row in rows(&read("shifts.json")) {
+        let (hypothesis, reference, edits): (String, String, u64) = of(row);
+        assert_eq!(
+            ter.sentence(&hypothesis, &[&reference]).unwrap().edits,
+            edits,
+            "{hypothesis:?} {reference:?}"
+        );
+    }
+}
+
+#[test]
 fn self_bleu_is_the_mean_of_sentences_against_all_others() {
     let (texts, _) = pairs();
     let texts: Vec<&String> = texts.iter().filter(|t| t.len() < 300).take(60).collect();

@@ -1,5 +1,9 @@
 use super::sample_stddev;
-use crate::{Error, Result, error::at_least, random::PythonRandom};
+use crate::{
+    Error, Result,
+    error::at_least,
+    random::{PythonRandom, room},
+};
 
 /// Resamples of one seed.
 const CHUNK: usize = 1000;
@@ -31,7 +35,7 @@ pub fn bootstrap_chunk(
 ) -> Result<Vec<f64>> {
     at_least("items of a bootstrap", 1, items)?;
     let mut random = PythonRandom::new(chunk as u64);
-    let mut drawn = Vec::new();
+    let mut drawn = room(items)?;
     (0..resamples)
         .map(|_| {
             random.choices_into(items, items, &mut drawn);

@@ -4,7 +4,7 @@ use super::{mean, sample_stddev, special};
 use crate::{
     Error, Result,
     error::{at_least, same_length},
-    random::PythonRandom,
+    random::{PythonRandom, room},
     statistics::sum,
 };
 
@@ -137,10 +137,10 @@ pub fn paired_bootstrap(
     if resamples < 2 {
         return Err(Error::option("resamples of a paired bootstrap", resamples, "at least 2"));
     }
-    let all: Vec<usize> = (0..items).collect();
-    let observed = difference(&all)?;
+    let mut drawn = room(items)?;
+    drawn.extend(0..items);
+    let observed = difference(&drawn)?;
     let mut random = PythonRandom::new(seed);
-    let mut drawn = all;
     let mut found = Vec::new();
     for _ in 0..resamples {
         random.choices_into(items, items, &mut drawn);
