@@ -23,6 +23,9 @@ mod group;
 mod scores;
 mod table;
 
+pub(crate) use file::{without_nan, write_whole};
+pub(crate) use table::{markdown_table, number};
+
 pub use group::{GroupMetric, GroupResult};
 pub use scores::{Score, Scores};
 
@@ -447,6 +450,11 @@ impl Report {
         };
         if let Some(said) = said {
             return Some(if said { Bos::With } else { Bos::Without });
+        }
+        // Other models of the harness' do not tokenize, or do it by rules of their own.
+        let model = self.config.get("model").and_then(Value::as_str).unwrap_or_default();
+        if !["hf", "huggingface", "gpt2"].iter().any(|name| model.starts_with(name)) {
+            return None;
         }
         let version = self.other.get("lm_eval_version")?.as_str()?;
         let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());

@@ -117,7 +117,7 @@ fn complete(name: &str, scores: &mut Scores) {
 }
 
 /// Python writes `NaN` and `Infinity` where JSON has no word; here they become null.
-fn without_nan(text: &str) -> String {
+pub(crate) fn without_nan(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     let (mut inside, mut escaped) = (false, false);

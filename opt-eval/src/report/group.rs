@@ -107,9 +107,11 @@ impl Report {
     }
 
     /// The tasks in a group and in the groups in it. A circle of groups ends where it closes.
-    fn leaves(&self, group: &str) -> Vec<String> {
+    pub(crate) fn leaves(&self, group: &str) -> Vec<String> {
         fn visit(report: &Report, name: &str, seen: &mut BTreeSet<String>, found: &mut Vec<String>) {
             match report.group_subtasks.get(name) {
+                // Older releases list tasks there too, with nothing in them.
+                Some(children) if children.is_empty() => found.push(name.to_owned()),
                 Some(children) if seen.insert(name.to_owned()) => {
                     for child in children {
                         visit(report, child, seen, found);
@@ -122,6 +124,11 @@ impl Report {
         let mut found = Vec::new();
         visit(self, group, &mut BTreeSet::new(), &mut found);
         found
+    }
+
+    /// Whether a name is a group's: it has scores of one, or tasks in it.
+    pub(crate) fn is_group(&self, name: &str) -> bool {
+        self.groups.contains_key(name) || self.group_subtasks.get(name).is_some_and(|tasks| !tasks.is_empty())
     }
 
     fn filters_of(&self, tasks: &[String], metric: &str) -> Vec<String> {
