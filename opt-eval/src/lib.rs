@@ -35,16 +35,24 @@
 //! | [`evaluate`] | all of it, resumable |
 //! | [`perplexity`] | of any text, by windows |
 //! | [`report`], [`samples`] | what came of it, in the layout of the harness' files |
+//! | [`published`], [`compare`] | scores of OPT that others measured; two runs beside each other |
+//! | [`sensitivity`] | one task under several phrasings, orders of examples or numbers of them |
+//! | `plot` (feature `plot`) | scores with their standard errors as SVG |
 
+pub mod compare;
 pub mod detokenize;
 mod filter;
 pub mod measure;
 mod perplexity;
+#[cfg(feature = "plot")]
+pub mod plot;
+pub mod published;
 pub mod report;
 mod requests;
 mod rows;
 mod run;
 pub mod samples;
+pub mod sensitivity;
 mod task;
 mod template;
 

@@ -92,7 +92,9 @@ impl Report {
 
     fn version(&self, task: &str) -> String {
         match self.versions.get(task) {
-            Some(Value::Null) | None => "N/A".to_owned(),
+            Some(Value::Null) => "N/A".to_owned(),
+            // So wide in the harness.
+            None => "    N/A".to_owned(),
             Some(version) => plain(version),
         }
     }
