@@ -1,24 +1,22 @@
 //! `opt eval`.
 
+mod results;
+mod tasks;
+
 use crate::{
     args::RunArgs,
-    model,
     out::{Failure, Out},
     progress::{Console, duration},
 };
 use clap::{ArgGroup, Args};
-use opt_core::{Opt, Progress, tokenizer::Bos};
-use opt_eval::{
-    Asker, EvalOptions, Evaluation, PerplexityOptions, Report, Selection, TaskOptions, Tasks, evaluate, perplexity,
-    samples::SampleWriter,
-};
+use opt_core::tokenizer::Bos;
+use opt_eval::{Asker, PerplexityOptions, Tasks, perplexity};
 use serde_json::json;
 use std::{
     fs,
     num::NonZeroUsize,
-    ops::ControlFlow,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 const HELP: &str = "\
@@ -29,6 +27,8 @@ Examples:
   opt eval --tasks piqa --data DIR --quantize int8 --compare f32.json
   opt eval --perplexity wiki.test.raw --window 2048
   opt eval --tasks mine --tasks-file mine.toml --data rows.jsonl
+  opt eval --tasks piqa,piqa_plain --phrasings --vary-shots 0,2 --data DIR \\
+    --tasks-file mine.toml
 
 Data:
   --data names a folder with the data sets' files as the hub has them
@@ -68,6 +68,15 @@ pub(crate) struct Eval {
     /// Evaluate on the first N rows of each task only.
     #[arg(long, value_name = "N", help_heading = "Tasks")]
     limit: Option<NonZeroUsize>,
+    /// Evaluate once with each of these numbers of examples, and tell the spread.
+    #[arg(long, value_name = "K,K", value_delimiter = ',', conflicts_with = "num_fewshot", help_heading = "Tasks")]
+    vary_shots: Vec<usize>,
+    /// Evaluate once with examples drawn by each of these seeds, and tell the spread.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', conflicts_with = "fewshot_seed", help_heading = "Tasks")]
+    vary_seeds: Vec<u64>,
+    /// Take the tasks for phrasings of one, and tell the spread.
+    #[arg(long, requires = "tasks", help_heading = "Tasks")]
+    phrasings: bool,
     /// Make at most N tokens of text a row. [default: the task's, mostly 256]
     #[arg(long, value_name = "N", help_heading = "Tasks")]
     max_gen_toks: Option<NonZeroUsize>,
@@ -191,7 +200,7 @@ impl Eval {
         })?;
         drop(bar);
         if let Some(output) = &self.output {
-            write(output, &json!(found).to_string())?;
+            results::write(output, &json!(found).to_string())?;
         }
         let mut out = Out::new();
         if self.run.show.json {
@@ -208,102 +217,5 @@ impl Eval {
             duration(begun.elapsed())
         ));
         Ok(())
-    }
-
-    fn evaluate(&self, selection: &Selection, console: &Console) -> Result<(), Failure> {
-        let data = self.data.as_deref().ok_or_else(|| Failure::usage("expected --data, the folder of the tasks' rows"))?;
-        let mut options = EvalOptions::default();
-        options.task = TaskOptions::default();
-        options.task.num_fewshot = self.num_fewshot;
-        options.task.fewshot_seed = self.fewshot_seed;
-        options.task.first_n = self.fewshot_first;
-        options.task.limit = self.limit.map(NonZeroUsize::get);
-        options.max_gen_toks = self.max_gen_toks.map(NonZeroUsize::get);
-        options.bos = self.bos_rule();
-        options.share = !self.no_share;
-        options.bootstrap_iters = self.bootstrap_iters;
-        options.keep_samples = self.log_samples;
-        options.journal = self.output.as_deref().map(journal);
-        options.resume = self.resume;
-        options.cancel = console.cancel.clone();
-        let place = model::find(self.run.model.place.model.as_deref(), console)?;
-        options.model_name = place.display().to_string();
-        let other = self.compare.as_deref().filter(|name| *name != "published").map(Report::from_file).transpose()?;
-        // What cannot be read is told before a model is loaded.
-        for spec in &selection.tasks {
-            opt_eval::Task::load(spec.clone(), data, &options.task)?.documents()?;
-        }
-        console.catch_interrupts();
-        let opt = self.run.model.load(console)?;
-        let bar = console.steps("evaluating");
-        let begun = Instant::now();
-        let mut show = |at: Progress<'_>| -> ControlFlow<()> {
-            bar.at(at.done, at.total, &format!("{} {}", at.item, left(begun.elapsed(), at.done, at.total)));
-            ControlFlow::Continue(())
-        };
-        let done = evaluate(&opt, selection, data, &options, &mut show);
-        bar.hide();
-        if let (Err(error), Some(output)) = (&done, &self.output)
-            && error.kind() == opt_core::ErrorKind::Cancelled
-        {
-            console.say(&format!("what was answered is kept: --resume with --output {} goes on", output.display()));
-        }
-        let found = done?;
-        self.finish(&opt, &found, other.as_ref(), console)
-    }
-
-    /// Writes and prints what was found.
-    fn finish(&self, opt: &Opt, found: &Evaluation, other: Option<&Report>, console: &Console) -> Result<(), Failure> {
-        let report = &found.report;
-        if let Some(output) = &self.output {
-            for (task, samples) in &found.samples {
-                let mut file = SampleWriter::create(samples_path(output, task))?;
-                samples.iter().try_for_each(|sample| file.write(sample))?;
-                file.finish()?;
-            }
-            report.write(output)?;
-            // Whole now; if the journal cannot be removed it only stays.
-            let _ = fs::remove_file(journal(output));
-        }
-        let _ = (opt, other, console);
-        let mut out = Out::new();
-        if self.run.show.json { out.json(report) } else { out.text(&report.markdown()) }
-    }
-}
-
-/// Where answers are written down while an evaluation runs.
-fn journal(output: &Path) -> PathBuf {
-    let mut name = output.file_name().unwrap_or_default().to_owned();
-    name.push(".journal");
-    output.with_file_name(name)
-}
-
-fn samples_path(output: &Path, task: &str) -> PathBuf {
-    output.with_file_name(format!("samples_{task}.jsonl"))
-}
-
-fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let file = tempfile::NamedTempFile::new_in(dir)?;
-        fs::write(file.path(), text)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|e| Failure::failed(format!("{}: cannot be written: {e}", path.display())))
-}
-
-/// What is left of the time, if it goes on as it did.
-fn left(elapsed: Duration, done: u64, total: u64) -> String {
-    if done == 0 {
-        return String::new();
-    }
-    let seconds = elapsed.as_secs_f64() * (total.saturating_sub(done)) as f64 / done as f64;
-    let seconds = seconds as u64;
-    match (seconds / 3600, seconds / 60 % 60) {
-        (0, 0) => format!("{seconds} s left"),
-        (0, minutes) => format!("{minutes}:{:02} left", seconds % 60),
-        (hours, minutes) => format!("{hours} h {minutes} min left"),
     }
 }
