@@ -5,6 +5,7 @@ mod backends;
 mod bench;
 mod convert;
 mod distill;
+mod embed;
 mod generate;
 mod inspect;
 mod merge;
@@ -37,6 +38,7 @@ Examples:
   opt generate --do-sample --top-p 0.9 --seed 7 \"Once upon a time\"
   opt generate --model opt-125m --num-beams 4 \"Today is a beautiful day\"
   opt score --input lines.jsonl
+  opt embed --input lines.txt --output vectors.npy
   opt convert pytorch_model.bin model.safetensors
   opt quantize opt-125m --format int8 --output opt-125m-int8
 
@@ -57,6 +59,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Tell how probable a model finds given texts or tokens.
     Score(score::Score),
+    /// Make vectors of texts.
+    Embed(Box<embed::Embed>),
     /// Tell classes, numbers or answers, with a model that has a head.
     Predict(predict::Predict),
     /// Write a model in another file format, number format or number of files.
@@ -88,6 +92,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Generate(generate) => generate.run(),
         Command::Score(score) => score.run(),
+        Command::Embed(embed) => embed.run(),
         Command::Predict(predict) => predict.run(),
         Command::Convert(convert) => convert.run(),
         Command::Quantize(quantize) => quantize.run(),

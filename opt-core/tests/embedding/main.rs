@@ -15,7 +15,7 @@ use common::{
 };
 use ndarray::{Array2, Axis, aview2, s};
 use opt_core::{
-    CancelToken, ErrorKind, Load, Opt, Progress, Prompt,
+    CancelToken, ErrorKind, Opt, Progress, Prompt,
     adapter::Adapter,
     embedding::{EmbedOptions, Embedder, Embedding, Pooling, Precision},
     engine::{Forward, Hidden, Sequence, Want},
@@ -362,12 +362,14 @@ fn what_cannot_be_embedded_is_one_line() {
     let error = Embedder::new(&novels, options()).unwrap().embed("").unwrap_err();
     assert_eq!(error.to_string(), "the text is empty: expected at least one character");
 
-    // States beyond what half precision holds.
-    let large = Tiny::default();
-    let opt = large.load(Load::on(opt_backend::Reference::new()));
-    let states = opt.hidden_states(&[3, 4]).unwrap();
-    let largest = states[1].iter().fold(0f32, |a, b| a.max(b.abs()));
-    assert!(largest.is_finite());
+    // States beyond what half precision holds, and none at all.
+    let at_0 = |precision| Embedder::new(&opt, options().layer(0).precision(precision)).unwrap();
+    let rows = Array2::<f32>::from_elem((2, 32), 1e6);
+    at_0(Precision::F32).embed(rows.clone()).unwrap();
+    let error = at_0(Precision::F16).embed(rows).unwrap_err().to_string();
+    assert!(error.starts_with("f16: expected numbers of at most 65504, found 100"), "{error}");
+    let error = at_0(Precision::F32).embed(Array2::from_elem((2, 32), f32::NAN)).unwrap_err();
+    assert_eq!(error.to_string(), "hidden states: expected finite numbers, found NaN");
 }
 
 #[test]
