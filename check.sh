@@ -119,7 +119,7 @@ if [ -n "$ci" ]; then
 fi
 
 # The tests of opt-core that run a model, each backend in its turn.
-suite=(adapters agreement distilling engine generation heads loading models properties quantized sampling scoring search sessions streaming texts
+suite=(adapters agreement distilling embedding engine generation heads loading models properties quantized sampling scoring search sessions streaming texts
   training tuning)
 suite_args=()
 for name in "${suite[@]}"; do suite_args+=(--test "$name"); done

@@ -21,7 +21,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FORMAT", default_value = "f32", help_heading = "Model")]
     pub(crate) kv_dtype: KvFormat,
 
-    /// Say what happens to a prompt longer than the context: an error, or its beginning is cut off.
+    /// Say what happens to a prompt longer than the context: an error, or its beginning or its end is cut off.
     #[arg(long, value_name = "HOW", default_value = "error", help_heading = "Input")]
     pub(crate) truncate: Truncate,
 
@@ -218,12 +218,14 @@ impl From<KvFormat> for CacheDType {
 }
 
 /// What happens to a prompt longer than the context.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Truncate {
     /// It is an error.
     Error,
     /// Its beginning is cut off; a beginning-of-text token stays.
     Left,
+    /// Its end is cut off.
+    Right,
 }
 
 impl From<Truncate> for Overflow {
@@ -231,6 +233,7 @@ impl From<Truncate> for Overflow {
         match truncate {
             Truncate::Error => Overflow::Error,
             Truncate::Left => Overflow::TruncateLeft,
+            Truncate::Right => Overflow::TruncateRight,
         }
     }
 }

@@ -5,6 +5,7 @@ mod backends;
 mod bench;
 mod convert;
 mod distill;
+mod embed;
 mod eval;
 mod generate;
 mod inspect;
@@ -38,6 +39,7 @@ Examples:
   opt generate --do-sample --top-p 0.9 --seed 7 \"Once upon a time\"
   opt generate --model opt-125m --num-beams 4 \"Today is a beautiful day\"
   opt score --input lines.jsonl
+  opt embed --input lines.txt --output vectors.npy
   opt eval --tasks lambada_openai --data DIR
   opt convert pytorch_model.bin model.safetensors
   opt quantize opt-125m --format int8 --output opt-125m-int8
@@ -59,6 +61,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Tell how probable a model finds given texts or tokens.
     Score(score::Score),
+    /// Make vectors of texts.
+    Embed(Box<embed::Embed>),
     /// Evaluate a model on tasks, or measure its perplexity.
     Eval(Box<eval::Eval>),
     /// Tell classes, numbers or answers, with a model that has a head.
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Generate(generate) => generate.run(),
         Command::Score(score) => score.run(),
+        Command::Embed(embed) => embed.run(),
         Command::Eval(eval) => eval.run(),
         Command::Predict(predict) => predict.run(),
         Command::Convert(convert) => convert.run(),

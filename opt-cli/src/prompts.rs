@@ -15,6 +15,9 @@ pub(crate) struct Line {
     pub(crate) value: Value,
 }
 
+/// What some programs begin UTF-8 files with.
+pub(crate) const BOM: &[u8] = b"\xef\xbb\xbf";
+
 /// All of a file; `-` is stdin.
 fn read(path: &Path) -> Result<(String, Vec<u8>), Failure> {
     if path == Path::new("-") {
@@ -25,7 +28,7 @@ fn read(path: &Path) -> Result<(String, Vec<u8>), Failure> {
     Ok((name, bytes))
 }
 
-fn stdin() -> Result<Vec<u8>, Failure> {
+pub(crate) fn stdin() -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     io::stdin()
         .lock()
@@ -37,24 +40,10 @@ fn stdin() -> Result<Vec<u8>, Failure> {
 /// The lines of a JSONL file that are not empty; at least one.
 pub(crate) fn json_lines(path: &Path) -> Result<Vec<Line>, Failure> {
     let (name, bytes) = read(path)?;
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let bytes = bytes.strip_prefix(BOM).unwrap_or(&bytes);
     let mut lines = Vec::new();
     for (index, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        let place = format!("{name}: line {}", index + 1);
-        let text = std::str::from_utf8(line)
-            .map_err(|e| Failure::failed(format!("{place}: expected UTF-8 text: {e}")))?;
-        if text.trim().is_empty() {
-            continue;
-        }
-        let value = serde_json::from_str(text)
-            // serde_json counts lines within what it is given, which is one.
-            .map_err(|e| {
-                Failure::failed(format!(
-                    "{place}: expected JSON: {}",
-                    e.to_string().replace(" at line 1 column", " at column")
-                ))
-            })?;
-        lines.push(Line { place, value });
+        lines.extend(Line::of_json(format!("{name}: line {}", index + 1), line)?);
     }
     if lines.is_empty() {
         return Err(Failure::failed(format!("{name}: expected at least one line of JSON, found none")));
@@ -86,7 +75,27 @@ pub(crate) fn stdin_text() -> Result<String, Failure> {
     Ok(text)
 }
 
+/// The text of a line.
+pub(crate) fn utf8<'a>(place: &str, line: &'a [u8]) -> Result<&'a str, Failure> {
+    std::str::from_utf8(line).map_err(|e| Failure::failed(format!("{place}: expected UTF-8 text: {e}")))
+}
+
 impl Line {
+    /// A line of JSON; `None` for a blank one.
+    pub(crate) fn of_json(place: String, line: &[u8]) -> Result<Option<Self>, Failure> {
+        let text = utf8(&place, line)?;
+        if text.trim().is_empty() {
+            return Ok(None);
+        }
+        let value = serde_json::from_str(text)
+            // serde_json counts lines within what it is given, which is one.
+            .map_err(|e| {
+                let message = e.to_string().replace(" at line 1 column", " at column");
+                Failure::failed(format!("{place}: expected JSON: {message}"))
+            })?;
+        Ok(Some(Self { place, value }))
+    }
+
     pub(crate) fn fail(&self, message: impl std::fmt::Display) -> Failure {
         Failure::failed(format!("{}: {message}", self.place))
     }

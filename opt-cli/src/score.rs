@@ -94,13 +94,15 @@ impl Score {
         let front = opt.tokenizer().filter(|t| t.adds_bos()).and_then(|t| t.bos_id());
         let overflow: Overflow = self.run.truncate.into();
         let fitted = fit(ids, limit, overflow, front)?;
-        if fitted.cut >= from && from > 1 {
+        // Cut at the end, the rest stands where it stood.
+        let before = if overflow == Overflow::TruncateRight { 0 } else { fitted.cut };
+        if before >= from && from > 1 || from >= fitted.ids.len() && fitted.cut > 0 {
             return Err(Failure::failed(format!(
                 "expected a continuation that fits into the context of {} tokens",
                 limit - 1
             )));
         }
-        Ok(ScoreInput { ids: fitted.ids, from: from.saturating_sub(fitted.cut).max(1) })
+        Ok(ScoreInput { ids: fitted.ids, from: from.saturating_sub(before).max(1) })
     }
 }
 

@@ -56,8 +56,8 @@ pub(crate) struct Layer<B: Backend> {
     fc2: B::Linear,
 }
 
-/// Looks at a tensor on its way.
-type See<'a, B> = &'a mut dyn FnMut(&<B as Backend>::Tensor);
+/// Looks at the state before a layer on its way; an error ends the pass.
+type See<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Tensor) -> Result<()>;
 
 /// Linears of a layer by what they read: the first three read the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,11 +99,14 @@ pub(crate) struct Rows<'a> {
     pub(crate) spans: &'a [Span],
     /// The rows of which the result is needed; `None` is all.
     pub(crate) wanted: Option<&'a [usize]>,
+    /// How many of the layers to run.
+    pub(crate) depth: usize,
 }
 
 /// What a forward pass hands out of its inside, beside its result.
 pub(crate) struct Trace<'a, 'b, B: Backend> {
-    /// Called with the state before each layer: the embeddings, then the output of each layer but the last.
+    /// Called with the index of each layer that is run and the state before it: the embeddings, then the output of each
+    /// layer but the last.
     pub(crate) hidden: Option<See<'a, B>>,
     /// Receives the attention weights of each layer: for each span, `[heads, rows, positions]`.
     pub(crate) attentions: Option<&'a mut Vec<Readback<'b, Vec<Array3<f32>>>>>,
@@ -135,7 +138,8 @@ impl<B: Backend> Decoder<B> {
     /// Runs the decoder over embedded tokens.
     ///
     /// With caches (one per span) each sequence continues what its cache holds. Of the rows that are not wanted, the
-    /// last layer only feeds the caches. Returns what the LM head sees, `[wanted, word_embed_proj_dim]`.
+    /// last layer that is run only feeds the caches. Returns what the LM head sees, `[wanted, word_embed_proj_dim]`; of
+    /// a pass that ends before the last layer the state there, `[wanted, hidden_size]`.
     pub(crate) fn forward<'b>(
         &self,
         b: &'b B,
@@ -145,20 +149,23 @@ impl<B: Backend> Decoder<B> {
         trace: Trace<'_, 'b, B>,
     ) -> Result<B::Tensor> {
         let Trace { mut hidden, mut attentions, before_layer } = trace;
-        let Rows { positions, spans, wanted } = rows;
+        let Rows { positions, spans, wanted, depth } = rows;
         let mut h = self.start(b, embedded, positions)?;
-        for (index, layer) in self.layers.iter().enumerate() {
+        let depth = depth.min(self.layers.len());
+        if let (0, Some(wanted)) = (depth, wanted) {
+            h = b.take_rows(&h, wanted)?;
+        }
+        for (index, layer) in self.layers.iter().enumerate().take(depth) {
             before_layer(index)?;
             if let Some(see) = &mut hidden {
-                see(&h);
+                see(index, &h)?;
             }
-            let wanted = wanted.filter(|_| index + 1 == self.layers.len());
+            let wanted = wanted.filter(|_| index + 1 == depth);
             let at = At { style: self.style, index, spans, wanted };
             let inside = Inside { attentions: attentions.as_deref_mut(), inputs: None };
             h = layer.forward(b, h, at, caches.as_deref_mut(), inside)?;
         }
-
-        self.finish(b, h)
+        if depth < self.layers.len() { Ok(h) } else { self.finish(b, h) }
     }
 
     /// What the LM head sees, `[rows, word_embed_proj_dim]`, of the state after the last layer.

@@ -2,15 +2,21 @@
 
 use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
+    embedding::{Capture, EmbedPart, Embedding, States},
     engine::{Engine, Forward, Hidden, Input, KvCache, Output, Sequence, Want},
     generation::{
-        CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed, SequenceOutput,
-        Strategy, TokenEvent,
+        CacheOp, Ended, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
+        SequenceOutput, Strategy, TokenEvent,
     },
 };
 use ndarray::{Array2, Axis, concatenate};
 use opt_backend::CacheDType;
-use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    ops::ControlFlow,
+    sync::Arc,
+    time::Duration,
+};
 use web_time::Instant;
 
 /// Rows of one forward pass. Longer prompts are run in pieces, which bounds memory and lets a cancellation through.
@@ -31,6 +37,10 @@ pub(crate) struct Active {
     pub(crate) max_time: Option<Duration>,
     pub(crate) cancel: CancelToken,
     pub(crate) slots: Slots,
+    /// What is to be kept of hidden states.
+    pub(crate) embed: Option<Capture>,
+    /// The vectors of sequences that have ended, by their ids, those of the prompt included.
+    pub(crate) embedded: HashMap<Vec<u32>, Embedding>,
 }
 
 /// The model that drafts.
@@ -55,6 +65,8 @@ pub(crate) struct Slot {
     pub(crate) ids: Vec<u32>,
     /// `None` until something was run, and always for a request without cache.
     pub(crate) cache: Option<KvCache>,
+    /// What is kept of their hidden states.
+    states: States,
 }
 
 impl Slots {
@@ -84,12 +96,7 @@ impl Slots {
         match op {
             CacheOp::Truncate { model, slot, len } => {
                 let embeds = self.embeds;
-                let slot = self.slot(*model, *slot)?;
-                slot.ids.truncate(len.saturating_sub(embeds));
-                match &mut slot.cache {
-                    Some(cache) => cache.truncate(*len),
-                    None => Ok(()),
-                }
+                self.slot(*model, *slot)?.apply_truncate(embeds, *len)
             }
             CacheOp::Reorder { model, parents } => {
                 let mut old: Vec<Option<Slot>> =
@@ -113,6 +120,17 @@ impl Slots {
         }
     }
 
+    /// The target's slot that has run most of `ids`, or a fork of it: taken out if nobody else needs it.
+    fn longest(&mut self, ids: &[u32], take: bool) -> Result<Option<Slot>> {
+        let common = |slot: &Slot| slot.ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
+        if take {
+            let slot = std::mem::take(&mut self.target).into_iter().max_by_key(common);
+            return Ok(slot.filter(|slot| slot.states.have_begun()));
+        }
+        let begun = self.target.iter().filter(|slot| slot.states.have_begun());
+        begun.max_by_key(|slot| common(slot)).map(Slot::fork).transpose()
+    }
+
     /// The slot of the target that has run most of `ids`, cut to what they have in common.
     pub(crate) fn take_prefix(&mut self, ids: &[u32]) -> Result<Option<Slot>> {
         let common = |slot: &Slot| slot.ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
@@ -129,8 +147,16 @@ impl Slots {
 }
 
 impl Slot {
+    /// Forgets all but the first `len` positions, of which `embeds` are rows of embeddings.
+    fn apply_truncate(&mut self, embeds: usize, len: usize) -> Result<()> {
+        self.ids.truncate(len.saturating_sub(embeds));
+        self.states.truncate(len);
+        self.cache.as_mut().map_or(Ok(()), |cache| cache.truncate(len))
+    }
+
     fn fork(&self) -> Result<Self> {
-        Ok(Self { ids: self.ids.clone(), cache: self.cache.as_ref().map(KvCache::fork).transpose()? })
+        let cache = self.cache.as_ref().map(KvCache::fork).transpose()?;
+        Ok(Self { ids: self.ids.clone(), cache, states: self.states.clone() })
     }
 }
 
@@ -210,15 +236,24 @@ impl Driver {
 
         let elapsed = self.started.elapsed();
         let several = self.requests.len() > 1;
+        let mut rests = Vec::new();
         let each = self.requests.iter_mut().zip(&self.finished).zip(replies).enumerate();
         for (index, ((request, _), replies)) in each.filter(|(_, ((_, finished), _))| !**finished) {
             let advanced = request.strategy.advance(replies);
             advanced.map_err(|e| if several { e.at(format_args!("request {}", index + 1)) } else { e })?;
+            let ended = request.strategy.ended();
+            if request.embed.is_some() {
+                for Ended { ids, slot } in ended {
+                    let slot = request.slots.slot(ModelRole::Target, slot)?.fork()?;
+                    rests.push(Rest { request: index, ids, slot });
+                }
+            }
             // Before the new token is handed out, so that it can say that it is the last.
             if request.max_time.is_some_and(|most| elapsed >= most) {
                 request.strategy.interrupt(FinishReason::Length);
             }
         }
+        self.run_rests(rests).await?;
         Ok(())
     }
 
@@ -234,9 +269,96 @@ impl Driver {
         self.requests.iter_mut().for_each(|request| request.strategy.interrupt(reason));
     }
 
-    /// The sequences of each request, and its slots.
-    pub(crate) fn finish(self) -> Vec<(Vec<SequenceOutput>, Slots)> {
-        self.requests.into_iter().map(|mut request| (request.strategy.finish(), request.slots)).collect()
+    /// The sequences of each request with their vectors, if such were asked for, and its slots.
+    pub(crate) async fn finish(mut self) -> Result<Vec<(Vec<Ending>, Slots)>> {
+        let outputs: Vec<Vec<SequenceOutput>> =
+            self.requests.iter_mut().map(|request| request.strategy.finish()).collect();
+        let mut rests = Vec::new();
+        for (index, (request, outputs)) in self.requests.iter_mut().zip(&outputs).enumerate() {
+            for output in outputs {
+                let Some(ids) = request.ids_of(output) else { continue };
+                if !request.embedded.contains_key(&ids)
+                    && let Some(slot) = request.slots.longest(&ids, outputs.len() == 1)?
+                {
+                    rests.push(Rest { request: index, ids, slot });
+                }
+            }
+        }
+        for Rest { request, slot, .. } in self.run_rests(rests).await? {
+            // Where it was taken from, the rest of a conversation may go on.
+            if let Some(request) = self.requests.get_mut(request).filter(|r| r.slots.target.is_empty()) {
+                request.slots.target.push(slot);
+            }
+        }
+        let each = self.requests.into_iter().zip(outputs);
+        Ok(each
+            .map(|(request, outputs)| {
+                let with_vector = |output: SequenceOutput| {
+                    let embedding = request.ids_of(&output).and_then(|ids| request.embedded.get(&ids));
+                    let embedding = embedding.cloned();
+                    (output, embedding)
+                };
+                (outputs.into_iter().map(with_vector).collect(), request.slots)
+            })
+            .collect())
+    }
+
+    /// Runs what slots still lack of sequences that have ended, all as one batch, and keeps their vectors.
+    async fn run_rests(&mut self, mut rests: Vec<Rest>) -> Result<Vec<Rest>> {
+        let mut jobs = Vec::new();
+        for (at, Rest { request, ids, slot }) in rests.iter_mut().enumerate() {
+            let Some(request) = self.requests.get(*request) else { continue };
+            let common = slot.ids.iter().zip(&*ids).take_while(|(a, b)| a == b).count();
+            if slot.ids.len() > common {
+                slot.apply_truncate(request.slots.embeds, request.slots.embeds + common)?;
+            }
+            if let Some(tokens) = ids.get(common..).filter(|tokens| !tokens.is_empty()) {
+                let run = Run {
+                    model: ModelRole::Target,
+                    slot: 0,
+                    tokens: tokens.to_vec(),
+                    prompt: false,
+                    need: Need::default(),
+                };
+                jobs.push(Job::in_slot(&*self.engine, request, slot, None, &run, (at, 0))?);
+            }
+        }
+        if !jobs.is_empty() {
+            let cancels: Vec<CancelToken> = self.requests.iter().map(|r| r.cancel.clone()).collect();
+            run_jobs(&*self.engine, &mut jobs, &cancels, None).await?;
+        }
+        for job in jobs {
+            if let Some(Rest { slot, .. }) = rests.get_mut(job.whose.0) {
+                job.put_back(slot);
+            }
+        }
+        for Rest { request, ids, slot } in &rests {
+            let Some(request) = self.requests.get_mut(*request) else { continue };
+            let embedding = request.embed.as_ref().map(|embed| embed.embedding(&slot.states)).transpose()?;
+            if let Some(embedding) = embedding.flatten() {
+                request.embedded.insert(ids.clone(), embedding);
+            }
+        }
+        Ok(rests)
+    }
+}
+
+/// A finished sequence and its vector, if one was asked for.
+pub(crate) type Ending = (SequenceOutput, Option<Embedding>);
+
+/// A sequence that has ended, and a slot that holds its beginning.
+struct Rest {
+    /// The index of its request.
+    request: usize,
+    /// Those of the prompt first.
+    ids: Vec<u32>,
+    slot: Slot,
+}
+
+impl Active {
+    /// All ids of a sequence, if a vector of it is wanted.
+    fn ids_of(&self, output: &SequenceOutput) -> Option<Vec<u32>> {
+        self.embed.as_ref().map(|embed| [&embed.prompt[..], &output.ids].concat())
     }
 }
 
@@ -259,16 +381,35 @@ struct Job {
     fresh: usize,
     done: usize,
     need: Need,
+    /// The layer of which states are kept.
+    keeps: Option<usize>,
+    /// Layers of the model.
+    layers: usize,
+    kept: Vec<Array2<f32>>,
     reply: Reply,
 }
 
 impl Job {
     fn new(engine: &dyn Engine, request: &mut Active, run: &Run, whose: (usize, usize)) -> Result<Self> {
-        let embeds = request.embeds.as_ref();
         let start = (run.prompt && run.model == ModelRole::Target && !run.need.hidden)
             .then(|| request.start.take())
             .flatten();
-        let slot = request.slots.slot(run.model, run.slot)?;
+        let mut slot = std::mem::take(request.slots.slot(run.model, run.slot)?);
+        let job = Self::in_slot(engine, request, &mut slot, start, run, whose);
+        *request.slots.slot(run.model, run.slot)? = slot;
+        job
+    }
+
+    /// A run in a slot, whose cache it takes, or in a restored cache.
+    fn in_slot(
+        engine: &dyn Engine,
+        request: &Active,
+        slot: &mut Slot,
+        start: Option<KvCache>,
+        run: &Run,
+        whose: (usize, usize),
+    ) -> Result<Self> {
+        let embeds = request.embeds.as_ref();
         let mut tokens = run.tokens.clone();
         let mut with_embeds = run.prompt.then_some(embeds).flatten().cloned();
         let cache = match (slot.cache.take(), start) {
@@ -286,6 +427,9 @@ impl Job {
                 engine.new_cache(request.cache_dtype)?
             }
         };
+        let keeps = request.embed.as_ref().filter(|embed| {
+            run.model == ModelRole::Target && (!run.prompt || embed.part == EmbedPart::Whole)
+        });
         let fresh =
             run.tokens.len() + if run.prompt { request.embeds.as_ref().map_or(0, Array2::nrows) } else { 0 };
         Ok(Self {
@@ -307,6 +451,9 @@ impl Job {
             appended: run.tokens.clone(),
             done: 0,
             need: run.need,
+            keeps: keeps.map(|embed| embed.layer),
+            layers: engine.config().num_hidden_layers,
+            kept: Vec::new(),
             reply: Reply::default(),
         })
     }
@@ -335,7 +482,12 @@ impl Job {
             ScoreNeed::TopK(k) => Want::TopK { rows: wanted, k },
             ScoreNeed::Full => Want::Logits { rows: wanted },
         };
-        let hidden = if self.need.hidden { Hidden::Last } else { Hidden::None };
+        let hidden = match (self.need.hidden, self.keeps) {
+            (false, None) => Hidden::None,
+            (false, Some(layer)) => Hidden::Layer(layer),
+            (true, Some(layer)) if layer < self.layers => Hidden::All,
+            (true, _) => Hidden::Last,
+        };
         let (cache, adapter) = (Some(&mut self.cache), self.adapter.as_deref());
         (len, Sequence { cache, hidden, adapter, ..Sequence::new(input).want(want) })
     }
@@ -351,7 +503,14 @@ impl Job {
                 self.reply.scores.extend(logits.outer_iter().map(|row| RowScores::Full(row.to_vec())));
             }
         }
-        for rows in output.hidden {
+        let mut hidden = output.hidden;
+        if let Some(layer) = self.keeps {
+            // Of all layers, or the one.
+            let at = if hidden.len() > 1 { layer } else { 0 };
+            self.kept.extend(hidden.get(at).cloned());
+        }
+        let rows = hidden.pop().filter(|_| self.need.hidden);
+        if let Some(rows) = rows {
             self.reply.hidden = Some(match self.reply.hidden.take() {
                 None => rows,
                 Some(before) => concatenate(Axis(0), &[before.view(), rows.view()])
@@ -359,6 +518,29 @@ impl Job {
             });
         }
         Ok(())
+    }
+
+    /// Puts the cache back into its slot, with the tokens that are new to it and what is kept of their states. The reply.
+    fn put_back(self, slot: &mut Slot) -> Reply {
+        let (rows, fresh) = (self.len(), self.fresh);
+        slot.ids.extend(self.appended);
+        slot.cache = self.keep_cache.then_some(self.cache);
+        // What was run again for want of a cache is not new.
+        let mut again = rows.saturating_sub(fresh);
+        if self.keeps.is_none() {
+            slot.states.skip(fresh);
+        }
+        for states in self.kept {
+            let known = again.min(states.nrows());
+            again -= known;
+            slot.states.extend(states.slice(ndarray::s![known.., ..]));
+        }
+        let mut reply = self.reply;
+        reply.hidden = reply.hidden.map(|hidden| {
+            let again = hidden.nrows().saturating_sub(fresh);
+            hidden.slice_move(ndarray::s![again.., ..])
+        });
+        reply
     }
 }
 
@@ -415,15 +597,7 @@ fn finish_jobs(
     for job in jobs {
         let (request, at) = job.whose;
         let slot = requests[request - first].slots.slot(job.model, job.slot)?;
-        slot.ids.extend(job.appended);
-        slot.cache = job.keep_cache.then_some(job.cache);
-        let mut reply = job.reply;
-        // What was run again for want of a cache is not part of the answer.
-        reply.hidden = reply.hidden.map(|hidden| {
-            let again = hidden.nrows().saturating_sub(job.fresh);
-            hidden.slice_move(ndarray::s![again.., ..])
-        });
-        replies[request][at] = reply;
+        replies[request][at] = job.put_back(slot);
     }
     Ok(())
 }

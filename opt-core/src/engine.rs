@@ -6,16 +6,18 @@
 mod batch;
 mod cache;
 mod local;
+mod states;
 mod wardrobe;
 
 pub use cache::KvCache;
 pub use local::LocalEngine;
 pub(crate) use local::check_vocabulary;
 pub use opt_backend::BoxFuture;
+pub(crate) use states::pool;
 pub use wardrobe::LoadedAdapter;
 pub(crate) use wardrobe::{Front, Piece, Wardrobe, find as find_adapter};
 
-use crate::{CancelToken, ProgressFn, Result, config::OptConfig};
+use crate::{CancelToken, ProgressFn, Result, config::OptConfig, embedding::Pooling};
 use ndarray::{Array2, Array3, ArrayView2};
 use opt_backend::{CacheDType, Counts, Info, MaybeSend, MaybeSync, TargetScore, TopK};
 
@@ -47,7 +49,8 @@ pub trait Engine: MaybeSend + MaybeSync {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Prompt`] for ids outside the vocabulary, embeddings of another width, or positions past
-    /// the context; [`crate::ErrorKind::Option`] for an adapter that is not loaded, or is not the cache's;
+    /// the context; [`crate::ErrorKind::Option`] for an adapter that is not loaded, or is not the cache's, and a layer
+    /// that the model does not have;
     /// [`crate::ErrorKind::Cancelled`]; [`crate::ErrorKind::Backend`].
     fn forward<'a>(&'a self, batch: Forward<'a>) -> BoxFuture<'a, Result<Vec<Output>>>;
 
@@ -84,6 +87,8 @@ pub struct Sequence<'a> {
     pub want: Want<'a>,
     /// Which hidden states to hand out.
     pub hidden: Hidden,
+    /// How the states of each layer become one row; [`Pooling::None`] hands out a row for each token.
+    pub pooling: Pooling,
     /// Whether to hand out attention weights, which is slow.
     pub attentions: bool,
 }
@@ -98,6 +103,7 @@ impl<'a> Sequence<'a> {
             cache: None,
             want: Want::Nothing,
             hidden: Hidden::None,
+            pooling: Pooling::None,
             attentions: false,
         }
     }
@@ -199,6 +205,21 @@ pub enum Hidden {
     Last,
     /// transformers' `hidden_states`: the embeddings, the output of each layer but the last, and [`Hidden::Last`].
     All,
+    /// One of [`Hidden::All`], by its index from 0. Where nobody in a batch needs more (no logits, no cache to fill),
+    /// the layers behind it are not run.
+    Layer(usize),
+}
+
+impl Hidden {
+    /// Whether it hands out the state of this index of [`Hidden::All`], in a model of so many layers.
+    pub(crate) fn includes(self, index: usize, layers: usize) -> bool {
+        match self {
+            Hidden::None => false,
+            Hidden::Last => index == layers,
+            Hidden::All => true,
+            Hidden::Layer(wanted) => index == wanted,
+        }
+    }
 }
 
 /// What came of one sequence.
@@ -211,7 +232,8 @@ pub struct Output {
     pub top_k: Vec<TopK>,
     /// One entry a target where [`Want::LogProbs`] asked for them.
     pub log_probs: Vec<TargetScore>,
-    /// Hidden states, each `[tokens, width]`; the last one is `word_embed_proj_dim` wide.
+    /// Hidden states, each `[tokens, width]`, pooled `[1, width]`; what the LM head sees is `word_embed_proj_dim` wide,
+    /// all others `hidden_size`.
     pub hidden: Vec<Array2<f32>>,
     /// For each layer `[heads, tokens, positions]`.
     pub attentions: Vec<Array3<f32>>,

@@ -40,6 +40,7 @@ pub mod adapter;
 pub mod backends;
 pub mod checkpoint;
 pub mod config;
+pub mod embedding;
 pub mod engine;
 pub mod generation;
 #[cfg(not(target_arch = "wasm32"))]

@@ -6,6 +6,7 @@ use crate::{
     checkpoint::Checkpoint,
     config::OptConfig,
     driver::{Active, Assistant, Driver, Slots},
+    embedding::{Capture, EmbedPart},
     engine::{
         Engine, Forward, Hidden, KvCache, LoadedAdapter, LocalEngine, Output, Sequence, Want, find_adapter,
     },
@@ -21,6 +22,7 @@ use crate::{
 use ndarray::{Array2, Array3};
 use opt_backend::{DType, Info, MaybeSend, MaybeSync, Train};
 use std::{
+    collections::HashMap,
     ops::ControlFlow,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -98,7 +100,9 @@ impl<B: Train> MakeEngine for B {
         progress: Option<&mut ProgressFn<'_>>,
     ) -> Result<Arc<dyn Engine>> {
         if adapters.is_empty() {
-            return Ok(Arc::new(LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?));
+            let mut engine = LocalEngine::load_as(*self, checkpoint, holding, cancel, progress)?;
+            engine.pool_by(crate::engine::pool);
+            return Ok(Arc::new(engine));
         }
         let engine = LocalEngine::load_adapted(*self, checkpoint, holding, adapters, cancel, progress)?;
         Ok(Arc::new(engine))
@@ -505,11 +509,14 @@ impl Opt {
         };
         let context = self.context();
         let new_tokens = config.max_new_tokens.unwrap_or(20);
+        // The last token is not run, unless it is to be embedded.
+        let longest = if request.embed.is_some() { context.saturating_sub(1) } else { context };
         let bos_id = self.tokenizer.as_ref().filter(|t| t.adds_bos()).and_then(Tokenizer::bos_id);
         // A prompt that is cut leaves room for what is to be generated; one token of it stays in any case.
         let limit = match overflow {
-            Overflow::TruncateLeft if ids.len() > context => (context + 1).saturating_sub(new_tokens).max(1),
-            _ => context,
+            Overflow::Error => context,
+            _ if ids.len() <= context => context,
+            _ => (longest + 1).saturating_sub(new_tokens).max(1),
         };
         let (ids, cut) = match embeds {
             None => prompt::fit(ids, limit, overflow, bos_id).map(|fitted| (fitted.ids, fitted.cut))?,
@@ -521,6 +528,7 @@ impl Opt {
             keep_scores: request.keep_scores,
             keep_logits: request.keep_logits,
             has_assistant: assistant.is_some(),
+            runs_last: request.embed.is_some(),
         };
         let embeds_len = embeds.as_ref().map_or(0, Array2::nrows);
         let model = OptConfig { max_position_embeddings: context, ..self.config().clone() };
@@ -536,9 +544,18 @@ impl Opt {
         let stopping = Stopping::new(&settings, stop, &hooks);
         let head = Head { prompt_ids: ids.clone(), cut, warnings, seed: settings.seed };
         let max_time = settings.max_time;
-        // Contrastive search looks at the hidden states of the whole prompt, so that a kept cache does not help it.
+        // Contrastive search looks at the hidden states of the whole prompt, and so may an embedding, so that a kept
+        // cache does not help them.
         // Behind a cut every token stands at another position.
-        let start = start.filter(|_| cut == 0 && !matches!(settings.method, Method::Contrastive { .. }));
+        let sees_prompt = matches!(settings.method, Method::Contrastive { .. })
+            || matches!(request.embed, Some((_, EmbedPart::Whole)));
+        let start = start.filter(|_| cut == 0 && !sees_prompt);
+        let embed = match request.embed {
+            Some((options, part)) => {
+                Some(Capture::new(options, part, &ids, self.config().num_hidden_layers)?)
+            }
+            None => None,
+        };
         let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
         let active = Active {
             strategy,
@@ -554,6 +571,8 @@ impl Opt {
             max_time,
             cancel: request.cancel,
             slots: Slots::new(embeds_len),
+            embed,
+            embedded: HashMap::new(),
         };
         Ok((active, head))
     }

@@ -17,6 +17,8 @@ pub enum Overflow {
     Error,
     /// The beginning is cut off, token by token; a BOS stays in front.
     TruncateLeft,
+    /// The end is cut off, token by token.
+    TruncateRight,
 }
 
 /// Which examples a prompt that is too long loses first.
@@ -41,7 +43,7 @@ pub struct Fitted {
 }
 
 /// Fits the ids of a prompt into `limit` tokens. With [`Overflow::TruncateLeft`], an id equal to `bos` at the front
-/// stays there and counts towards the limit.
+/// stays there and counts towards the limit; with [`Overflow::TruncateRight`] all of the front stays.
 ///
 /// ```
 /// use opt_core::prompt::{Overflow, fit};
@@ -72,8 +74,12 @@ pub fn fit(mut ids: Vec<u32>, limit: usize, overflow: Overflow, bos: Option<u32>
         if overflow == Overflow::Error {
             return Err(too_long(limit, ids.len()));
         }
-        let kept = usize::from(ids.first().copied() == bos);
-        ids.drain(kept..kept + cut);
+        if overflow == Overflow::TruncateRight {
+            ids.truncate(limit);
+        } else {
+            let kept = usize::from(ids.first().copied() == bos);
+            ids.drain(kept..kept + cut);
+        }
     }
     Ok(Fitted { ids, cut })
 }
@@ -130,7 +136,7 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// The examples that were left out, by their place in the order they were given, rising.
     pub dropped: Vec<usize>,
-    /// How many tokens were cut off on the left, under [`Overflow::TruncateLeft`].
+    /// How many tokens were cut off, under [`Overflow::TruncateLeft`] or [`Overflow::TruncateRight`].
     pub truncated: usize,
 }
 
@@ -225,7 +231,7 @@ impl PromptBuilder {
     /// one by one, in the chosen order, and no more of them than needed.
     ///
     /// # Errors
-    /// [`ErrorKind::Prompt`] when it is too long even without examples (unless [`Overflow::TruncateLeft`] was chosen)
+    /// [`ErrorKind::Prompt`] when it is too long even without examples (unless it may be cut)
     /// or has no token at all; [`ErrorKind::Tokenizer`] when the text cannot be encoded.
     pub fn build(&self, tokenizer: &Tokenizer, max_tokens: usize) -> Result<Prompt> {
         let encode = |drop| -> Result<(String, Vec<u32>)> {
@@ -307,6 +313,7 @@ mod tests {
         assert_eq!(fit(&[2, 5, 6], 1, left, Some(2)).unwrap(), (vec![2], 2));
         assert_eq!(fit(&[4, 5, 6], 2, left, Some(2)).unwrap(), (vec![5, 6], 1));
         assert_eq!(fit(&[2, 5, 6], 2, left, None).unwrap(), (vec![5, 6], 1));
+        assert_eq!(fit(&[2, 5, 6], 2, Overflow::TruncateRight, Some(2)).unwrap(), (vec![2, 5], 1));
         for (ids, limit) in [(&[][..], 3), (&[2][..], 0), (&[2, 5][..], 1)] {
             assert_eq!(fit(ids, limit, Overflow::Error, None).unwrap_err().kind(), ErrorKind::Prompt);
         }

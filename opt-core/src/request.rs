@@ -1,5 +1,6 @@
 use crate::{
     CancelToken, Opt,
+    embedding::{EmbedOptions, EmbedPart, Embedding},
     generation::{Alternative, FinishReason, GenerationConfig, Hooks, LogitsProcessor, StoppingCriterion},
     prompt::Overflow,
     tokenizer::Bos,
@@ -89,6 +90,8 @@ pub struct Request {
     pub keep_scores: bool,
     /// Whether to keep the raw logits of each step.
     pub keep_logits: bool,
+    /// What vector to make of the text while it is generated; see [`Request::embed`].
+    pub embed: Option<(EmbedOptions, EmbedPart)>,
     /// How keys and values are held.
     pub cache_dtype: CacheDType,
     /// Ends the work from elsewhere.
@@ -109,6 +112,7 @@ impl Request {
             top_alternatives: 0,
             keep_scores: false,
             keep_logits: false,
+            embed: None,
             cache_dtype: CacheDType::default(),
             cancel: CancelToken::new(),
         }
@@ -194,6 +198,30 @@ impl Request {
         self
     }
 
+    /// Makes a vector of each sequence while it is generated, of the hidden states that its tokens have anyway:
+    /// [`GeneratedSequence::embedding`]. Of the options, those of inputs (BOS, overflow, limits) have no effect.
+    ///
+    /// Every token of [`GeneratedSequence::ids`] counts, an eos too. The last one is never run by generation itself, so
+    /// it is run from the cache at the end, it alone; so that it can be, a sequence ends at the context and not one
+    /// token behind it. It goes with every way of generating.
+    ///
+    /// ```
+    /// use opt_core::{Opt, Request, embedding::{EmbedOptions, EmbedPart}, generation::GenerationConfig};
+    ///
+    /// let opt = Opt::open("../models/opt-novels")?;
+    /// let settings = GenerationConfig::default().max_new_tokens(8);
+    /// let request = Request::new("The river").config(settings).embed(EmbedOptions::default(), EmbedPart::Produced);
+    /// let made = opt.generate_batch([request])?.remove(0);
+    /// let embedding = made.sequences[0].embedding.as_ref().unwrap();
+    /// assert_eq!((embedding.tokens, embedding.vector().len()), (8, opt.config().word_embed_proj_dim));
+    /// # Ok::<(), opt_core::Error>(())
+    /// ```
+    #[must_use]
+    pub fn embed(mut self, options: EmbedOptions, part: EmbedPart) -> Self {
+        self.embed = Some((options, part));
+        self
+    }
+
     /// Sets how keys and values are held.
     #[must_use]
     pub fn cache_dtype(mut self, dtype: CacheDType) -> Self {
@@ -263,4 +291,6 @@ pub struct GeneratedSequence {
     pub logits: Vec<Vec<f32>>,
     /// With beams, for each id the index of the beam it was taken from.
     pub beam_indices: Vec<usize>,
+    /// The vector that [`Request::embed`] asked for; `None` also where there is no token to make it of.
+    pub embedding: Option<Embedding>,
 }

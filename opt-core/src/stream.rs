@@ -1,6 +1,7 @@
 use crate::{
     Error, ErrorKind, Generated, GeneratedSequence, ProgressFn, Result,
     driver::{Driver, Slots},
+    embedding::Embedding,
     engine::Engine,
     generation::{Alternative, FinishReason, SequenceOutput, TokenEvent},
     tokenizer::{Detokenizer, Tokenizer},
@@ -128,9 +129,9 @@ impl TokenStream {
             self.driver.step(None).await?;
         }
         let tokenizer = self.texts.tokenizer;
-        let each = self.driver.finish().into_iter().zip(self.heads);
+        let each = self.driver.finish().await?.into_iter().zip(self.heads);
         each.map(|((sequences, slots), head)| {
-            let sequence = |output| finished(output, tokenizer.as_ref());
+            let sequence = |(output, embedding)| finished(output, embedding, tokenizer.as_ref());
             let sequences = sequences.into_iter().map(sequence).collect::<Result<_>>()?;
             let Head { prompt_ids, warnings, seed, .. } = head;
             Ok((Generated { prompt_ids, sequences, warnings, seed }, slots))
@@ -139,10 +140,25 @@ impl TokenStream {
     }
 }
 
-fn finished(output: SequenceOutput, tokenizer: Option<&Tokenizer>) -> Result<GeneratedSequence> {
+fn finished(
+    output: SequenceOutput,
+    embedding: Option<Embedding>,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<GeneratedSequence> {
     let text = tokenizer.map(|tokenizer| tokenizer.decode(&output.ids, true)).transpose()?;
     let SequenceOutput { ids, log_probs, score, finish, alternatives, scores, logits, beam_indices } = output;
-    Ok(GeneratedSequence { ids, text, log_probs, score, finish, alternatives, scores, logits, beam_indices })
+    Ok(GeneratedSequence {
+        ids,
+        text,
+        log_probs,
+        score,
+        finish,
+        alternatives,
+        scores,
+        logits,
+        beam_indices,
+        embedding,
+    })
 }
 
 /// The text of sequences that are still growing.

@@ -9,6 +9,7 @@ use common::{
 use opt_backend::{BoxFuture, Reference};
 use opt_core::{
     CancelToken, ErrorKind, Generated, Load, Opt, Progress, Request, Result, ScoreInput, Session,
+    embedding::{EmbedOptions, EmbedPart, Embedder, Index, Metric, Pooling},
     engine::{Forward, Input, Sequence, Want},
     generation::{FinishReason, GenerationConfig},
 };
@@ -140,6 +141,34 @@ fn looks_into_the_model_and_scores() {
     let mut stop = |_: Progress<'_>| ControlFlow::Break(());
     let scored = events.await_one(opt.score_with_async(&inputs, &cancel, &mut stop));
     assert_eq!(scored.unwrap_err().kind(), ErrorKind::Cancelled);
+}
+
+#[test]
+fn embeddings() {
+    let tiny = Tiny { embed: 16, pre_norm: false, ..Tiny::default() };
+    let (opt, events, plain) = both(&tiny);
+    let inputs: Vec<Vec<u32>> = (1..9).map(|n| random_ids(n, 5 * n as usize, tiny.vocab)).collect();
+    for (pooling, layer) in
+        [(Pooling::Mean, -1), (Pooling::Max, 1), (Pooling::LastToken, 0), (Pooling::None, 2)]
+    {
+        let options = || EmbedOptions::default().pooling(pooling).layer(layer).batch_tokens(64);
+        let [late, now] = [&opt, &plain].map(|opt| Embedder::new(opt, options()).unwrap());
+        let found = events.await_one(late.embed_batch_async(inputs.clone())).unwrap();
+        for (found, expected) in found.iter().zip(now.embed_batch(inputs.clone()).unwrap()) {
+            common::assert_close(found.rows.view(), expected.rows.view(), "embeddings");
+        }
+        let found = events.await_one(late.embed_async(&inputs[1][..])).unwrap();
+        common::assert_close(found.rows.view(), now.embed(&inputs[1][..]).unwrap().rows.view(), "one");
+        let index = events.await_one(Index::new_async(&late, Metric::Dot)).unwrap();
+        let bytes = index.to_bytes().unwrap();
+        assert!(events.await_one(Index::from_bytes_async(&now, &bytes)).unwrap().is_empty());
+
+        let request =
+            || Request::new(inputs[2].clone()).config(new_tokens(5)).embed(options(), EmbedPart::Produced);
+        let found = events.await_one(opt.generate_batch_async([request()])).unwrap().remove(0);
+        let expected = plain.generate_batch([request()]).unwrap().remove(0);
+        assert_eq!(found.sequences, expected.sequences);
+    }
 }
 
 #[test]

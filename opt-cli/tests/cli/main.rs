@@ -5,6 +5,7 @@ mod backends;
 mod bench;
 mod checkpoints;
 mod distill;
+mod embed;
 mod ends;
 #[cfg(target_os = "linux")]
 mod full_disk;

@@ -4,7 +4,7 @@ use super::*;
 use serde_json::json;
 
 /// The f32 arrays of a safetensors file.
-fn arrays(path: &Path) -> impl Fn(&str) -> Vec<f64> + use<> {
+pub(super) fn arrays(path: &Path) -> impl Fn(&str) -> Vec<f64> + use<> {
     let bytes = std::fs::read(path).expect("a fixture");
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     let names: Value = serde_json::from_slice(&bytes[8..header]).expect("a header");

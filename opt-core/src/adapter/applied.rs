@@ -158,6 +158,11 @@ impl<B: Train> Adapted<B> {
         Tensor { inner, rows: None }
     }
 
+    /// `weights` `[vectors, rows]` times states, on the device.
+    pub(crate) fn pool(&self, weights: ArrayView2<'_, f32>, states: &Tensor<B>) -> Result<Tensor<B>> {
+        crate::engine::pool(&self.inner, weights, &states.inner).map(|pooled| self.plain(pooled))
+    }
+
     /// Runs `run` for each kind of row by itself: with what the rows wear, and which they are (`None`: all). `kind`
     /// says which of the worn adapters are treated alike.
     fn grouped(

@@ -1,6 +1,6 @@
 //! One batch on its way through a local engine: which rows are whose, and what is waited for.
 
-use super::{Hidden, Input, Output, Piece, Sequence, Want};
+use super::{Input, Output, Piece, Sequence, Want, states::States};
 use crate::Result;
 use ndarray::{Array2, Array3, s};
 use opt_backend::{Readback, Span, TargetScore, TopK};
@@ -11,7 +11,9 @@ use std::{ops::Range, sync::Arc};
 pub(super) struct BatchPlan {
     pub(super) spans: Vec<Span>,
     pub(super) positions: Vec<u32>,
-    /// Rows of which the last hidden state is needed.
+    /// How many layers are run.
+    pub(super) depth: usize,
+    /// Rows of which the state behind them is needed.
     pub(super) wanted: Vec<usize>,
     /// For each sequence, where its rows lie among `wanted`.
     pub(super) kept: Vec<Range<usize>>,
@@ -35,6 +37,11 @@ pub(super) struct Wear {
 }
 
 impl BatchPlan {
+    /// For each sequence, where its own rows lie, those of an adapter's prompt left out.
+    pub(super) fn own(&self) -> impl Iterator<Item = Range<usize>> {
+        self.spans.iter().zip(&self.worn).map(|(span, wear)| span.start + wear.run..span.start + span.len)
+    }
+
     /// Where the rows come from.
     pub(super) fn pieces<'a>(&self, sequences: &[Sequence<'a>]) -> Vec<(Piece<'a>, Option<usize>)> {
         let each = sequences.iter().zip(&self.worn);
@@ -54,10 +61,8 @@ impl BatchPlan {
 #[derive(Default)]
 pub(super) struct Pending<'a> {
     pub(super) plan: BatchPlan,
-    /// One per layer, all rows.
-    pub(super) hidden: Vec<Readback<'a, Array2<f32>>>,
-    /// The wanted rows.
-    pub(super) last: Option<Readback<'a, Array2<f32>>>,
+    /// In the order of layers.
+    pub(super) hidden: Vec<States<'a>>,
     pub(super) logits: Option<Readback<'a, Array2<f32>>>,
     pub(super) top_k: Option<Readback<'a, Vec<TopK>>>,
     pub(super) log_probs: Option<Readback<'a, Vec<TargetScore>>>,
@@ -68,15 +73,14 @@ pub(super) struct Pending<'a> {
 impl Pending<'_> {
     /// Waits for everything and deals it out to the sequences.
     pub(super) async fn wait(self, sequences: &[Sequence<'_>]) -> Result<Vec<Output>> {
-        let mut layers = Vec::with_capacity(self.hidden.len());
-        for readback in self.hidden {
-            layers.push(readback.await?);
+        let mut states = vec![Vec::new(); sequences.len()];
+        for layer in self.hidden {
+            layer.deal(&mut states).await?;
         }
         let mut attentions = Vec::with_capacity(self.attentions.len());
         for readback in self.attentions {
             attentions.push(readback.await?);
         }
-        let last = wait(self.last).await?;
         let mut logits = wait(self.logits).await?;
         let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
         let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
@@ -85,8 +89,8 @@ impl Pending<'_> {
 
         let mut first = 0;
         let mut outputs = Vec::with_capacity(sequences.len());
-        for (index, sequence) in sequences.iter().enumerate() {
-            let mut output = Output::default();
+        for ((index, sequence), hidden) in sequences.iter().enumerate().zip(states) {
+            let mut output = Output { hidden, ..Output::default() };
             match sequence.want {
                 Want::Nothing => {}
                 Want::Logits { rows } => {
@@ -108,14 +112,6 @@ impl Pending<'_> {
                 Want::LogProbs { targets } => {
                     output.log_probs = log_probs.by_ref().take(targets.len()).collect()
                 }
-            }
-            if sequence.hidden == Hidden::All {
-                let mut rows = self.plan.spans[index].rows();
-                rows.start += self.plan.worn[index].run;
-                output.hidden = layers.iter().map(|h| h.slice(s![rows.clone(), ..]).to_owned()).collect();
-            }
-            if let (true, Some(last)) = (sequence.hidden != Hidden::None, &last) {
-                output.hidden.push(last.slice(s![self.plan.kept[index].clone(), ..]).to_owned());
             }
             if sequence.attentions {
                 let from = self.plan.worn[index].run;

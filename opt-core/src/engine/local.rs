@@ -2,6 +2,7 @@ use super::{
     BoxFuture, Engine, Forward, Front, Hidden, Input, KvCache, LoadedAdapter, Output, Want, Wardrobe,
     batch::{BatchPlan, Pending, Wear},
     find_adapter,
+    states::{Pool, States, hand_out},
 };
 use crate::{
     CancelToken, Decoder, Error, ErrorKind, Progress, ProgressFn, Result,
@@ -9,11 +10,12 @@ use crate::{
     checkpoint::Checkpoint,
     config::OptConfig,
     decoder::{Rows, Trace},
+    embedding::Pooling,
     quantize::Holding,
 };
 use ndarray::{Array2, s};
 use opt_backend::{Backend, CacheDType, CacheSpec, Counts, DType, Info, Span, Train};
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// A decoder together with the backend that keeps its weights.
 pub struct LocalEngine<B: Backend> {
@@ -22,6 +24,8 @@ pub struct LocalEngine<B: Backend> {
     config: OptConfig,
     /// Adapters that sequences may wear; their terms lie beside the decoder's weights.
     wardrobe: Option<Box<dyn Wardrobe<B>>>,
+    /// Pools states on the device, where that is worth it.
+    pool: Option<Pool<B>>,
 }
 
 impl<B: Backend> LocalEngine<B> {
@@ -70,7 +74,7 @@ impl<B: Backend> LocalEngine<B> {
         };
         let decoder = Decoder::load(&backend, checkpoint, holding, 0..config.num_hidden_layers, &mut taken)?;
         taken("")?;
-        Ok(Self { backend: Arc::new(backend), decoder, config, wardrobe: None })
+        Ok(Self { backend: Arc::new(backend), decoder, config, wardrobe: None, pool: None })
     }
 
     /// Runs a batch. The caches are not yet told how many rows they grew by; what they must be told is in the plan.
@@ -144,41 +148,54 @@ impl<B: Backend> LocalEngine<B> {
     fn enqueue(&self, batch: &mut Forward<'_>, plan: BatchPlan, embedded: B::Tensor) -> Result<Pending<'_>> {
         let backend = &*self.backend;
 
-        let mut hidden_readbacks = Vec::new();
+        let mut states: Vec<States<'_>> = Vec::new();
         let mut attentions = Vec::new();
+        let layers = self.config.num_hidden_layers;
+        let asked: Vec<_> = batch.sequences.iter().map(|s| (s.hidden, s.pooling)).collect();
+        // Of the state of this index, whose rows lie where in what was computed of it.
+        let whose = |index: usize, rows: &mut dyn Iterator<Item = Range<usize>>| -> Vec<_> {
+            let each = asked.iter().enumerate().zip(rows);
+            let wanting = each.filter(|((_, (hidden, _)), _)| hidden.includes(index, layers));
+            wanting.map(|((at, (_, pooling)), rows)| (at, rows, *pooling)).collect()
+        };
         let any_attentions = batch.sequences.iter().any(|sequence| sequence.attentions);
-        let mut see = |h: &B::Tensor| hidden_readbacks.push(backend.read(h));
-        let keep_all = batch.sequences.iter().any(|sequence| sequence.hidden == Hidden::All);
+        let mut see = |index: usize, h: &B::Tensor| {
+            let whose = whose(index, &mut plan.own());
+            if !whose.is_empty() {
+                states.push(hand_out(backend, self.pool, h, whose)?);
+            }
+            Ok(())
+        };
         let (cancel, mut watch) = (batch.cancel, batch.watch.take());
-        let layers = self.config.num_hidden_layers as u64;
         let mut before_layer = |layer: usize| {
             if let Some(cancel) = cancel {
                 cancel.check("the forward pass")?;
             }
             if let Some(watch) = &mut watch
-                && watch(Progress::new("layers", layer as u64, layers)).is_break()
+                && watch(Progress::new("layers", layer as u64, plan.depth as u64)).is_break()
             {
                 return Err(Error::new(ErrorKind::Cancelled, "the forward pass was cancelled"));
             }
             Ok(())
         };
         let trace = Trace {
-            hidden: if keep_all { Some(&mut see) } else { None },
+            hidden: Some(&mut see),
             attentions: any_attentions.then_some(&mut attentions),
             before_layer: &mut before_layer,
         };
         let wanted = (plan.wanted.len() < plan.positions.len()).then_some(&plan.wanted[..]);
-        let rows = Rows { positions: &plan.positions, spans: &plan.spans, wanted };
+        let rows = Rows { positions: &plan.positions, spans: &plan.spans, wanted, depth: plan.depth };
         let last = {
             let mut made = Vec::new();
             let mut caches = self.caches(&mut batch.sequences, &plan.worn, &mut made)?;
             self.decoder.forward(backend, embedded, rows, caches.get(), trace)?
         };
 
-        let mut pending = Pending { hidden: hidden_readbacks, attentions, ..Pending::default() };
-        if batch.sequences.iter().any(|sequence| sequence.hidden != Hidden::None) {
-            pending.last = Some(backend.read(&last));
+        let whose = whose(plan.depth, &mut plan.kept.iter().cloned());
+        if !whose.is_empty() {
+            states.push(hand_out(backend, self.pool, &last, whose)?);
         }
+        let mut pending = Pending { hidden: states, attentions, ..Pending::default() };
         self.apply_head(batch, &plan, last, &mut pending)?;
         pending.plan = plan;
         Ok(pending)
@@ -264,6 +281,28 @@ impl<B: Backend> LocalEngine<B> {
         Ok(backend.upload(merged.view())?)
     }
 
+    /// How many layers a batch needs.
+    fn depth(&self, batch: &Forward<'_>) -> Result<usize> {
+        let layers = self.config.num_hidden_layers;
+        let mut depth = None;
+        for sequence in &batch.sequences {
+            let needs = match sequence.hidden {
+                Hidden::Layer(found) if found > layers => {
+                    let message = format_args!("layer: expected at most {layers}, found {found}");
+                    return Err(Error::new(ErrorKind::Option, message));
+                }
+                Hidden::Layer(index)
+                    if sequence.cache.is_none() && sequence.want.rows() == 0 && !sequence.attentions =>
+                {
+                    index
+                }
+                _ => layers,
+            };
+            depth = depth.max(Some(needs));
+        }
+        Ok(depth.unwrap_or(layers))
+    }
+
     /// Checks the batch and lays its rows out.
     fn check(&self, batch: &Forward<'_>) -> Result<BatchPlan> {
         let config = &self.config;
@@ -271,7 +310,8 @@ impl<B: Backend> LocalEngine<B> {
         let worn: Vec<Wear> =
             batch.sequences.iter().map(|sequence| self.wear(sequence)).collect::<Result<_>>()?;
         let lengths = batch.sequences.iter().zip(&worn).map(|(s, wear)| wear.run + s.input.len());
-        let mut plan = BatchPlan { spans: Span::lay_out(lengths), worn, ..Default::default() };
+        let depth = self.depth(batch)?;
+        let mut plan = BatchPlan { spans: Span::lay_out(lengths), worn, depth, ..Default::default() };
         for ((sequence, span), wear) in batch.sequences.iter().zip(&plan.spans).zip(&plan.worn) {
             let shape = [config.num_hidden_layers, config.num_attention_heads, config.head_dim()];
             if let Some(found) = sequence.cache.as_ref().map(|c| c.shape()).filter(|found| *found != shape) {
@@ -322,9 +362,20 @@ impl<B: Backend> LocalEngine<B> {
                     plan.positions.extend(positions.iter().map(|p| p + front as u32));
                 }
             }
-            let kept = if sequence.hidden == Hidden::None { rows } else { len };
-            let first = plan.wanted.len();
-            let end = span.start + span.len;
+            let (first, end) = (plan.wanted.len(), span.start + span.len);
+            let handed_out = sequence.hidden.includes(depth, config.num_hidden_layers);
+            let kept = match sequence.pooling {
+                _ if !handed_out => rows,
+                // One row is enough, and it is the only one that is computed.
+                Pooling::LastToken => rows.max(1).min(len),
+                Pooling::FirstToken if rows == 0 && len > 0 => {
+                    plan.wanted.push(end - len);
+                    plan.kept.push(first..first + 1);
+                    plan.scored.push(first..first);
+                    continue;
+                }
+                _ => len,
+            };
             plan.wanted.extend(end - kept..end);
             plan.kept.push(first..first + kept);
             plan.scored.push(first + kept - rows..first + kept);
@@ -346,6 +397,7 @@ impl<B: Train> LocalEngine<Adapted<B>> {
         let mut engine = Self::load_as(Adapted { inner: backend }, checkpoint, holding, cancel, progress)?;
         let loaded = Loaded::attach(&engine.backend, &mut engine.decoder, checkpoint, holding, adapters)?;
         engine.wardrobe = Some(Box::new(loaded));
+        engine.pool_by(Adapted::pool);
         Ok(engine)
     }
 }
@@ -397,6 +449,12 @@ struct Caches<'a, B: Backend> {
 }
 
 impl<B: Backend> LocalEngine<B> {
+    /// Lets states be pooled on the device. Not where results do not depend on what else is in a batch: a product with
+    /// the rows of all sequences would, and the memory of such devices is the host's.
+    pub(crate) fn pool_by(&mut self, pool: Pool<B>) {
+        self.pool = Some(pool).filter(|_| !self.backend.info().deterministic);
+    }
+
     fn cache_spec(&self, dtype: CacheDType) -> CacheSpec {
         let config = &self.config;
         CacheSpec {

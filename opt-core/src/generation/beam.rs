@@ -1,6 +1,6 @@
 use super::{
-    EarlyStopping, FinishReason, Need, Plan, Random, Reply, Request, ScoreNeed, SequenceOutput, Strategy,
-    TokenEvent,
+    EarlyStopping, Ended, FinishReason, Need, Plan, Random, Reply, Request, ScoreNeed, SequenceOutput,
+    Strategy, TokenEvent,
     math::top_k,
     sequence::{
         Row, Sequence, Stream, expect_replies, last_row, no_token, prompt_run, reorder, score_need, step_run,
@@ -25,6 +25,7 @@ pub(super) struct Beam {
     slot_count: usize,
     done: bool,
     stream: Stream,
+    ended: Vec<Ended>,
 }
 
 struct Running {
@@ -74,6 +75,7 @@ impl Beam {
             slot_count: 1,
             done: false,
             stream: Stream::default(),
+            ended: Vec::new(),
             request,
         }
     }
@@ -197,7 +199,10 @@ impl Strategy for Beam {
             let token = row.token(id, kept.get(beam).cloned().flatten(), beam);
             let sequence = parent.sequence.with(token, finish);
             match finish {
-                Some(_) => self.add_to_pool(sequence, score),
+                Some(_) => {
+                    self.ended.push(Ended { ids: sequence.ids.clone(), slot: beam });
+                    self.add_to_pool(sequence, score);
+                }
                 None => running.push(Running { sequence, score, parent: beam }),
             }
         }
@@ -210,6 +215,10 @@ impl Strategy for Beam {
             self.end();
         }
         Ok(())
+    }
+
+    fn ended(&mut self) -> Vec<Ended> {
+        std::mem::take(&mut self.ended)
     }
 
     fn take_events(&mut self) -> Vec<TokenEvent> {

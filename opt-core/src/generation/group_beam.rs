@@ -1,5 +1,6 @@
 use super::{
-    EarlyStopping, FinishReason, Need, Plan, Reply, Request, ScoreNeed, SequenceOutput, Strategy, TokenEvent,
+    EarlyStopping, Ended, FinishReason, Need, Plan, Reply, Request, ScoreNeed, SequenceOutput, Strategy,
+    TokenEvent,
     beam::{Candidate, Kept, candidates_to_keep},
     math::top_k,
     sequence::{Row, Sequence, Stream, expect_replies, last_row, no_token, prompt_run, reorder, step_run},
@@ -19,6 +20,7 @@ pub(super) struct GroupBeam {
     returned: Vec<(f64, Sequence)>,
     done: bool,
     stream: Stream,
+    ended: Vec<Ended>,
 }
 
 struct Group {
@@ -96,6 +98,7 @@ impl GroupBeam {
             returned: Vec::new(),
             done: false,
             stream: Stream::default(),
+            ended: Vec::new(),
             request,
         }
     }
@@ -163,6 +166,7 @@ impl GroupBeam {
             let token = row.token(id, kept.get(beam).cloned().flatten(), first_beam + beam);
             let sequence = parent.sequence.with(token, finish);
             if ends {
+                self.ended.push(Ended { ids: sequence.ids.clone(), slot: slot + beam });
                 group.pool.add(sequence, score);
                 continue;
             }
@@ -242,6 +246,10 @@ impl Strategy for GroupBeam {
             self.end();
         }
         Ok(())
+    }
+
+    fn ended(&mut self) -> Vec<Ended> {
+        std::mem::take(&mut self.ended)
     }
 
     fn take_events(&mut self) -> Vec<TokenEvent> {

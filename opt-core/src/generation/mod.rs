@@ -28,7 +28,7 @@ mod stopping;
 pub use crate::callbacks::PrefixFn;
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
 pub use plan::{
-    Alternative, CacheOp, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
+    Alternative, CacheOp, Ended, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
     SequenceOutput, Strategy, TokenEvent,
 };
 pub use processors::{Hooks, LogitsProcessor, ProcessorChain};

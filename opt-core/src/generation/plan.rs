@@ -162,6 +162,15 @@ pub struct SequenceOutput {
     pub beam_indices: Vec<usize>,
 }
 
+/// A sequence that has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its ids, those of the prompt first.
+    pub ids: Vec<u32>,
+    /// The target's slot that holds all of them but the last.
+    pub slot: usize,
+}
+
 /// The decision part of generation for one request. See the module's documentation.
 pub trait Strategy: opt_backend::MaybeSend {
     /// What to run next; no runs once finished. Called again only after [`Strategy::advance`].
@@ -172,6 +181,12 @@ pub trait Strategy: opt_backend::MaybeSend {
     /// # Errors
     /// Those of processors and callbacks of the caller's.
     fn advance(&mut self, replies: Vec<Reply>) -> Result<()>;
+
+    /// Sequences that ended in the last [`Strategy::advance`] while others go on, so that the next plan may drop their
+    /// slots: whoever wants to know more of them looks now.
+    fn ended(&mut self) -> Vec<Ended> {
+        Vec::new()
+    }
 
     /// Tokens that became certain since the last call. Beam search knows none before its end and then gives those of
     /// every returned sequence, one sequence after the other.

@@ -70,6 +70,8 @@ pub struct Extras {
     pub keep_logits: bool,
     /// Whether there is a draft model.
     pub has_assistant: bool,
+    /// Whether the last token is run as well, so that it must have a position.
+    pub runs_last: bool,
 }
 
 /// One request's settings, resolved and validated.
@@ -153,7 +155,7 @@ impl GenerationConfig {
         let method = self.method(model.vocab_size, do_sample, extras)?;
         let num_return_sequences = self.num_return_sequences.unwrap_or(1);
         check_returns(num_return_sequences, &method, do_sample)?;
-        let max_length = self.length(model, prompt.len(), embeds_len, &method, &mut warnings)?;
+        let max_length = self.length(model, [prompt.len(), embeds_len], &method, extras, &mut warnings)?;
         self.warn_unused(&method, do_sample, &mut warnings);
 
         let eos = self.eos_token_id.as_ref().map(super::TokenIds::to_vec).unwrap_or_default();
@@ -245,15 +247,16 @@ impl GenerationConfig {
     fn length(
         &self,
         model: &OptConfig,
-        prompt_len: usize,
-        embeds_len: usize,
+        [prompt_len, embeds_len]: [usize; 2],
         method: &Method,
+        extras: &Extras,
         warnings: &mut Vec<String>,
     ) -> Result<usize> {
         let context = model.max_position_embeddings;
         // The last token need not be run, so that it may stand one past the last position; contrastive search runs
         // its candidates before it chooses.
-        let longest = if matches!(method, Method::Contrastive { .. }) { context } else { context + 1 };
+        let runs_last = extras.runs_last || matches!(method, Method::Contrastive { .. });
+        let longest = if runs_last { context } else { context + 1 };
         let start = prompt_len + embeds_len;
         if start >= longest {
             let message =

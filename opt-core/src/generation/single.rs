@@ -1,5 +1,5 @@
 use super::{
-    FinishReason, Need, Plan, Random, Reply, Request, ScoreNeed, SequenceOutput, Strategy, TokenEvent,
+    Ended, FinishReason, Need, Plan, Random, Reply, Request, ScoreNeed, SequenceOutput, Strategy, TokenEvent,
     sequence::{Row, Sequence, Stream, expect_replies, last_row, prompt_run, reorder, score_need, step_run},
 };
 use crate::Result;
@@ -17,6 +17,7 @@ pub(super) struct Single {
     parents: Vec<usize>,
     slot_count: usize,
     stream: Stream,
+    ended: Vec<Ended>,
 }
 
 impl Single {
@@ -30,6 +31,7 @@ impl Single {
             parents: Vec::new(),
             slot_count: 1,
             stream: Stream::default(),
+            ended: Vec::new(),
             request,
         }
     }
@@ -87,9 +89,22 @@ impl Strategy for Single {
                 self.extend(index, row)?;
             }
         }
+        // A sequence alone keeps its slot.
+        let alone = self.sequences.len() == 1;
+        let over = |(i, _): &&(usize, usize)| self.sequences.get(*i).is_some_and(|s| s.finish.is_some());
+        self.ended = ran
+            .iter()
+            .filter(|_| !alone)
+            .filter(over)
+            .filter_map(|&(i, slot)| Some(Ended { ids: self.sequences.get(i)?.ids.clone(), slot }))
+            .collect();
         let open = |i: &usize| self.sequences.get(*i).is_some_and(|s| s.finish.is_none());
         (self.slots, self.parents) = ran.into_iter().filter(|(i, _)| open(i)).unzip();
         Ok(())
+    }
+
+    fn ended(&mut self) -> Vec<Ended> {
+        std::mem::take(&mut self.ended)
     }
 
     fn take_events(&mut self) -> Vec<TokenEvent> {

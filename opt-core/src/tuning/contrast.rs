@@ -6,55 +6,10 @@ use super::{
     head::cross_entropy,
     tape::{Taped, Var},
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, embedding::Pooling};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 use opt_backend::{Span, Train};
 use serde::{Deserialize, Serialize};
-
-/// How hidden states of a sequence become one vector. All are weighted sums of what the LM head sees of its tokens,
-/// what the tokenizer puts in front included, as in sentence-transformers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Pooling {
-    /// All tokens alike.
-    #[default]
-    Mean,
-    /// Token i of n (from 1) counts i: SGPT's (arXiv 2202.08904), since later tokens of a decoder have seen more.
-    WeightedMean,
-    /// The last token alone.
-    LastToken,
-}
-
-impl Pooling {
-    /// What each of `len` tokens counts; together 1.
-    ///
-    /// ```
-    /// use opt_core::tuning::Pooling;
-    /// assert_eq!(Pooling::WeightedMean.weights(3), [1.0 / 6.0, 2.0 / 6.0, 3.0 / 6.0]);
-    /// ```
-    pub fn weights(self, len: usize) -> Vec<f32> {
-        let count = len as f32;
-        let of = |i: usize| match self {
-            Self::Mean => count.recip(),
-            Self::WeightedMean => (i + 1) as f32 / (count * (count + 1.0) / 2.0),
-            Self::LastToken => f32::from(u8::from(i + 1 == len)),
-        };
-        (0..len).map(of).collect()
-    }
-
-    /// A matrix `[spans, rows]` that pools the tokens of each sequence, which are the last of its span.
-    pub(super) fn matrix(self, sequences: &[&[u32]], spans: &[Span], rows: usize) -> Array2<f32> {
-        let mut matrix = Array2::zeros((spans.len(), rows));
-        for ((mut row, span), ids) in matrix.outer_iter_mut().zip(spans).zip(sequences) {
-            let first = span.start + span.len - ids.len();
-            for (weight, value) in row.iter_mut().skip(first).zip(self.weights(ids.len())) {
-                *weight = value;
-            }
-        }
-        matrix
-    }
-}
 
 /// How texts that belong together are learned: InfoNCE (arXiv 1807.03748) with the other passages of a batch as
 /// negatives, which is sentence-transformers' `MultipleNegativesRankingLoss`, and the language-model loss beside it:
@@ -108,7 +63,8 @@ impl ContrastOptions {
     }
 
     /// # Errors
-    /// [`ErrorKind::Option`] for a temperature that is not above 0 and a weight below 0.
+    /// [`ErrorKind::Option`] for a temperature that is not above 0, a weight below 0, and a pooling that is no weighted
+    /// sum ([`Pooling::Max`], [`Pooling::None`]).
     pub fn validate(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(ErrorKind::Option, message));
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
@@ -117,7 +73,7 @@ impl ContrastOptions {
         if !(self.lm.is_finite() && self.lm >= 0.0) {
             return fail(format!("lm: expected a number of at least 0, found {}", self.lm));
         }
-        Ok(())
+        check_pooling(self.pooling)
     }
 }
 
@@ -256,7 +212,34 @@ pub(super) fn info_nce(
     (loss, gradient.mapv(|d| d as f32))
 }
 
-/// Vectors `[sequences, width]` of last hidden states.
+/// # Errors
+/// [`ErrorKind::Option`] for what is no weighted sum, through which alone gradients are led here.
+pub(super) fn check_pooling(pooling: Pooling) -> Result<()> {
+    match pooling.weights(1) {
+        Some(_) => Ok(()),
+        None => {
+            let message = format_args!(
+                "pooling: expected a weighted sum of states (mean, weighted mean, first or last token), found {pooling}"
+            );
+            Err(Error::new(ErrorKind::Option, message))
+        }
+    }
+}
+
+/// A matrix `[spans, rows]` that pools the tokens of each sequence, which are the last of its span.
+fn matrix(pooling: Pooling, sequences: &[&[u32]], spans: &[Span], rows: usize) -> Array2<f32> {
+    let mut matrix = Array2::zeros((spans.len(), rows));
+    for ((mut row, span), ids) in matrix.outer_iter_mut().zip(spans).zip(sequences) {
+        let first = span.start + span.len - ids.len();
+        let weights = pooling.weights(ids.len()).unwrap_or_default();
+        for (weight, value) in row.iter_mut().skip(first).zip(weights) {
+            *weight = value;
+        }
+    }
+    matrix
+}
+
+/// Vectors `[sequences, width]` of last hidden states, by a pooling that [`check_pooling`] let through.
 pub(super) fn pooled<B: Train>(
     taped: &Taped<B>,
     last: &Var<B>,
@@ -265,7 +248,7 @@ pub(super) fn pooled<B: Train>(
     spans: &[Span],
 ) -> Result<Var<B>> {
     let rows = taped.backend.shape(&last.value)[0];
-    let matrix = taped.backend.upload(pooling.matrix(sequences, spans, rows).view())?;
+    let matrix = taped.backend.upload(matrix(pooling, sequences, spans, rows).view())?;
     Ok(taped.wired_pool(matrix, last)?)
 }
 

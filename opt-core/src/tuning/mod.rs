@@ -41,7 +41,8 @@ mod trainer;
 mod tuner;
 mod weights;
 
-pub use contrast::{ContrastOptions, Pooling, Recall, recall};
+pub use crate::embedding::Pooling;
+pub use contrast::{ContrastOptions, Recall, recall};
 pub use distill::DistillOptions;
 pub use example::{Example, Goal};
 pub(crate) use learner::{Learn, Learner};

@@ -3,7 +3,7 @@ mod teacher;
 use super::{
     ContrastOptions, Example, Goal, Learn, Optimizer, Pooling, Recall, TrainOptions, TrainingMemory,
     contrast,
-    contrast::ranks,
+    contrast::{check_pooling, ranks},
     data::Dataset,
     head,
     start::{self, Artifact, adapter},
@@ -280,8 +280,9 @@ impl Tuner {
     ///
     /// # Errors
     /// [`ErrorKind::Prompt`] for a sequence that is empty or too long, and ids outside the vocabulary;
-    /// [`ErrorKind::Backend`].
+    /// [`ErrorKind::Option`] for a pooling that is no weighted sum; [`ErrorKind::Backend`].
     pub fn embed(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Array2<f32>> {
+        check_pooling(pooling)?;
         for ids in sequences {
             crate::engine::check_vocabulary(ids, self.config.vocab_size)?;
             if ids.is_empty() {

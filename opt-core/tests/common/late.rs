@@ -3,8 +3,8 @@
 use ndarray::{Array2, ArrayView2};
 use opt_backend::{
     Attend, Backend, BoxFuture, CacheLayer, CacheSpec, Counters, DType, Error, ErrorKind, HostLinear,
-    HostMatrix, HostNorm, HostVector, Info, MaybeSend, NormParams, Readback, Reference, ReferenceCache,
-    Result, TargetScore, Then, TopK, Train, ndarray,
+    HostMatrix, HostNorm, HostVector, Info, Layout, MaybeSend, NormParams, Readback, Reference,
+    ReferenceCache, Result, TargetScore, Then, TopK, Train, ndarray,
 };
 use std::{
     collections::VecDeque,
@@ -112,7 +112,18 @@ impl Late {
     }
 }
 
-impl Train for Late {}
+impl Train for Late {
+    fn matmul(
+        &self,
+        a: &Array2<f32>,
+        b: &Array2<f32>,
+        layout: Layout,
+        dtype: DType,
+        into: Option<Array2<f32>>,
+    ) -> Result<Array2<f32>> {
+        self.device.matmul(a, b, layout, dtype, into)
+    }
+}
 
 impl Backend for Late {
     type Tensor = Array2<f32>;
