@@ -69,10 +69,22 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "N", help_heading = "Tasks")]
     limit: Option<NonZeroUsize>,
     /// Evaluate once with each of these numbers of examples, and tell the spread.
-    #[arg(long, value_name = "K,K", value_delimiter = ',', conflicts_with = "num_fewshot", help_heading = "Tasks")]
+    #[arg(
+        long,
+        value_name = "K,K",
+        value_delimiter = ',',
+        conflicts_with = "num_fewshot",
+        help_heading = "Tasks"
+    )]
     vary_shots: Vec<usize>,
     /// Evaluate once with examples drawn by each of these seeds, and tell the spread.
-    #[arg(long, value_name = "N,N", value_delimiter = ',', conflicts_with = "fewshot_seed", help_heading = "Tasks")]
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        conflicts_with = "fewshot_seed",
+        help_heading = "Tasks"
+    )]
     vary_seeds: Vec<u64>,
     /// Take the tasks for phrasings of one, and tell the spread.
     #[arg(long, requires = "tasks", help_heading = "Tasks")]
@@ -171,7 +183,9 @@ impl Eval {
                 list.filter_map(serde_json::Value::as_str).collect::<Vec<_>>().join(", ")
             };
             match tasks.get(name) {
-                Some(spec) => out.line(&format!("{name:<36} {:<22} {}", spec.kind.name(), words("metrics")))?,
+                Some(spec) => {
+                    out.line(&format!("{name:<36} {:<22} {}", spec.kind.name(), words("metrics")))?
+                }
                 None => {
                     let count = tasks.group(name).map_or(0, |group| group.tasks.len());
                     out.line(&format!("{name:<36} {:<22} {count} tasks and groups", "group"))?;
@@ -182,9 +196,14 @@ impl Eval {
     }
 
     fn perplexity(&self, file: &Path, console: &Console) -> Result<(), Failure> {
-        let text = fs::read(file).map_err(|e| Failure::failed(format!("{}: cannot be read: {e}", file.display())))?;
+        let text = fs::read(file)
+            .map_err(|e| Failure::failed(format!("{}: cannot be read: {e}", file.display())))?;
         let text = String::from_utf8(text).map_err(|e| {
-            Failure::failed(format!("{}: expected UTF-8, found something else at byte {}", file.display(), e.utf8_error().valid_up_to()))
+            Failure::failed(format!(
+                "{}: expected UTF-8, found something else at byte {}",
+                file.display(),
+                e.utf8_error().valid_up_to()
+            ))
         })?;
         console.catch_interrupts();
         let opt = self.run.model.load(console)?;
@@ -194,10 +213,11 @@ impl Eval {
         let asker = Asker::new(&opt).bos(self.bos_rule()).cancel(console.cancel.clone());
         let bar = console.bar("windows");
         let begun = Instant::now();
-        let found = perplexity(&asker, &text, options, &mut |at| bar.show(at)).map_err(|e| match e.kind() {
-            opt_core::ErrorKind::Prompt => Failure::from(e.at(file.display())),
-            _ => Failure::from(e),
-        })?;
+        let found =
+            perplexity(&asker, &text, options, &mut |at| bar.show(at)).map_err(|e| match e.kind() {
+                opt_core::ErrorKind::Prompt => Failure::from(e.at(file.display())),
+                _ => Failure::from(e),
+            })?;
         drop(bar);
         if let Some(output) = &self.output {
             results::write(output, &json!(found).to_string())?;

@@ -85,13 +85,7 @@ fn slashed(text: &str) -> String {
 /// ```
 pub fn general(text: &str) -> String {
     let mut text = text.to_owned();
-    for (old, new) in [
-        (" n't", "n't"),
-        (" )", ")"),
-        ("( ", "("),
-        ("\" ", "\""),
-        (" \"", "\""),
-    ] {
+    for (old, new) in [(" n't", "n't"), (" )", ")"), ("( ", "("), ("\" ", "\""), (" \"", "\"")] {
         text = text.replace(old, new);
     }
     PUNCTUATION.replace_all(&text, "$1").into_owned()

@@ -15,7 +15,9 @@ pub(crate) fn apply(steps: &[FilterStep], text: &str) -> Result<String> {
             FilterStep::Uppercase => text.to_uppercase(),
             FilterStep::TakeFirst => text,
             FilterStep::Regex { pattern, group_select, fallback } => {
-                let regex = Regex::new(pattern).map_err(|_| Error::new(ErrorKind::Config, format_args!("pattern {pattern:?} cannot be read")))?;
+                let regex = Regex::new(pattern).map_err(|_| {
+                    Error::new(ErrorKind::Config, format_args!("pattern {pattern:?} cannot be read"))
+                })?;
                 find(&regex, &text, *group_select).unwrap_or_else(|| fallback.clone())
             }
         };
@@ -27,7 +29,11 @@ pub(crate) fn apply(steps: &[FilterStep], text: &str) -> Result<String> {
 /// are no groups.
 fn find(regex: &Regex, text: &str, select: i64) -> Option<String> {
     let all: Vec<regex::Captures<'_>> = regex.captures_iter(text).collect();
-    let index = if select < 0 { all.len().checked_sub(usize::try_from(-select).ok()?)? } else { usize::try_from(select).ok()? };
+    let index = if select < 0 {
+        all.len().checked_sub(usize::try_from(-select).ok()?)?
+    } else {
+        usize::try_from(select).ok()?
+    };
     let found = all.get(index)?;
     let part = if found.len() == 1 {
         found.get(0)
@@ -46,7 +52,11 @@ mod tests {
 
     #[test]
     fn a_pattern_finds_what_python_finds() {
-        let regex = |pattern: &str, group_select| FilterStep::Regex { pattern: pattern.to_owned(), group_select, fallback: "[invalid]".to_owned() };
+        let regex = |pattern: &str, group_select| FilterStep::Regex {
+            pattern: pattern.to_owned(),
+            group_select,
+            fallback: "[invalid]".to_owned(),
+        };
         let text = "The sum is 12. So #### 1,204 or #### 7 ";
         for (pattern, select, expected) in [
             (r"#### (\-?[0-9\.\,]+)", 0, "1,204"),

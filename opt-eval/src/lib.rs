@@ -63,6 +63,6 @@ pub use requests::{Asker, Encoded, LogLikelihood, Shared, Written};
 pub use rows::Row;
 pub use run::{EvalOptions, Evaluation, evaluate};
 pub use task::{
-    Answer, Data, Document, Fewshot, Fields, Filter, FilterStep, Generation, GroupSpec, MetricSpec, RowShape, Sampler,
-    Selection, Splits, Task, TaskKind, TaskOptions, TaskSpec, Tasks,
+    Answer, Data, Document, Fewshot, Fields, Filter, FilterStep, Generation, GroupSpec, MetricSpec, RowShape,
+    Sampler, Selection, Splits, Task, TaskKind, TaskOptions, TaskSpec, Tasks,
 };

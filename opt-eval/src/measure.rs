@@ -98,7 +98,11 @@ pub(crate) fn check(kind: TaskKind, name: &str) -> Result<Kind> {
     let known = kinds(kind);
     known.iter().find(|known| known.name == name).copied().ok_or_else(|| {
         let names: Vec<&str> = known.iter().map(|known| known.name).collect();
-        let message = format_args!("metrics: {name:?} is none of {}: expected one of {}", kind.name(), names.join(", "));
+        let message = format_args!(
+            "metrics: {name:?} is none of {}: expected one of {}",
+            kind.name(),
+            names.join(", ")
+        );
         Error::new(ErrorKind::Config, message)
     })
 }
@@ -218,7 +222,9 @@ pub(crate) fn aggregate(kind: Kind, values: &[Value], bootstrap_iters: usize) ->
         Harness(aggregation) => aggregation,
         Calibration => return Ok((calibration_error(values)?, None)),
         Distinct(n) => {
-            let texts = values.iter().filter_map(|v| if let Value::Texts(_, text) = v { Some(words(text)) } else { None });
+            let texts = values
+                .iter()
+                .filter_map(|v| if let Value::Texts(_, text) = v { Some(words(text)) } else { None });
             let texts: Vec<Vec<&str>> = texts.collect();
             // Texts without a word are all the same.
             return Ok((diversity::distinct_n(&texts, n).unwrap_or(0.0), None));
@@ -229,9 +235,10 @@ pub(crate) fn aggregate(kind: Kind, values: &[Value], bootstrap_iters: usize) ->
     let value = statistic(&all).map_err(in_metrics)?;
     let stderr = match stderr_rule(kind.name, aggregation, values.len(), bootstrap_iters) {
         StderrRule::Mean => Some(statistics::mean_stderr(&numbers(values)).map_err(in_metrics)?),
-        StderrRule::Bootstrap { iterations } => {
-            Some(statistics::bootstrap_stderr(values.len(), iterations, |drawn| statistic(drawn)).map_err(in_metrics)?)
-        }
+        StderrRule::Bootstrap { iterations } => Some(
+            statistics::bootstrap_stderr(values.len(), iterations, |drawn| statistic(drawn))
+                .map_err(in_metrics)?,
+        ),
         _ => None,
     };
     Ok((value, stderr))
@@ -240,7 +247,10 @@ pub(crate) fn aggregate(kind: Kind, values: &[Value], bootstrap_iters: usize) ->
 type Statistic<'a> = Box<dyn Fn(&[usize]) -> opt_metrics::Result<f64> + 'a>;
 
 fn numbers(values: &[Value]) -> Vec<f64> {
-    values.iter().filter_map(|value| if let Value::Number(number) = value { Some(*number) } else { None }).collect()
+    values
+        .iter()
+        .filter_map(|value| if let Value::Number(number) = value { Some(*number) } else { None })
+        .collect()
 }
 
 /// An aggregate as a function of which values it is of.
@@ -250,14 +260,25 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
     }
     let numbers = numbers(values);
     let pairs = || -> Vec<(f64, f64)> {
-        values.iter().filter_map(|v| if let Value::Weighted(sum, weight) = v { Some((*sum, *weight)) } else { None }).collect()
+        values
+            .iter()
+            .filter_map(|v| if let Value::Weighted(sum, weight) = v { Some((*sum, *weight)) } else { None })
+            .collect()
     };
     let both = || -> (Vec<i64>, Vec<i64>) {
-        values.iter().filter_map(|v| if let Value::Labels(gold, taken) = v { Some((*gold, *taken)) } else { None }).unzip()
+        values
+            .iter()
+            .filter_map(|v| if let Value::Labels(gold, taken) = v { Some((*gold, *taken)) } else { None })
+            .unzip()
     };
     // Counts of single texts are enough for the score of any resample.
-    fn counts<T>(values: &[Value], count: impl Fn(&str, &[String]) -> opt_metrics::Result<T>) -> Result<Vec<T>> {
-        let texts = values.iter().filter_map(|v| if let Value::Texts(right, written) = v { Some((written, right)) } else { None });
+    fn counts<T>(
+        values: &[Value],
+        count: impl Fn(&str, &[String]) -> opt_metrics::Result<T>,
+    ) -> Result<Vec<T>> {
+        let texts = values
+            .iter()
+            .filter_map(|v| if let Value::Texts(right, written) = v { Some((written, right)) } else { None });
         texts.map(|(written, right)| count(written, right).map_err(in_metrics)).collect()
     }
     fn total<T: Default + for<'a> std::ops::AddAssign<&'a T>>(counts: &[T], drawn: &[usize]) -> T {
@@ -280,16 +301,23 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
             let (gold, taken) = both();
             Box::new(move |drawn| {
                 let (gold, taken) = (pick(&gold, drawn), pick(&taken, drawn));
-                if aggregation == A::F1 { labels::f1_binary(&gold, &taken, &1) } else { labels::matthews_corrcoef(&gold, &taken) }
+                if aggregation == A::F1 {
+                    labels::f1_binary(&gold, &taken, &1)
+                } else {
+                    labels::matthews_corrcoef(&gold, &taken)
+                }
             })
         }
         A::BrierScore => {
             let all: Vec<(usize, Vec<f64>)> = values
                 .iter()
-                .filter_map(|v| if let Value::Probabilities(gold, p) = v { Some((*gold, p.clone())) } else { None })
+                .filter_map(|v| {
+                    if let Value::Probabilities(gold, p) = v { Some((*gold, p.clone())) } else { None }
+                })
                 .collect();
             Box::new(move |drawn| {
-                let (gold, probabilities): (Vec<usize>, Vec<Vec<f64>>) = pick(&all, drawn).into_iter().unzip();
+                let (gold, probabilities): (Vec<usize>, Vec<Vec<f64>>) =
+                    pick(&all, drawn).into_iter().unzip();
                 calibration::brier_score(&gold, &probabilities)
             })
         }

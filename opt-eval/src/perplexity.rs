@@ -85,10 +85,16 @@ pub fn perplexity(
     let fail = |kind, message: String| Err(Error::new(kind, message));
     let (window, context) = (options.window, asker.opt().context());
     if window < 2 || window > context {
-        return fail(ErrorKind::Option, format!("window: expected 2 to {context} (the context), found {window}"));
+        return fail(
+            ErrorKind::Option,
+            format!("window: expected 2 to {context} (the context), found {window}"),
+        );
     }
     if let Some(stride) = options.stride.filter(|stride| *stride == 0 || *stride > window) {
-        return fail(ErrorKind::Option, format!("stride: expected 1 to {window} (the window), found {stride}"));
+        return fail(
+            ErrorKind::Option,
+            format!("stride: expected 1 to {window} (the window), found {stride}"),
+        );
     }
     let tokenizer = asker.opt().require_tokenizer()?;
     let ids = tokenizer.encode(text, asker.bos_rule())?;
@@ -103,7 +109,8 @@ pub fn perplexity(
     let tokens: usize = windows.iter().map(|window| window.ids.len() - window.from).sum();
     let nll = -found.iter().map(|found| found.log_prob).sum::<f64>();
     let mean = nll / tokens as f64;
-    let used: usize = if options.stride.is_some() { ids.len() } else { windows.iter().map(|w| w.ids.len()).sum() };
+    let used: usize =
+        if options.stride.is_some() { ids.len() } else { windows.iter().map(|w| w.ids.len()).sum() };
     let bytes = tokenizer.decode(ids.get(..used).unwrap_or_default(), true)?.len();
     Ok(Perplexity {
         perplexity: mean.exp(),

@@ -2,7 +2,10 @@
 
 use opt_core::{Error, ErrorKind, Result};
 use serde_json::{Map, Value};
-use std::{fs, path::{Path, PathBuf}};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// One row: its columns by name.
 pub type Row = Map<String, Value>;
@@ -73,11 +76,16 @@ impl Rows {
             return self.parquet(&name);
         }
         let bytes = fs::read(file).map_err(|e| {
-            let kind = if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
+            let kind =
+                if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
             Error::because(kind, format_args!("{}: cannot be read", file.display()), e)
         })?;
-        let text = String::from_utf8(bytes)
-            .map_err(|e| bad(format_args!("{}: byte {}", file.display(), e.utf8_error().valid_up_to()), "expected UTF-8, found something else"))?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            bad(
+                format_args!("{}: byte {}", file.display(), e.utf8_error().valid_up_to()),
+                "expected UTF-8, found something else",
+            )
+        })?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         match &ending[..] {
             "jsonl" => self.json_lines(&name, text),
@@ -85,7 +93,10 @@ impl Rows {
             "json" => self.json_lines(&name, text),
             "csv" => self.csv(&name, text, reading.columns),
             "txt" | "raw" | "tokens" => self.text(&name, text, reading.pages),
-            _ => Err(bad(file.display(), &format!("expected a file ending in one of {}, found {ending:?}", ENDINGS.join(", ")))),
+            _ => Err(bad(
+                file.display(),
+                &format!("expected a file ending in one of {}, found {ending:?}", ENDINGS.join(", ")),
+            )),
         }
     }
 
@@ -94,7 +105,9 @@ impl Rows {
             let place = format_args!("{}, line {}", file.display(), index + 1).to_string();
             let row = match serde_json::from_str(line) {
                 Ok(Value::Object(row)) => row,
-                Ok(other) => return Err(bad(place, &format!("expected a JSON object, found {}", kind_of(&other)))),
+                Ok(other) => {
+                    return Err(bad(place, &format!("expected a JSON object, found {}", kind_of(&other))));
+                }
                 Err(e) => return Err(bad(place, &format!("expected a JSON object: {e}"))),
             };
             self.push(file, "line", index + 1, row);
@@ -103,7 +116,8 @@ impl Rows {
     }
 
     fn json(&mut self, file: &std::sync::Arc<Path>, text: &str) -> Result<()> {
-        let all: Vec<Value> = serde_json::from_str(text).map_err(|e| bad(file.display(), &format!("expected a list of JSON objects: {e}")))?;
+        let all: Vec<Value> = serde_json::from_str(text)
+            .map_err(|e| bad(file.display(), &format!("expected a list of JSON objects: {e}")))?;
         for (index, value) in all.into_iter().enumerate() {
             match value {
                 Value::Object(row) => self.push(file, "row", index + 1, row),
@@ -118,14 +132,17 @@ impl Rows {
 
     /// With a line of names, or without one where `columns` has as many names and the first line has none of them.
     fn csv(&mut self, file: &std::sync::Arc<Path>, text: &str, columns: &[String]) -> Result<()> {
-        let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
         let mut names: Vec<String> = Vec::new();
         for (index, record) in reader.records().enumerate() {
             let place = || format_args!("{}, row {}", file.display(), index + 1).to_string();
             let record = record.map_err(|e| bad(place(), &e.to_string()))?;
             if index == 0 {
                 let own: Vec<String> = record.iter().map(|name| name.trim().to_owned()).collect();
-                let named = columns.is_empty() || own.len() != columns.len() || own.iter().any(|name| columns.contains(name) && name.len() > 1);
+                let named = columns.is_empty()
+                    || own.len() != columns.len()
+                    || own.iter().any(|name| columns.contains(name) && name.len() > 1);
                 if named {
                     names = own;
                     continue;
@@ -133,10 +150,16 @@ impl Rows {
                 names = columns.to_vec();
             }
             if record.len() != names.len() {
-                let message = format!("expected {} columns ({}), found {}", names.len(), names.join(", "), record.len());
+                let message = format!(
+                    "expected {} columns ({}), found {}",
+                    names.len(),
+                    names.join(", "),
+                    record.len()
+                );
                 return Err(bad(place(), &message));
             }
-            let row = names.iter().zip(&record).map(|(name, value)| (name.clone(), Value::from(value))).collect();
+            let row =
+                names.iter().zip(&record).map(|(name, value)| (name.clone(), Value::from(value))).collect();
             self.push(file, "row", index + 1, row);
         }
         Ok(())
@@ -148,7 +171,8 @@ impl Rows {
             self.push(file, "line", 1, page(text));
             return Ok(());
         };
-        let pattern = regex::Regex::new(pattern).map_err(|e| bad(format_args!("pattern {pattern:?}"), &e.to_string()))?;
+        let pattern = regex::Regex::new(pattern)
+            .map_err(|e| bad(format_args!("pattern {pattern:?}"), &e.to_string()))?;
         let mut lines: Vec<&str> = Vec::new();
         let mut first = 1;
         // The end closes the last page.
@@ -170,9 +194,12 @@ impl Rows {
     #[cfg(feature = "parquet")]
     fn parquet(&mut self, file: &std::sync::Arc<Path>) -> Result<()> {
         use parquet::file::reader::{FileReader, SerializedFileReader};
-        let damaged = |e: parquet::errors::ParquetError| bad(file.display(), &format!("cannot be read as Parquet: {e}"));
+        let damaged = |e: parquet::errors::ParquetError| {
+            bad(file.display(), &format!("cannot be read as Parquet: {e}"))
+        };
         let opened = fs::File::open(file).map_err(|e| {
-            let kind = if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
+            let kind =
+                if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
             Error::because(kind, format_args!("{}: cannot be read", file.display()), e)
         })?;
         let reader = SerializedFileReader::new(opened).map_err(damaged)?;
@@ -186,7 +213,8 @@ impl Rows {
 
     #[cfg(not(feature = "parquet"))]
     fn parquet(&mut self, file: &std::sync::Arc<Path>) -> Result<()> {
-        let message = format_args!("{}: Parquet files need the feature `parquet` of opt-eval", file.display());
+        let message =
+            format_args!("{}: Parquet files need the feature `parquet` of opt-eval", file.display());
         Err(Error::new(ErrorKind::Unsupported, message))
     }
 }

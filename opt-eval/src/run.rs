@@ -138,7 +138,9 @@ pub fn evaluate(
         let mut result = GroupResult::new(&group.name, group.tasks.clone());
         result.alias.clone_from(&group.alias);
         result.version = Some(group.version.to_string());
-        evaluation.report.add_group(group.metrics.iter().fold(result, |result, metric| result.mean_of(metric)));
+        evaluation
+            .report
+            .add_group(group.metrics.iter().fold(result, |result, metric| result.mean_of(metric)));
     }
     evaluation.report.set_seconds(begun.elapsed().as_secs_f64());
     Ok(evaluation)
@@ -196,10 +198,12 @@ fn answer(
             *slot = Some(entry);
         }
     }
-    let open: Vec<&Document> = documents.iter().filter(|d| entries.get(d.id).is_none_or(Option::is_none)).collect();
+    let open: Vec<&Document> =
+        documents.iter().filter(|d| entries.get(d.id).is_none_or(Option::is_none)).collect();
     let mut done = documents.len() - open.len();
     for block in open.chunks(BLOCK) {
-        let mut within = |p: Progress<'_>| at(done, block.len() as f64 * p.done as f64 / p.total.max(1) as f64);
+        let mut within =
+            |p: Progress<'_>| at(done, block.len() as f64 * p.done as f64 / p.total.max(1) as f64);
         let answers = ask(asker, task, block, &mut within).map_err(|e| match e.kind() {
             ErrorKind::Cancelled => e,
             _ => e.at(format_args!("task {name:?}")),
@@ -216,19 +220,35 @@ fn answer(
         }
     }
     let all: Option<Vec<Entry>> = entries.into_iter().collect();
-    all.ok_or_else(|| Error::new(ErrorKind::Backend, format_args!("task {name:?}: expected an answer to each row, found fewer")))
+    all.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Backend,
+            format_args!("task {name:?}: expected an answer to each row, found fewer"),
+        )
+    })
 }
 
 /// Asks the model about some documents.
-fn ask(asker: &Asker<'_>, task: &Task, documents: &[&Document], progress: &mut ProgressFn<'_>) -> Result<Vec<Entry>> {
-    let first = |document: &&Document| document.arguments.first().map(|(text, _)| text.clone()).unwrap_or_default();
-    let entry = |document: &&Document, reply: journal::Said, cut: usize| Entry { doc: document.id, reply, cut };
+fn ask(
+    asker: &Asker<'_>,
+    task: &Task,
+    documents: &[&Document],
+    progress: &mut ProgressFn<'_>,
+) -> Result<Vec<Entry>> {
+    let first =
+        |document: &&Document| document.arguments.first().map(|(text, _)| text.clone()).unwrap_or_default();
+    let entry =
+        |document: &&Document, reply: journal::Said, cut: usize| Entry { doc: document.id, reply, cut };
     match task.spec().kind {
         TaskKind::MultipleChoice | TaskKind::Loglikelihood => {
             let mut encoded: Vec<Encoded> = Vec::new();
             for document in documents {
                 for (context, continuation) in &document.arguments {
-                    encoded.push(asker.encode(context, continuation).map_err(|e| e.at(format_args!("document {}", document.id)))?);
+                    encoded.push(
+                        asker
+                            .encode(context, continuation)
+                            .map_err(|e| e.at(format_args!("document {}", document.id)))?,
+                    );
                 }
             }
             let mut found = asker.log_likelihoods(&encoded, progress)?.into_iter().zip(&encoded);
@@ -245,7 +265,11 @@ fn ask(asker: &Asker<'_>, task: &Task, documents: &[&Document], progress: &mut P
         TaskKind::LoglikelihoodRolling => {
             let texts: Vec<String> = documents.iter().map(first).collect();
             let sums = asker.rolling(&texts, progress)?;
-            Ok(documents.iter().zip(sums).map(|(document, sum)| entry(document, journal::Said::Whole(sum), 0)).collect())
+            Ok(documents
+                .iter()
+                .zip(sums)
+                .map(|(document, sum)| entry(document, journal::Said::Whole(sum), 0))
+                .collect())
         }
         TaskKind::GenerateUntil => {
             let prompts: Vec<String> = documents.iter().map(first).collect();
@@ -263,22 +287,32 @@ fn ask(asker: &Asker<'_>, task: &Task, documents: &[&Document], progress: &mut P
 }
 
 /// Scores of a task, and its samples if they are to be kept.
-fn score(task: &Task, documents: &[Document], entries: &[Entry], options: &EvalOptions) -> Result<(TaskResult, Vec<Sample>)> {
+fn score(
+    task: &Task,
+    documents: &[Document],
+    entries: &[Entry],
+    options: &EvalOptions,
+) -> Result<(TaskResult, Vec<Sample>)> {
     let spec = task.spec();
     let plain = [Filter::none()];
     let filters = if spec.filters.is_empty() { &plain[..] } else { &spec.filters };
     let mut metrics = Vec::new();
     let mut samples = Vec::new();
     for filter in filters {
-        let replies: Vec<Reply> = entries.iter().map(|entry| entry.reply.through(&filter.steps)).collect::<Result<_>>()?;
+        let replies: Vec<Reply> =
+            entries.iter().map(|entry| entry.reply.through(&filter.steps)).collect::<Result<_>>()?;
         let mut columns: Vec<Vec<Value>> = Vec::new();
         for metric in &spec.metrics {
             let kind = measure::check(spec.kind, &metric.metric)?;
             let each = documents.iter().zip(&replies);
-            let values: Vec<Value> =
-                each.filter_map(|(document, reply)| measure::of_row(metric, document, reply).transpose()).collect::<Result<_>>()?;
-            let (value, stderr) = measure::aggregate(kind, &values, options.bootstrap_iters).map_err(|e| e.at(format_args!("task {:?}: {}", spec.name, metric.metric)))?;
-            let mut result = MetricResult::new(&metric.metric, value).filter(&filter.name).higher_is_better(kind.higher_is_better);
+            let values: Vec<Value> = each
+                .filter_map(|(document, reply)| measure::of_row(metric, document, reply).transpose())
+                .collect::<Result<_>>()?;
+            let (value, stderr) = measure::aggregate(kind, &values, options.bootstrap_iters)
+                .map_err(|e| e.at(format_args!("task {:?}: {}", spec.name, metric.metric)))?;
+            let mut result = MetricResult::new(&metric.metric, value)
+                .filter(&filter.name)
+                .higher_is_better(kind.higher_is_better);
             result.stderr = stderr;
             metrics.push(result);
             columns.push(values);
@@ -286,7 +320,9 @@ fn score(task: &Task, documents: &[Document], entries: &[Entry], options: &EvalO
         if options.keep_samples {
             for (index, (document, entry)) in documents.iter().zip(entries).enumerate() {
                 let row = columns.iter().map(|column| column.get(index)).zip(&spec.metrics);
-                let values = row.filter_map(|(value, metric)| Some((metric.metric.clone(), value?.to_json()))).collect();
+                let values = row
+                    .filter_map(|(value, metric)| Some((metric.metric.clone(), value?.to_json())))
+                    .collect();
                 let filtered = replies.get(index).map(Reply::to_json).unwrap_or_default();
                 samples.push(sample(task, document, entry, &filter.name, filtered, values));
             }
@@ -348,7 +384,11 @@ impl Filter {
 impl journal::Said {
     fn through(&self, steps: &[crate::task::FilterStep]) -> Result<Reply> {
         Ok(match self {
-            Self::Likelihoods(all) => Reply::Likelihoods(all.iter().map(|(log_prob, greedy)| crate::LogLikelihood { log_prob: *log_prob, greedy: *greedy }).collect()),
+            Self::Likelihoods(all) => Reply::Likelihoods(
+                all.iter()
+                    .map(|(log_prob, greedy)| crate::LogLikelihood { log_prob: *log_prob, greedy: *greedy })
+                    .collect(),
+            ),
             Self::Whole(sum) => Reply::Whole(*sum),
             Self::Text(text) => Reply::Text(filter::apply(steps, text)?),
         })
@@ -356,7 +396,9 @@ impl journal::Said {
 
     fn to_json_resps(&self) -> serde_json::Value {
         match self {
-            Self::Likelihoods(all) => in_words(&json!(all.iter().map(|one| [json!([one.0, one.1])]).collect::<Vec<_>>())),
+            Self::Likelihoods(all) => {
+                in_words(&json!(all.iter().map(|one| [json!([one.0, one.1])]).collect::<Vec<_>>()))
+            }
             Self::Whole(sum) => in_words(&json!([[sum]])),
             Self::Text(text) => json!([[text]]),
         }
@@ -366,7 +408,9 @@ impl journal::Said {
 impl Reply {
     fn to_json(&self) -> serde_json::Value {
         match self {
-            Self::Likelihoods(all) => in_words(&json!(all.iter().map(|one| json!([one.log_prob, one.greedy])).collect::<Vec<_>>())),
+            Self::Likelihoods(all) => {
+                in_words(&json!(all.iter().map(|one| json!([one.log_prob, one.greedy])).collect::<Vec<_>>()))
+            }
             Self::Whole(sum) => in_words(&json!([sum])),
             Self::Text(text) => json!([text]),
         }

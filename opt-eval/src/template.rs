@@ -3,7 +3,10 @@
 //! A *template* is text with `{{ … }}` in it and gives text; an *expression* is what stands between such braces and
 //! gives a value: `choices.label.index(answerKey)`.
 
-use minijinja::{syntax::SyntaxConfig, Environment, Error as JinjaError, ErrorKind as JinjaErrorKind, State, UndefinedBehavior, Value};
+use minijinja::{
+    Environment, Error as JinjaError, ErrorKind as JinjaErrorKind, State, UndefinedBehavior, Value,
+    syntax::SyntaxConfig,
+};
 use opt_core::{Error, ErrorKind, Result};
 use regex::Regex;
 
@@ -74,7 +77,12 @@ fn capitalize(text: &str) -> String {
 }
 
 /// Methods that minijinja's own compatibility with Python lacks.
-fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> std::result::Result<Value, JinjaError> {
+fn method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    name: &str,
+    args: &[Value],
+) -> std::result::Result<Value, JinjaError> {
     match (name, args) {
         ("index", [wanted]) if value.as_str().is_none() => {
             let mut items = value.try_iter()?;
@@ -92,7 +100,8 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) 
         }
         // Without an argument Python splits at its own white space, of which there is more than Rust's.
         ("split", []) => {
-            let words = value.as_str().unwrap_or_default().split(python_space).filter(|word| !word.is_empty());
+            let words =
+                value.as_str().unwrap_or_default().split(python_space).filter(|word| !word.is_empty());
             Ok(words.map(Value::from).collect())
         }
         ("strip" | "lstrip" | "rstrip", []) => {
@@ -121,17 +130,27 @@ fn regex_replace(text: &str, pattern: &str, replacement: &str) -> std::result::R
 
 /// The first line of what minijinja says, without the name it gives to the text.
 pub(crate) fn explain(error: &JinjaError) -> String {
-    let detail = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    let detail = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
     detail.lines().next().unwrap_or_default().to_owned()
 }
 
 /// Renders a template.
-pub(crate) fn render(env: &Environment<'_>, template: &str, context: &Value) -> std::result::Result<String, JinjaError> {
+pub(crate) fn render(
+    env: &Environment<'_>,
+    template: &str,
+    context: &Value,
+) -> std::result::Result<String, JinjaError> {
     env.template_from_str(template)?.render(context)
 }
 
 /// Evaluates an expression.
-pub(crate) fn evaluate(env: &Environment<'_>, expression: &str, context: &Value) -> std::result::Result<Value, JinjaError> {
+pub(crate) fn evaluate(
+    env: &Environment<'_>,
+    expression: &str,
+    context: &Value,
+) -> std::result::Result<Value, JinjaError> {
     env.compile_expression(expression)?.eval(context)
 }
 

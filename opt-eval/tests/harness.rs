@@ -90,7 +90,8 @@ fn run(run: &Run, root: &Path) -> Evaluation {
     for group in &mut selection.groups {
         group.tasks.retain(|task| run.results.contains_key(task));
     }
-    evaluate(opt(&run.model), &selection, root, &options, &mut go).unwrap_or_else(|e| panic!("{}: {e}", run.title()))
+    evaluate(opt(&run.model), &selection, root, &options, &mut go)
+        .unwrap_or_else(|e| panic!("{}: {e}", run.title()))
 }
 
 /// Arguments of a sample, as context and continuation.
@@ -119,7 +120,8 @@ fn compare_samples(run: &Run, task: &str, ours: &[Sample]) -> usize {
     let mut compared = 0;
     for row in run.samples_of(task) {
         let title = format!("{}: {task} row {}", run.title(), row.doc_id);
-        let sample = ours.iter().find(|sample| sample.doc_id == row.doc_id).unwrap_or_else(|| panic!("{title}"));
+        let sample =
+            ours.iter().find(|sample| sample.doc_id == row.doc_id).unwrap_or_else(|| panic!("{title}"));
         let found = arguments(sample);
         if let (Some(context), Some(continuations)) = (&row.context, &row.continuations) {
             let expected: Vec<Vec<String>> =
@@ -139,7 +141,8 @@ fn compare_samples(run: &Run, task: &str, ours: &[Sample]) -> usize {
             assert_eq!(found, expected, "{title}");
         }
         if let Some(digests) = &row.digests {
-            let found: Vec<u32> = found.iter().map(|one| crc32fast::hash(one.join("\0").as_bytes())).collect();
+            let found: Vec<u32> =
+                found.iter().map(|one| crc32fast::hash(one.join("\0").as_bytes())).collect();
             assert_eq!(&found, digests, "{title}: {:?}", arguments(sample));
         }
         if let Some(resps) = &row.resps {
@@ -179,7 +182,8 @@ fn compare_scores(run: &Run, ours: &Evaluation, expected: &BTreeMap<String, Map<
             match (found, expected.as_f64()) {
                 (Some(found), Some(expected)) => {
                     // Accuracies are equal to the digit; perplexities follow the log-likelihoods.
-                    let tolerance = if metric.starts_with("acc") || metric == "exact_match" { 1e-12 } else { 1e-4 };
+                    let tolerance =
+                        if metric.starts_with("acc") || metric == "exact_match" { 1e-12 } else { 1e-4 };
                     let near = (found - expected).abs() <= tolerance * expected.abs().max(1.0);
                     assert!(near, "{title}: {found} and {expected}");
                 }
@@ -193,7 +197,8 @@ fn compare_scores(run: &Run, ours: &Evaluation, expected: &BTreeMap<String, Map<
 }
 
 fn check(file: &str, kinds: &[&str]) {
-    let runs: Vec<Run> = serde_json::from_slice(&fs::read(fixtures().join("expected").join(file)).unwrap()).unwrap();
+    let runs: Vec<Run> =
+        serde_json::from_slice(&fs::read(fixtures().join("expected").join(file)).unwrap()).unwrap();
     let (mut rows, mut scores) = (0, 0);
     let shared = common::laid_out();
     for one in runs.iter().filter(|run| kinds.contains(&&run.data[..])) {
@@ -243,6 +248,19 @@ macro_rules! tasks {
 }
 
 tasks!(
-    arc_challenge, arc_easy, arithmetic, boolq, copa, hellaswag, lambada_openai, logiqa, mmlu, openbookqa, piqa, sciq,
-    wikitext, winogrande, wsc,
+    arc_challenge,
+    arc_easy,
+    arithmetic,
+    boolq,
+    copa,
+    hellaswag,
+    lambada_openai,
+    logiqa,
+    mmlu,
+    openbookqa,
+    piqa,
+    sciq,
+    wikitext,
+    winogrande,
+    wsc,
 );

@@ -10,7 +10,8 @@ use std::fs;
 
 #[test]
 fn windows_give_what_torch_gives() {
-    let truth: Value = serde_json::from_slice(&fs::read(fixtures().join("perplexity.json")).unwrap()).unwrap();
+    let truth: Value =
+        serde_json::from_slice(&fs::read(fixtures().join("perplexity.json")).unwrap()).unwrap();
     let rows = fs::read_to_string(fixtures().join("data/wikitext/test.jsonl")).unwrap();
     let page = |line: &str| serde_json::from_str::<Value>(line).unwrap()["page"].as_str().unwrap().to_owned();
     let text = rows.lines().map(page).collect::<Vec<_>>().join("\n");
@@ -37,7 +38,11 @@ fn windows_that_cannot_be_are_refused() {
     for (options, text, expected) in [
         (PerplexityOptions::new(1), "The sea was grey.", "window: expected 2 to 512 (the context), found 1"),
         (PerplexityOptions::new(513), "The sea was grey.", "found 513"),
-        (PerplexityOptions::new(8).stride(0), "The sea was grey.", "stride: expected 1 to 8 (the window), found 0"),
+        (
+            PerplexityOptions::new(8).stride(0),
+            "The sea was grey.",
+            "stride: expected 1 to 8 (the window), found 0",
+        ),
         (PerplexityOptions::new(8).stride(9), "The sea was grey.", "found 9"),
         (PerplexityOptions::new(8), "", "expected a text of at least 2 tokens, found 1"),
     ] {

@@ -45,7 +45,8 @@ fn pairs_are_tokenized_and_answered_as_by_the_harness() {
         let asker = asker("tiny", bos);
         let (mut encoded, mut expected) = (Vec::new(), Vec::new());
         for case in &cases {
-            let (context, continuation) = (case["context"].as_str().unwrap(), case["continuation"].as_str().unwrap());
+            let (context, continuation) =
+                (case["context"].as_str().unwrap(), case["continuation"].as_str().unwrap());
             let title = format!("{key}: {context:?} {continuation:?}");
             let found = asker.encode(context, continuation);
             let theirs = &case[key];
@@ -114,7 +115,10 @@ fn texts_are_made_as_by_the_harness() {
             // No room for a prompt, or no prompt.
             None => {
                 if let Err(error) = found {
-                    assert!(matches!(error.kind(), ErrorKind::Option | ErrorKind::Prompt), "{title}: {error}");
+                    assert!(
+                        matches!(error.kind(), ErrorKind::Option | ErrorKind::Prompt),
+                        "{title}: {error}"
+                    );
                 }
             }
         }

@@ -19,7 +19,8 @@ fn scores(report: &Report) -> serde_json::Value {
 fn an_evaluation_that_was_ended_goes_on_and_gives_the_same() {
     let data = fixtures().join("data");
     let dir = tempfile::tempdir().unwrap();
-    let tasks = ["arithmetic_1dc", "arithmetic_2da", "arithmetic_2dm", "arithmetic_2ds", "piqa", "reversed_words"];
+    let tasks =
+        ["arithmetic_1dc", "arithmetic_2da", "arithmetic_2dm", "arithmetic_2ds", "piqa", "reversed_words"];
     let mut options = EvalOptions::default();
     options.bootstrap_iters = 100;
     options.max_gen_toks = Some(8);
@@ -119,7 +120,12 @@ fn parquet_gives_what_json_gives() {
             let json = dir.path().join(format!("{task}-json"));
             fs::create_dir_all(json.join(task)).unwrap();
             fs::copy(file.with_extension("jsonl"), json.join(task).join(format!("{stem}.jsonl"))).unwrap();
-            assert_eq!(documents(task, &root, 0).unwrap(), documents(task, &json, 0).unwrap(), "{}", file.display());
+            assert_eq!(
+                documents(task, &root, 0).unwrap(),
+                documents(task, &json, 0).unwrap(),
+                "{}",
+                file.display()
+            );
             compared += 1;
         }
     }
@@ -152,17 +158,38 @@ fn rows_that_cannot_be_used_are_named() {
     let cases = [
         ("piqa", "jsonl", format!("{good}\nno json"), "piqa.jsonl, line 2: expected a JSON object"),
         ("piqa", "jsonl", format!("{good}\n[1]"), "line 2: expected a JSON object, found a list"),
-        ("piqa", "jsonl", format!("{good}\n\n{{\"goal\": \"x\", \"sol1\": \"a\", \"label\": 0}}"), "line 3: expected the column sol2, found goal, label, sol1"),
+        (
+            "piqa",
+            "jsonl",
+            format!("{good}\n\n{{\"goal\": \"x\", \"sol1\": \"a\", \"label\": 0}}"),
+            "line 3: expected the column sol2, found goal, label, sol1",
+        ),
         ("piqa", "jsonl", good.replace(": 0", ": 2"), "gold: expected a label of 0 to 1"),
         ("piqa", "jsonl", good.replace(": 0", ": -1"), "found -1"),
         ("piqa", "jsonl", good.replace(": 0", ": null"), "gold: expected a label"),
         ("piqa", "jsonl", String::new(), "expected rows, found none"),
         ("piqa", "json", "{}".to_owned(), "expected the column goal, sol1, sol2, label"),
-        ("arc_easy", "jsonl", r#"{"query": "Why?", "choices": [], "gold": 0}"#.to_owned(), "choices: expected at least one, found none"),
-        ("arc_easy", "jsonl", r#"{"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "C"}"#.to_owned(), "is not one of"),
+        (
+            "arc_easy",
+            "jsonl",
+            r#"{"query": "Why?", "choices": [], "gold": 0}"#.to_owned(),
+            "choices: expected at least one, found none",
+        ),
+        (
+            "arc_easy",
+            "jsonl",
+            r#"{"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "C"}"#
+                .to_owned(),
+            "is not one of",
+        ),
         ("mmlu_anatomy", "csv", "Why?,a,b,c,d,E\n".to_owned(), "is not one of"),
         ("mmlu_anatomy", "csv", "Why?,a,b,c,d,A\nWho?,a,b,c\n".to_owned(), "row 2: expected 6 columns"),
-        ("winogrande", "jsonl", r#"{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}"#.to_owned(), "before"),
+        (
+            "winogrande",
+            "jsonl",
+            r#"{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}"#.to_owned(),
+            "before",
+        ),
     ];
     for (task, ending, text, expected) in cases {
         let root = dir.path().join("case");
@@ -198,7 +225,9 @@ fn prompts_that_are_too_long_lose_their_beginning_and_are_counted() {
 fn texts_are_measured_by_every_metric() {
     let dir = tempfile::tempdir().unwrap();
     let rows: String = (0..6)
-        .map(|i| format!("{}\n", serde_json::json!({ "prompt": format!("The sea {i}"), "reference": "was grey" })))
+        .map(|i| {
+            format!("{}\n", serde_json::json!({ "prompt": format!("The sea {i}"), "reference": "was grey" }))
+        })
         .collect();
     fs::write(dir.path().join("sea.jsonl"), rows).unwrap();
     let mut tasks = Tasks::builtin();
@@ -223,10 +252,23 @@ fn texts_are_measured_by_every_metric() {
     let mut options = EvalOptions::default();
     options.bootstrap_iters = 100;
     options.keep_samples = true;
-    let found = evaluate(opt("opt-novels"), &tasks.select(&["sea"]).unwrap(), dir.path(), &options, &mut go).unwrap();
+    let found =
+        evaluate(opt("opt-novels"), &tasks.select(&["sea"]).unwrap(), dir.path(), &options, &mut go).unwrap();
     let score = |metric: &str, filter: &str| found.report.score("sea", metric, filter).unwrap();
-    for (metric, expected) in [("exact_match", 1.0), ("chrf", 100.0), ("ter", 0.0), ("rouge1", 1.0), ("rougeLsum", 1.0), ("token_f1", 1.0), ("repetition", 0.0)] {
-        assert!((score(metric, "constant").value - expected).abs() < 1e-9, "{metric}: {}", score(metric, "constant").value);
+    for (metric, expected) in [
+        ("exact_match", 1.0),
+        ("chrf", 100.0),
+        ("ter", 0.0),
+        ("rouge1", 1.0),
+        ("rougeLsum", 1.0),
+        ("token_f1", 1.0),
+        ("repetition", 0.0),
+    ] {
+        assert!(
+            (score(metric, "constant").value - expected).abs() < 1e-9,
+            "{metric}: {}",
+            score(metric, "constant").value
+        );
     }
     // Six times the same two words.
     assert!((score("distinct_1", "constant").value - 2.0 / 12.0).abs() < 1e-12);

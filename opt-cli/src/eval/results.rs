@@ -65,7 +65,9 @@ pub(super) fn finish(
     } else {
         out.text(&report.markdown())?;
     }
-    let Some((text, json)) = compared.map(|compared| comparison(compared, found)).transpose()? else { return Ok(()) };
+    let Some((text, json)) = compared.map(|compared| comparison(compared, found)).transpose()? else {
+        return Ok(());
+    };
     if eval.run.show.json {
         let line: Value = serde_json::from_str(&json).map_err(|e| Failure::failed(format!("JSON: {e}")))?;
         return out.json(&line);
@@ -100,7 +102,8 @@ fn comparison(compared: &Compared, found: &Evaluation) -> Result<(String, String
 
 /// Several variants of one evaluation: their reports, and how far they lie apart.
 pub(super) fn spread(eval: &Eval, variants: &[(String, Evaluation, Option<PathBuf>)]) -> Result<(), Failure> {
-    let runs: Vec<(&str, &Report)> = variants.iter().map(|(label, found, _)| (&label[..], &found.report)).collect();
+    let runs: Vec<(&str, &Report)> =
+        variants.iter().map(|(label, found, _)| (&label[..], &found.report)).collect();
     let spread = sensitivity::spread(&runs, None)?;
     let reports: serde_json::Map<String, Value> =
         runs.iter().map(|(label, report)| ((*label).to_owned(), json!(report))).collect();

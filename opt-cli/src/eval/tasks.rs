@@ -23,8 +23,10 @@ struct Variant {
 
 impl Eval {
     pub(super) fn evaluate(&self, selection: &Selection, console: &Console) -> Result<(), Failure> {
-        let data =
-            self.data.as_deref().ok_or_else(|| Failure::usage("expected --data, the folder of the tasks' rows"))?;
+        let data = self
+            .data
+            .as_deref()
+            .ok_or_else(|| Failure::usage("expected --data, the folder of the tasks' rows"))?;
         let place = model::find(self.run.model.place.model.as_deref(), console)?;
         let variants = self.variants(selection, &place, console)?;
         let compared = self.compare.as_deref().map(Compared::named).transpose()?;
@@ -53,7 +55,12 @@ impl Eval {
     }
 
     /// What is to be run: one variant, or one for each combination of what is varied.
-    fn variants(&self, selection: &Selection, place: &Path, console: &Console) -> Result<Vec<Variant>, Failure> {
+    fn variants(
+        &self,
+        selection: &Selection,
+        place: &Path,
+        console: &Console,
+    ) -> Result<Vec<Variant>, Failure> {
         let mut options = EvalOptions::default();
         options.task.num_fewshot = self.num_fewshot;
         options.task.fewshot_seed = self.fewshot_seed;
@@ -81,8 +88,11 @@ impl Eval {
         let some = |varied: &[usize]| -> Vec<Option<usize>> {
             if varied.is_empty() { vec![None] } else { varied.iter().copied().map(Some).collect() }
         };
-        let seeds: Vec<Option<u64>> =
-            if self.vary_seeds.is_empty() { vec![None] } else { self.vary_seeds.iter().copied().map(Some).collect() };
+        let seeds: Vec<Option<u64>> = if self.vary_seeds.is_empty() {
+            vec![None]
+        } else {
+            self.vary_seeds.iter().copied().map(Some).collect()
+        };
         let mut variants = Vec::new();
         for (phrasing, selection) in &phrasings {
             for shots in some(&self.vary_shots) {
@@ -102,7 +112,9 @@ impl Eval {
             }
         }
         if variants.len() > 1 && (self.compare.is_some() || self.plot.is_some() || self.log_samples) {
-            return Err(Failure::usage("--compare, --plot and --log-samples are for one evaluation, not for variants of it"));
+            return Err(Failure::usage(
+                "--compare, --plot and --log-samples are for one evaluation, not for variants of it",
+            ));
         }
         if self.phrasings && phrasings.len() < 2 {
             return Err(Failure::usage("--phrasings: expected at least two tasks, found one"));
@@ -110,7 +122,13 @@ impl Eval {
         Ok(variants)
     }
 
-    fn run_one(&self, opt: &Opt, variant: &Variant, data: &Path, console: &Console) -> Result<Evaluation, Failure> {
+    fn run_one(
+        &self,
+        opt: &Opt,
+        variant: &Variant,
+        data: &Path,
+        console: &Console,
+    ) -> Result<Evaluation, Failure> {
         let bar = console.steps("evaluating");
         let begun = Instant::now();
         let mut show = |at: Progress<'_>| -> ControlFlow<()> {
@@ -123,7 +141,10 @@ impl Eval {
         if let (Err(error), Some(output)) = (&done, &self.output)
             && error.kind() == ErrorKind::Cancelled
         {
-            console.say(&format!("what was answered is kept: --resume with --output {} goes on", output.display()));
+            console.say(&format!(
+                "what was answered is kept: --resume with --output {} goes on",
+                output.display()
+            ));
         }
         Ok(done?)
     }

@@ -40,7 +40,9 @@ impl Asker<'_> {
             (self.tokens(tokenizer, &format!("{context}{continuation}"))?, before.len())
         };
         if from >= ids.len() {
-            let message = format_args!("continuation {continuation:?}: expected at least one token beyond the context's {from}, found none");
+            let message = format_args!(
+                "continuation {continuation:?}: expected at least one token beyond the context's {from}, found none"
+            );
             return Err(Error::new(ErrorKind::Prompt, message));
         }
         self.fit(Encoded { ids, from, cut: 0 })
@@ -51,7 +53,9 @@ impl Asker<'_> {
         let most = self.opt.context();
         let scored = encoded.ids.len() - encoded.from;
         if scored > most {
-            let message = format_args!("expected a continuation of at most {most} tokens (the context), found {scored}");
+            let message = format_args!(
+                "expected a continuation of at most {most} tokens (the context), found {scored}"
+            );
             return Err(Error::new(ErrorKind::Prompt, message));
         }
         let cut = encoded.ids.len().saturating_sub(most + 1);
@@ -99,7 +103,9 @@ fn rolling(ids: &[u32], prefix: u32, most: usize) -> Vec<Encoded> {
         let end = predicted + part.len();
         let window = match end.checked_sub(most + 1) {
             Some(begin) => ids.get(begin..end).unwrap_or_default().to_vec(),
-            None => std::iter::once(prefix).chain(ids.get(..end).unwrap_or_default().iter().copied()).collect(),
+            None => {
+                std::iter::once(prefix).chain(ids.get(..end).unwrap_or_default().iter().copied()).collect()
+            }
         };
         windows.push(Encoded { from: window.len() - part.len(), ids: window, cut: 0 });
         predicted = end;

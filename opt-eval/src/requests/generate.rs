@@ -1,9 +1,6 @@
 use super::{Asker, Encoded};
 use crate::task::Generation;
-use opt_core::{
-    Error, ErrorKind, Progress, ProgressFn, Request, Result,
-    generation::GenerationConfig,
-};
+use opt_core::{Error, ErrorKind, Progress, ProgressFn, Request, Result, generation::GenerationConfig};
 
 /// Prompts that are continued together.
 const BATCH: usize = 16;
@@ -25,18 +22,25 @@ impl Asker<'_> {
     /// # Errors
     /// [`ErrorKind::Option`] where `max_gen_toks` leaves no room for a prompt, [`ErrorKind::Cancelled`],
     /// [`ErrorKind::Backend`].
-    pub fn generate(&self, prompts: &[String], how: &Generation, progress: &mut ProgressFn<'_>) -> Result<Vec<Written>> {
+    pub fn generate(
+        &self,
+        prompts: &[String],
+        how: &Generation,
+        progress: &mut ProgressFn<'_>,
+    ) -> Result<Vec<Written>> {
         let tokenizer = self.opt.require_tokenizer()?;
         let room = self.opt.context().saturating_sub(how.max_gen_toks);
         if room == 0 {
             let (context, wanted) = (self.opt.context(), how.max_gen_toks);
-            let message = format_args!("max_gen_toks: expected less than {context} (the context), found {wanted}");
+            let message =
+                format_args!("max_gen_toks: expected less than {context} (the context), found {wanted}");
             return Err(Error::new(ErrorKind::Option, message));
         }
         // An empty stop string is found after the first token.
         let most = if how.until.iter().any(String::is_empty) { 1 } else { how.max_gen_toks };
         let mut config = GenerationConfig::default().max_new_tokens(most).do_sample(how.do_sample);
-        config = config.stop_strings(how.until.iter().filter(|stop| !stop.is_empty()).cloned().collect::<Vec<_>>());
+        config = config
+            .stop_strings(how.until.iter().filter(|stop| !stop.is_empty()).cloned().collect::<Vec<_>>());
         if let Some(temperature) = how.temperature.filter(|_| how.do_sample) {
             config = config.temperature(temperature);
         }
@@ -56,7 +60,8 @@ impl Asker<'_> {
                 let text = tokenizer.decode(&sequence.ids, true)?;
                 // The first of each in turn, as the harness cuts.
                 let cut = how.until.iter().filter(|stop| !stop.is_empty());
-                slot.text = cut.fold(text, |text, stop| text.split(&stop[..]).next().unwrap_or_default().to_owned());
+                slot.text =
+                    cut.fold(text, |text, stop| text.split(&stop[..]).next().unwrap_or_default().to_owned());
             }
             if progress(Progress::new("texts", written.len() as u64, prompts.len() as u64)).is_break() {
                 return Err(Error::new(ErrorKind::Cancelled, "generating was cancelled"));

@@ -108,7 +108,8 @@ impl<'a> Asker<'a> {
             windows.extend(of_text);
         }
         let total = windows.len() as u64;
-        let mut in_windows = |at: Progress<'_>| -> ControlFlow<()> { progress(Progress::new("windows", at.done, total)) };
+        let mut in_windows =
+            |at: Progress<'_>| -> ControlFlow<()> { progress(Progress::new("windows", at.done, total)) };
         let found = self.log_likelihoods(&windows, &mut in_windows)?;
         let mut sums = vec![0.0; texts.len()];
         for (owner, found) in owners.into_iter().zip(found) {

@@ -56,7 +56,14 @@ impl Shared {
     }
 
     /// Adds requests that agree on their first `at` tokens, of which `parent` holds the first `start`.
-    fn grow(&mut self, encoded: &[Encoded], sorted: &[usize], parent: Option<usize>, start: usize, at: usize) {
+    fn grow(
+        &mut self,
+        encoded: &[Encoded],
+        sorted: &[usize],
+        parent: Option<usize>,
+        start: usize,
+        at: usize,
+    ) {
         let (first, last) = match sorted {
             [] => return,
             [only] => return self.leaf(encoded, *only, parent, start),
@@ -116,9 +123,10 @@ impl Shared {
                 return Err(Error::new(ErrorKind::Cancelled, "scoring was cancelled"));
             }
         }
-        run.found.into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| {
-            Error::new(ErrorKind::Backend, "expected a result for each request, found fewer")
-        })
+        run.found
+            .into_iter()
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| Error::new(ErrorKind::Backend, "expected a result for each request, found fewer"))
     }
 }
 
@@ -214,7 +222,8 @@ impl<'a> Run<'a> {
             sequence.cache = cache;
             sequences.push(sequence);
         }
-        let outputs = self.opt.engine().forward_blocking(Forward { sequences, cancel: Some(cancel), watch: None })?;
+        let outputs =
+            self.opt.engine().forward_blocking(Forward { sequences, cancel: Some(cancel), watch: None })?;
         for (index, cache) in batch.nodes.into_iter().zip(batch.caches) {
             let kept = self.tree.nodes.get(index).is_some_and(|node| !node.leaf);
             if let Some(slot) = self.caches.get_mut(index).filter(|_| kept) {
@@ -229,7 +238,9 @@ impl<'a> Run<'a> {
         let Some(parent) = self.tree.nodes.get(index).and_then(|node| node.parent) else {
             return self.opt.engine().new_cache(Default::default());
         };
-        let missing = || Error::new(ErrorKind::Backend, "expected the keys and values of a shared beginning, found none");
+        let missing = || {
+            Error::new(ErrorKind::Backend, "expected the keys and values of a shared beginning, found none")
+        };
         let slot = self.caches.get_mut(parent).ok_or_else(missing)?;
         let left = self.open.get_mut(parent).ok_or_else(missing)?;
         *left = left.saturating_sub(1);
@@ -294,7 +305,13 @@ mod tests {
     fn rows_whose_prediction_counts_are_nobody_elses() {
         // Equal requests, and requests of which one is the beginning of another.
         let ids: Vec<u32> = (0..64).collect();
-        let all = [request(&ids, 32), request(&ids, 32), request(&ids[..48], 32), request(&ids, 1), request(&ids, 63)];
+        let all = [
+            request(&ids, 32),
+            request(&ids, 32),
+            request(&ids[..48], 32),
+            request(&ids, 1),
+            request(&ids, 63),
+        ];
         let tree = Shared::plan(&all, true);
         for node in tree.nodes.iter().filter(|node| node.leaf) {
             let from = all[node.request].from;

@@ -60,7 +60,9 @@ impl Journal {
 
     /// Begins a journal, or goes on with one of the same run.
     pub(super) fn open(path: &Path, run: &Value, resume: bool) -> Result<Self> {
-        let failed = |e: std::io::Error| Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", path.display()), e);
+        let failed = |e: std::io::Error| {
+            Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", path.display()), e)
+        };
         let mut journal = Self { path: path.to_owned(), file: None, before: BTreeMap::new() };
         let whole = match fs::read_to_string(path) {
             Ok(text) if resume => journal.read(&text, run)?,
@@ -88,12 +90,20 @@ impl Journal {
         let whole = text.get(..end).unwrap_or_default();
         for (index, line) in whole.lines().enumerate() {
             let no_journal = |e: serde_json::Error| {
-                Error::because(ErrorKind::Option, format_args!("{}: expected a line of a journal", place(index + 1)), e)
+                Error::because(
+                    ErrorKind::Option,
+                    format_args!("{}: expected a line of a journal", place(index + 1)),
+                    e,
+                )
             };
             let line: Line = serde_json::from_str(line).map_err(no_journal)?;
             match (line.run, line.task, line.prompts) {
                 (Some(found), ..) if &found != run => {
-                    let message = format_args!("{}: expected a journal of this evaluation ({}), found one of {found}", place(index + 1), differences(run, &found));
+                    let message = format_args!(
+                        "{}: expected a journal of this evaluation ({}), found one of {found}",
+                        place(index + 1),
+                        differences(run, &found)
+                    );
                     return Err(Error::new(ErrorKind::Option, message));
                 }
                 (Some(_), ..) => {}
@@ -101,13 +111,15 @@ impl Journal {
                     self.before.entry(task).or_insert((prompts, Vec::new()));
                 }
                 (None, Some(task), None) => {
-                    let entry: Entry = serde_json::from_value(Value::Object(line.rest)).map_err(no_journal)?;
+                    let entry: Entry =
+                        serde_json::from_value(Value::Object(line.rest)).map_err(no_journal)?;
                     if let Some((_, entries)) = self.before.get_mut(&task) {
                         entries.push(entry);
                     }
                 }
                 (None, None, _) => {
-                    let message = format_args!("{}: expected a line of a journal, found another", place(index + 1));
+                    let message =
+                        format_args!("{}: expected a line of a journal, found another", place(index + 1));
                     return Err(Error::new(ErrorKind::Option, message));
                 }
             }
@@ -121,7 +133,10 @@ impl Journal {
         match self.before.remove(task) {
             Some((found, entries)) if found == prompts => Ok(entries),
             Some(_) => {
-                let message = format_args!("{}: task {task:?} was begun with other prompts, data, examples or limit; without --resume it begins anew", self.path.display());
+                let message = format_args!(
+                    "{}: task {task:?} was begun with other prompts, data, examples or limit; without --resume it begins anew",
+                    self.path.display()
+                );
                 Err(Error::new(ErrorKind::Option, message))
             }
             None => {
@@ -151,19 +166,25 @@ impl Journal {
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = self.file.as_mut().map_or(Ok(()), |file| file.write_all(bytes).and_then(|()| file.flush()));
+        let written =
+            self.file.as_mut().map_or(Ok(()), |file| file.write_all(bytes).and_then(|()| file.flush()));
         written.map_err(|e| self.failed(e))
     }
 
     fn failed(&self, error: std::io::Error) -> Error {
-        Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", self.path.display()), error)
+        Error::because(
+            ErrorKind::Io,
+            format_args!("{}: cannot write the journal", self.path.display()),
+            error,
+        )
     }
 }
 
 /// The parts of a run that are not the same.
 fn differences(expected: &Value, found: &Value) -> String {
     let keys = expected.as_object().into_iter().flat_map(|all| all.keys());
-    let different: Vec<String> = keys.filter(|key| expected.get(key) != found.get(key)).map(|key| format!("{key} differs")).collect();
+    let different: Vec<String> =
+        keys.filter(|key| expected.get(key) != found.get(key)).map(|key| format!("{key} differs")).collect();
     different.join(", ")
 }
 

@@ -21,7 +21,9 @@ pub(super) fn files(spec: &TaskSpec, root: &Path, split: &str) -> (Vec<PathBuf>,
         }
     }
     for name in names() {
-        if let Some(file) = ENDINGS.iter().map(|ending| root.join(format!("{name}.{ending}"))).find(|f| f.is_file()) {
+        if let Some(file) =
+            ENDINGS.iter().map(|ending| root.join(format!("{name}.{ending}"))).find(|f| f.is_file())
+        {
             return (vec![file], true);
         }
     }

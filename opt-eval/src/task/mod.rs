@@ -8,5 +8,6 @@ mod spec;
 pub use prompts::{Answer, Document, Task, TaskOptions};
 pub use registry::{GroupSpec, Selection, Tasks};
 pub use spec::{
-    Data, Fewshot, Fields, Filter, FilterStep, Generation, MetricSpec, RowShape, Sampler, Splits, TaskKind, TaskSpec,
+    Data, Fewshot, Fields, Filter, FilterStep, Generation, MetricSpec, RowShape, Sampler, Splits, TaskKind,
+    TaskSpec,
 };

@@ -83,7 +83,9 @@ pub struct Task {
 enum Examples {
     None,
     /// The rows that are measured; of a file that stands for all splits the row itself is no example.
-    Same { whole: bool },
+    Same {
+        whole: bool,
+    },
     /// Rows of another split.
     Other(Rows),
 }
@@ -103,11 +105,13 @@ impl Task {
             return Err(named(Error::new(ErrorKind::NotFound, message)));
         }
         let splits = &spec.splits;
-        let mut wanted: Vec<&str> = splits.test.iter().chain(&splits.validation).map(String::as_str).collect();
+        let mut wanted: Vec<&str> =
+            splits.test.iter().chain(&splits.validation).map(String::as_str).collect();
         if wanted.is_empty() {
             wanted.push("test");
         }
-        let found = wanted.iter().map(|split| locate::files(&spec, root, split)).find(|(files, _)| !files.is_empty());
+        let found =
+            wanted.iter().map(|split| locate::files(&spec, root, split)).find(|(files, _)| !files.is_empty());
         let Some((files, all)) = found else {
             let places = locate::places(&spec, root, wanted.first().copied().unwrap_or_default());
             let message = format_args!("expected its rows in one of {places}; found none");
@@ -116,7 +120,10 @@ impl Task {
         let rows = Rows::read(&files, &reading).map_err(named)?;
         if rows.rows.is_empty() {
             let file = files.first().map(|file| file.display().to_string()).unwrap_or_default();
-            return Err(named(Error::new(ErrorKind::Config, format_args!("{file}: expected rows, found none"))));
+            return Err(named(Error::new(
+                ErrorKind::Config,
+                format_args!("{file}: expected rows, found none"),
+            )));
         }
         let shots = options.num_fewshot.unwrap_or(spec.num_fewshot);
         let examples = if shots == 0 {
@@ -127,9 +134,18 @@ impl Task {
             let named_split = spec.fewshot.split.as_deref();
             let order: Vec<&str> = match named_split {
                 Some(split) => vec![split],
-                None => splits.training.iter().chain(&splits.validation).chain(&splits.test).map(String::as_str).collect(),
+                None => splits
+                    .training
+                    .iter()
+                    .chain(&splits.validation)
+                    .chain(&splits.test)
+                    .map(String::as_str)
+                    .collect(),
             };
-            let found = order.iter().map(|split| (locate::files(&spec, root, split), *split)).find(|((files, _), _)| !files.is_empty());
+            let found = order
+                .iter()
+                .map(|split| (locate::files(&spec, root, split), *split))
+                .find(|((files, _), _)| !files.is_empty());
             match found {
                 Some(((other, whole), _)) if other == files => Examples::Same { whole },
                 Some(((other, _), _)) => Examples::Other(Rows::read(&other, &reading).map_err(named)?),
@@ -194,7 +210,10 @@ impl Task {
                     .choose(&writer.key(row)?, shots, pool, &mut random, &mut |index| {
                         if !known.contains_key(&index) {
                             let row = pool.rows.get(index);
-                            known.insert(index, row.map(|row| writer.key(row)).transpose()?.unwrap_or_default());
+                            known.insert(
+                                index,
+                                row.map(|row| writer.key(row)).transpose()?.unwrap_or_default(),
+                            );
                         }
                         Ok(known.get(&index).cloned().unwrap_or_default())
                     })
@@ -203,8 +222,15 @@ impl Task {
                     let example = match written.get(&index) {
                         Some(example) => example,
                         None => {
-                            let place = |e: Error| e.at(format_args!("task {:?}: {}", self.spec.name, pool.place(index)));
-                            let example = pool.rows.get(index).map(|row| writer.example(row)).transpose().map_err(place)?;
+                            let place = |e: Error| {
+                                e.at(format_args!("task {:?}: {}", self.spec.name, pool.place(index)))
+                            };
+                            let example = pool
+                                .rows
+                                .get(index)
+                                .map(|row| writer.example(row))
+                                .transpose()
+                                .map_err(place)?;
                             written.entry(index).or_insert(example.unwrap_or_default())
                         }
                     };
@@ -229,7 +255,10 @@ impl Task {
         let without_itself = self.leaves_out_itself();
         let first = self.options.first_n || self.spec.fewshot.sampler == Sampler::FirstN;
         let too_few = |have: usize| {
-            Error::new(ErrorKind::Option, format_args!("expected {shots} examples, found {have} rows to take them from"))
+            Error::new(
+                ErrorKind::Option,
+                format_args!("expected {shots} examples, found {have} rows to take them from"),
+            )
         };
         let mut others = |indices: &mut dyn Iterator<Item = usize>, most: usize| -> Result<Vec<usize>> {
             let mut kept = Vec::new();
@@ -261,7 +290,8 @@ impl Task {
     /// Whether a row may not be its own example: in the harness where the splits of rows and of examples have the same
     /// name or neither has one; and where one file stands for all splits.
     fn leaves_out_itself(&self) -> bool {
-        matches!(self.examples, Examples::Same { whole: true }) || self.spec.fewshot.split == self.spec.splits.test
+        matches!(self.examples, Examples::Same { whole: true })
+            || self.spec.fewshot.split == self.spec.splits.test
     }
 }
 
@@ -279,10 +309,13 @@ impl Writer<'_> {
             row.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))).collect();
         let has = |name: &String| row.contains_key(name);
         let Some(shape) = self.spec.rows.iter().find(|shape| shape.has.iter().all(has)) else {
-            let Some(nearest) = self.spec.rows.iter().min_by_key(|shape| shape.has.iter().filter(|n| !has(n)).count()) else {
+            let Some(nearest) =
+                self.spec.rows.iter().min_by_key(|shape| shape.has.iter().filter(|n| !has(n)).count())
+            else {
                 return Ok(Value::from(fields));
             };
-            let missing: Vec<&str> = nearest.has.iter().filter(|name| !has(name)).map(String::as_str).collect();
+            let missing: Vec<&str> =
+                nearest.has.iter().filter(|name| !has(name)).map(String::as_str).collect();
             let found: Vec<&str> = row.keys().map(String::as_str).collect();
             return fail(format!("expected the column {}, found {}", missing.join(", "), found.join(", ")));
         };
@@ -299,7 +332,8 @@ impl Writer<'_> {
     }
 
     fn expression(&self, key: &str, expression: &str, fields: &Value) -> Result<Value> {
-        let value = template::evaluate(&self.env, expression, fields).map_err(|e| self.cannot(key, expression, &e))?;
+        let value = template::evaluate(&self.env, expression, fields)
+            .map_err(|e| self.cannot(key, expression, &e))?;
         if value.is_undefined() {
             let message = format_args!("{key}: {expression:?}: nothing of that name");
             return Err(Error::new(ErrorKind::Config, message));
@@ -318,9 +352,13 @@ impl Writer<'_> {
     fn texts(&self, key: &str, expression: &str, fields: &Value) -> Result<Vec<String>> {
         let value = self.expression(key, expression, fields)?;
         let items = value.try_iter().map_err(|e| self.cannot(key, expression, &e))?;
-        let texts: Vec<String> = items.map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned)).collect();
+        let texts: Vec<String> =
+            items.map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned)).collect();
         if texts.is_empty() {
-            return Err(Error::new(ErrorKind::Config, format_args!("{key}: expected at least one, found none")));
+            return Err(Error::new(
+                ErrorKind::Config,
+                format_args!("{key}: expected at least one, found none"),
+            ));
         }
         Ok(texts)
     }
@@ -333,7 +371,10 @@ impl Writer<'_> {
             None => usize::try_from(value.clone()).ok(),
         };
         index.filter(|index| *index < choices.len()).ok_or_else(|| {
-            let message = format_args!("gold: expected a label of 0 to {} or one of the choices, found {value}", choices.len().saturating_sub(1));
+            let message = format_args!(
+                "gold: expected a label of 0 to {} or one of the choices, found {value}",
+                choices.len().saturating_sub(1)
+            );
             Error::new(ErrorKind::Config, message)
         })
     }
@@ -344,7 +385,11 @@ impl Writer<'_> {
         let fields = self.fields(row)?;
         let own_text = spec.fewshot.text.as_deref();
         let (text, answer) = if spec.kind == TaskKind::MultipleChoice {
-            let (many, expression) = if spec.contexts.is_empty() { ("choices", &spec.choices) } else { ("contexts", &spec.contexts) };
+            let (many, expression) = if spec.contexts.is_empty() {
+                ("choices", &spec.choices)
+            } else {
+                ("contexts", &spec.contexts)
+            };
             let choices = self.texts(many, expression, &fields)?;
             let right = choices.get(self.gold(&choices, &fields)?).cloned().unwrap_or_default();
             if spec.contexts.is_empty() {
@@ -354,7 +399,10 @@ impl Writer<'_> {
             }
         } else {
             let target = spec.fewshot.target.as_deref().unwrap_or(&spec.target);
-            (self.template("text", own_text.unwrap_or(&spec.text), &fields)?, self.template("target", target, &fields)?)
+            (
+                self.template("text", own_text.unwrap_or(&spec.text), &fields)?,
+                self.template("target", target, &fields)?,
+            )
         };
         if answer.is_empty() {
             return Ok(text);

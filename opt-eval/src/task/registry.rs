@@ -104,7 +104,8 @@ impl Tasks {
     pub fn add_file(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let text = fs::read_to_string(path).map_err(|e| {
-            let kind = if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
+            let kind =
+                if e.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
             Error::because(kind, format_args!("{}: cannot read tasks", path.display()), e)
         })?;
         self.add(&text).map_err(|e| e.at(path.display()))
@@ -131,17 +132,23 @@ impl Tasks {
 
     fn add_table(&mut self, mut table: Table) -> Result<()> {
         let named = table.get("name").and_then(Value::as_str).unwrap_or("?").to_owned();
-        let fail = |message: String| Err(Error::new(ErrorKind::Config, format_args!("task {named:?}: {message}")));
+        let fail =
+            |message: String| Err(Error::new(ErrorKind::Config, format_args!("task {named:?}: {message}")));
         let group = table.remove("group");
         let each = match table.remove("each") {
             None => vec![None],
-            Some(Value::Array(names)) => names.into_iter().map(|name| name.as_str().map(str::to_owned)).collect(),
+            Some(Value::Array(names)) => {
+                names.into_iter().map(|name| name.as_str().map(str::to_owned)).collect()
+            }
             Some(_) => return fail("each: expected a list of names".to_owned()),
         };
         if let Some(like) = table.remove("like") {
             let Some(base) = like.as_str().and_then(|name| self.tables.get(name)) else {
                 let like = like.as_str().unwrap_or_default();
-                return fail(format!("like: expected the name of a task, found {like:?}; {}", self.near(like)));
+                return fail(format!(
+                    "like: expected the name of a task, found {like:?}; {}",
+                    self.near(like)
+                ));
             };
             let own = table;
             table = base.clone();
@@ -157,11 +164,23 @@ impl Tasks {
                 let words = one.replace('_', " ");
                 table.iter_mut().for_each(|(_, value)| fill(value, one, &words));
             }
-            let spec: TaskSpec = Value::Table(table.clone()).try_into().map_err(|e: toml::de::Error| bad_toml(&e).at(format_args!("task {named:?}")))?;
+            let spec: TaskSpec = Value::Table(table.clone())
+                .try_into()
+                .map_err(|e: toml::de::Error| bad_toml(&e).at(format_args!("task {named:?}")))?;
             spec.validate()?;
             if let Some(group) = group.as_ref().and_then(Value::as_str) {
                 let Some(group) = self.groups.get_mut(group) else {
-                    self.groups.insert(group.to_owned(), GroupSpec { name: group.to_owned(), alias: None, version: 1.0, tasks: vec![spec.name.clone()], metrics: Vec::new(), aggregate: true });
+                    self.groups.insert(
+                        group.to_owned(),
+                        GroupSpec {
+                            name: group.to_owned(),
+                            alias: None,
+                            version: 1.0,
+                            tasks: vec![spec.name.clone()],
+                            metrics: Vec::new(),
+                            aggregate: true,
+                        },
+                    );
                     continue;
                 };
                 if !group.tasks.contains(&spec.name) {
@@ -201,7 +220,10 @@ impl Tasks {
             self.take(name.as_ref().trim(), &mut selection, &mut seen)?;
         }
         if selection.tasks.is_empty() {
-            return Err(Error::new(ErrorKind::Option, "tasks: expected the name of at least one, found none"));
+            return Err(Error::new(
+                ErrorKind::Option,
+                "tasks: expected the name of at least one, found none",
+            ));
         }
         Ok(selection)
     }
@@ -237,7 +259,8 @@ impl Tasks {
 pub(crate) fn near<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     let mut like: Vec<(f64, &str)> = known.map(|known| (strsim::jaro_winkler(name, known), known)).collect();
     like.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let near: Vec<&str> = like.iter().filter(|(like, _)| *like > 0.75).take(3).map(|(_, name)| *name).collect();
+    let near: Vec<&str> =
+        like.iter().filter(|(like, _)| *like > 0.75).take(3).map(|(_, name)| *name).collect();
     match &near[..] {
         [] => "`opt eval --list` names all".to_owned(),
         near => format!("near it: {}", near.join(", ")),
@@ -268,7 +291,10 @@ mod tests {
         let mmlu = tasks.select(&["mmlu"]).unwrap();
         assert_eq!(mmlu.tasks.len(), 57);
         assert_eq!(mmlu.groups.iter().map(|group| &group.name[..]).last(), Some("mmlu"));
-        assert_eq!(tasks.get("mmlu_us_foreign_policy").unwrap().description, "The following are multiple choice questions (with answers) about us foreign policy.\n\n");
+        assert_eq!(
+            tasks.get("mmlu_us_foreign_policy").unwrap().description,
+            "The following are multiple choice questions (with answers) about us foreign policy.\n\n"
+        );
     }
 
     #[test]

@@ -263,9 +263,13 @@ impl<'de> Deserialize<'de> for MetricSpec {
         }
         Ok(match Either::deserialize(deserializer)? {
             Either::Name(metric) => Self { metric, ..Self::default() },
-            Either::Long(Long { metric, ignore_case, ignore_punctuation, ignore_numbers, regexes_to_ignore }) => {
-                Self { metric, ignore_case, ignore_punctuation, ignore_numbers, regexes_to_ignore }
-            }
+            Either::Long(Long {
+                metric,
+                ignore_case,
+                ignore_punctuation,
+                ignore_numbers,
+                regexes_to_ignore,
+            }) => Self { metric, ignore_case, ignore_punctuation, ignore_numbers, regexes_to_ignore },
         })
     }
 }
@@ -378,14 +382,20 @@ impl TaskSpec {
         }
         let env = template::environment();
         let fewshot = &self.fewshot;
-        let templates = [("text", &self.text), ("target", &self.target), ("description", &self.description), ("counted", &self.counted)];
+        let templates = [
+            ("text", &self.text),
+            ("target", &self.target),
+            ("description", &self.description),
+            ("counted", &self.counted),
+        ];
         for (key, source) in templates {
             template::check_template(&env, key, source)?;
         }
         for (key, source) in [("fewshot.text", &fewshot.text), ("fewshot.target", &fewshot.target)] {
             source.as_ref().map_or(Ok(()), |source| template::check_template(&env, key, source))?;
         }
-        for (key, source) in [("choices", &self.choices), ("contexts", &self.contexts), ("gold", &self.gold)] {
+        for (key, source) in [("choices", &self.choices), ("contexts", &self.contexts), ("gold", &self.gold)]
+        {
             if !source.is_empty() {
                 template::check_expression(&env, key, source)?;
             }
@@ -395,7 +405,9 @@ impl TaskSpec {
         }
         let choice = self.kind == TaskKind::MultipleChoice;
         if choice && (self.choices.is_empty() == self.contexts.is_empty() || self.gold.is_empty()) {
-            return fail("expected `gold` and one of `choices` and `contexts` of a task of kind multiple_choice");
+            return fail(
+                "expected `gold` and one of `choices` and `contexts` of a task of kind multiple_choice",
+            );
         }
         if (!choice || !self.contexts.is_empty()) && self.target.is_empty() {
             return fail("expected a `target`");
@@ -440,7 +452,9 @@ impl TaskSpec {
             .metrics
             .iter()
             .map(|metric| {
-                let better = crate::measure::check(self.kind, &metric.metric).map(|kind| kind.higher_is_better).unwrap_or(true);
+                let better = crate::measure::check(self.kind, &metric.metric)
+                    .map(|kind| kind.higher_is_better)
+                    .unwrap_or(true);
                 serde_json::json!({ "metric": metric.metric, "higher_is_better": better })
             })
             .collect();

@@ -55,9 +55,12 @@ pub fn laid_out() -> Option<tempfile::TempDir> {
     let data = data()?;
     let dir = tempfile::tempdir().unwrap();
     let all = dir.path().join("all");
-    for (task, file) in
-        [("arc_easy", "arc_easy"), ("piqa", "piqa"), ("hellaswag", "hellaswag_val"), ("lambada_openai", "lambada_openai")]
-    {
+    for (task, file) in [
+        ("arc_easy", "arc_easy"),
+        ("piqa", "piqa"),
+        ("hellaswag", "hellaswag_val"),
+        ("lambada_openai", "lambada_openai"),
+    ] {
         let rows = fs::read(data.join(format!("{file}.jsonl"))).unwrap();
         for split in ["train", "validation", "test"] {
             write(&all.join(task).join(format!("{split}.jsonl")), &rows);
