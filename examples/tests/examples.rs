@@ -133,6 +133,24 @@ fn search() {
 }
 
 #[test]
+fn evaluate() {
+    let text = output("evaluate");
+    assert!(text.contains("|piqa ") && text.contains("acc_norm"), "{text}");
+}
+
+#[test]
+fn custom_task() {
+    let text = output("custom_task");
+    assert!(text.contains("|endings") && text.contains("endings_asked") && text.contains("brier_score"), "{text}");
+}
+
+#[test]
+fn compare_quantizations() {
+    let text = output("compare_quantizations");
+    assert!(text.contains("lambada_openai") && text.contains("perplexity"), "{text}");
+}
+
+#[test]
 fn lora_merge() {
     let text = output("lora_merge");
     let said =

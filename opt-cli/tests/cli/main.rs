@@ -7,6 +7,7 @@ mod checkpoints;
 mod distill;
 mod embed;
 mod ends;
+mod eval;
 #[cfg(target_os = "linux")]
 mod full_disk;
 mod generate;
