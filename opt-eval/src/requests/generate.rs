@@ -1,6 +1,10 @@
 use super::{Asker, Encoded};
 use crate::task::Generation;
-use opt_core::{Error, ErrorKind, Progress, ProgressFn, Request, Result, generation::GenerationConfig};
+use opt_core::{
+    Error, ErrorKind, Progress, ProgressFn, Request, Result,
+    generation::{GenerationConfig, StoppingCriterion},
+    tokenizer::Tokenizer,
+};
 
 /// Prompts that are continued together.
 const BATCH: usize = 16;
@@ -13,6 +17,24 @@ pub struct Written {
     pub text: String,
     /// Tokens of the prompt that were cut off to leave room.
     pub cut: usize,
+}
+
+/// Ends a text once it holds a stop string. Unlike generation's own stop strings, as in transformers, this does not look
+/// at the prompt's end, nor does the harness.
+struct StopInText {
+    tokenizer: Tokenizer,
+    until: Vec<String>,
+}
+
+impl StoppingCriterion for StopInText {
+    fn should_stop(&self, ids: &[u32], prompt_len: usize) -> bool {
+        let longest = self.until.iter().map(String::len).max().unwrap_or(0);
+        // A token is a byte at least, so that the last ones hold whatever the newest has made whole.
+        let tail = ids.len().saturating_sub(longest + 2).max(prompt_len);
+        let text = ids.get(tail..).and_then(|ids| self.tokenizer.decode(ids, true).ok()).unwrap_or_default();
+        // An empty one is found at once.
+        self.until.iter().any(|stop| text.contains(&stop[..]))
+    }
 }
 
 impl Asker<'_> {
@@ -36,11 +58,8 @@ impl Asker<'_> {
                 format_args!("max_gen_toks: expected less than {context} (the context), found {wanted}");
             return Err(Error::new(ErrorKind::Option, message));
         }
-        // An empty stop string is found after the first token.
-        let most = if how.until.iter().any(String::is_empty) { 1 } else { how.max_gen_toks };
-        let mut config = GenerationConfig::default().max_new_tokens(most).do_sample(how.do_sample);
-        config = config
-            .stop_strings(how.until.iter().filter(|stop| !stop.is_empty()).cloned().collect::<Vec<_>>());
+        let mut config =
+            GenerationConfig::default().max_new_tokens(how.max_gen_toks).do_sample(how.do_sample);
         if let Some(temperature) = how.temperature.filter(|_| how.do_sample) {
             config = config.temperature(temperature);
         }
@@ -51,7 +70,9 @@ impl Asker<'_> {
             for prompt in some {
                 let encoded = self.prompt(prompt, room)?;
                 written.push(Written { text: String::new(), cut: encoded.cut });
-                requests.push(Request::new(encoded.ids).config(config.clone()).cancel(self.cancel.clone()));
+                let stop = StopInText { tokenizer: tokenizer.clone(), until: how.until.clone() };
+                let request = Request::new(encoded.ids).config(config.clone()).stop_when(stop);
+                requests.push(request.cancel(self.cancel.clone()));
             }
             let first = written.len() - some.len();
             let made = self.opt.generate_batch(requests)?;

@@ -1,4 +1,4 @@
-use super::{Sampler, TaskKind, TaskSpec, locate};
+use super::{RowShape, Sampler, TaskKind, TaskSpec, locate};
 use crate::{
     rows::{Reading, Row, Rows},
     template,
@@ -6,7 +6,7 @@ use crate::{
 use minijinja::{Environment, Value, value::Serde};
 use opt_core::{Error, ErrorKind, Result};
 use opt_metrics::random::PythonRandom;
-use std::{collections::BTreeMap, path::Path};
+use std::{cmp::Reverse, collections::BTreeMap, path::Path};
 
 /// How prompts are made of a task's rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -309,15 +309,16 @@ impl Writer<'_> {
             row.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))).collect();
         let has = |name: &String| row.contains_key(name);
         let Some(shape) = self.spec.rows.iter().find(|shape| shape.has.iter().all(has)) else {
-            let Some(nearest) =
-                self.spec.rows.iter().min_by_key(|shape| shape.has.iter().filter(|n| !has(n)).count())
-            else {
+            // The one of which most is there.
+            let there = |shape: &&RowShape| Reverse(shape.has.iter().filter(|name| has(name)).count());
+            let Some(nearest) = self.spec.rows.iter().min_by_key(there) else {
                 return Ok(Value::from(fields));
             };
             let missing: Vec<&str> =
                 nearest.has.iter().filter(|name| !has(name)).map(String::as_str).collect();
             let found: Vec<&str> = row.keys().map(String::as_str).collect();
-            return fail(format!("expected the column {}, found {}", missing.join(", "), found.join(", ")));
+            let found = if found.is_empty() { "none".to_owned() } else { found.join(", ") };
+            return fail(format!("expected the column {}, found {found}", missing.join(", ")));
         };
         for (name, expression) in &shape.fields.0 {
             let value = self.expression(name, expression, &Value::from(fields.clone()))?;
