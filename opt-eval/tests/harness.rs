@@ -260,6 +260,7 @@ tasks!(
     openbookqa,
     piqa,
     sciq,
+    unscramble,
     wikitext,
     winogrande,
     wsc,
