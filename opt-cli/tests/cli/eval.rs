@@ -42,7 +42,8 @@ fn scores_are_the_harness_and_lie_where_it_has_them() {
             assert!((found - expected[key].as_f64().expect(key)).abs() < 1e-12, "{task} {key}");
         }
         assert_eq!(written["n-samples"][task], json!({ "original": 20, "effective": 20 }));
-        let samples = std::fs::read_to_string(dir.path().join(format!("deep/samples_{task}.jsonl"))).expect("samples");
+        let samples =
+            std::fs::read_to_string(dir.path().join(format!("deep/samples_{task}.jsonl"))).expect("samples");
         assert_eq!(samples.lines().count(), 20);
     }
     assert_eq!(written["opt_eval"]["bos"], "with");
@@ -54,9 +55,13 @@ fn scores_are_the_harness_and_lie_where_it_has_them() {
     let ran = run(&mut on_tasks("piqa,winogrande", &["--json", "--compare", output]));
     let lines = ran.json();
     let rows = lines[1]["rows"].as_array().expect("rows");
-    assert!(rows.len() >= 3 && rows.iter().all(|row| row["difference"] == 0.0 && row["pairs"] == 20), "{rows:?}");
+    assert!(
+        rows.len() >= 3 && rows.iter().all(|row| row["difference"] == 0.0 && row["pairs"] == 20),
+        "{rows:?}"
+    );
     let plot = dir.path().join("scores.svg");
-    let ran = run(on_tasks("piqa,winogrande", &["--quantize", "int4", "--compare", output, "--plot"]).arg(&plot));
+    let ran =
+        run(on_tasks("piqa,winogrande", &["--quantize", "int4", "--compare", output, "--plot"]).arg(&plot));
     assert!(ran.stdout.contains("piqa"), "{}", ran.stdout);
     assert_eq!(ran.code, Some(0));
     assert!(std::fs::read_to_string(plot).expect("a drawing").contains("</svg>"));
@@ -66,12 +71,26 @@ fn scores_are_the_harness_and_lie_where_it_has_them() {
 fn variants_of_one_task_tell_their_spread() {
     let dir = tempfile::tempdir().expect("a folder");
     let file = dir.path().join("mine.toml");
-    std::fs::write(&file, "[[task]]\nname = \"piqa_plain\"\nlike = \"piqa\"\ntext = \"{{question}}\\n\"\n").expect("a file");
-    let tasks = ["--phrasings", "--vary-shots", "0,2", "--vary-seeds", "1,2", "--limit", "5", "--json", "--tasks-file"];
+    std::fs::write(&file, "[[task]]\nname = \"piqa_plain\"\nlike = \"piqa\"\ntext = \"{{question}}\\n\"\n")
+        .expect("a file");
+    let tasks = [
+        "--phrasings",
+        "--vary-shots",
+        "0,2",
+        "--vary-seeds",
+        "1,2",
+        "--limit",
+        "5",
+        "--json",
+        "--tasks-file",
+    ];
     let ran = run(on_tasks("piqa,piqa_plain", &tasks).arg(&file));
     let found = &ran.json()[0];
     assert_eq!(found["variants"].as_object().expect("variants").len(), 8);
-    assert!(found["variants"]["piqa_plain, 2-shot, seed 2"]["results"]["piqa_plain"]["acc,none"].is_number(), "{found}");
+    assert!(
+        found["variants"]["piqa_plain, 2-shot, seed 2"]["results"]["piqa_plain"]["acc,none"].is_number(),
+        "{found}"
+    );
     let rows = found["spread"]["rows"].as_array().expect("rows");
     assert!(rows.iter().any(|row| row["metric"] == "acc"), "{rows:?}");
 }
@@ -85,7 +104,9 @@ fn the_perplexity_of_a_text() {
     let whole = run(&mut eval(&["--perplexity", path, "--json"])).json();
     assert_eq!(whole[0]["window"], 512);
     assert!(whole[0]["perplexity"].as_f64().expect("a number") > 1.0);
-    let small = run(&mut eval(&["--perplexity", path, "--window", "64", "--stride", "32", "--no-bos", "--json"])).json();
+    let small =
+        run(&mut eval(&["--perplexity", path, "--window", "64", "--stride", "32", "--no-bos", "--json"]))
+            .json();
     assert_eq!((&small[0]["stride"], &small[0]["bos"]), (&json!(32), &json!(false)));
     let ran = run(&mut eval(&["--perplexity", path, "--window", "64"]));
     assert!(ran.stdout.starts_with("perplexity "), "{}", ran.stdout);
@@ -154,7 +175,59 @@ fn an_evaluation_that_was_killed_goes_on() {
     let _ = child.kill();
     let _ = child.wait();
     assert!(journal.exists() != output.exists());
-    let resumed = run(on_tasks(tasks, &["--json", "--max-gen-toks", "48", "--resume", "--output"]).arg(&output)).json();
+    let resumed =
+        run(on_tasks(tasks, &["--json", "--max-gen-toks", "48", "--resume", "--output"]).arg(&output)).json();
     assert_eq!(resumed[0]["results"], whole[0]["results"]);
     assert!(!journal.exists());
+}
+
+/// What is shared, and what an adapter puts before it, changes no answer.
+#[test]
+fn adapters_and_quantized_weights_are_evaluated() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let text = dir.path().join("text.txt");
+    std::fs::write(&text, "The ship sailed over the grey sea, and the men sang. ".repeat(40))
+        .expect("a file");
+    let mut found = Vec::new();
+    for method in ["lora", "prefix", "prompt"] {
+        let adapter = dir.path().join(method);
+        let mut tune = opt();
+        tune.args([
+            "tune",
+            method,
+            "--quiet",
+            "--max-steps",
+            "2",
+            "--batch-size",
+            "2",
+            "--seq-len",
+            "32",
+            "--lr",
+            "0.05",
+        ]);
+        let ran = run(tune.arg("--data").arg(&text).arg("--output").arg(&adapter));
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let evaluated = |more: &[&str]| {
+            let mut command = on_tasks("piqa,lambada_openai", &["--json", "--limit", "6"]);
+            run(command.args(more).arg("--adapter").arg(&adapter)).json().remove(0)
+        };
+        let (shared, alone) = (evaluated(&[]), evaluated(&["--no-share"]));
+        let perplexity = |report: &Value| {
+            report["results"]["lambada_openai"]["perplexity,none"].as_f64().expect("a number")
+        };
+        assert!((perplexity(&shared) / perplexity(&alone) - 1.0).abs() < 1e-4, "{method}");
+        assert_eq!(shared["results"]["piqa"]["acc,none"], alone["results"]["piqa"]["acc,none"]);
+        assert_eq!(shared["opt_eval"]["adapter"], *method);
+        found.push(perplexity(&shared));
+    }
+    for format in ["int8", "int4", "nf4"] {
+        let report = run(&mut on_tasks("lambada_openai", &["--json", "--limit", "6", "--quantize", format]))
+            .json()
+            .remove(0);
+        assert!(report["opt_eval"]["weights"].as_str().expect("a text").contains(format), "{report}");
+        found.push(report["results"]["lambada_openai"]["perplexity,none"].as_f64().expect("a number"));
+    }
+    found.sort_by(f64::total_cmp);
+    found.dedup();
+    assert_eq!(found.len(), 6, "each is a model of its own: {found:?}");
 }
