@@ -165,8 +165,11 @@ fn draw(text: &mut String, height: i32, legend: i32, labels: &[&str], panels: &[
         top += LINE;
     }
     debug_assert_eq!(top, TOP + legend);
+    // About seven pixels a letter.
+    let names = panels.iter().flat_map(|panel| &panel.tasks).map(|(task, _)| task.chars().count());
+    let left = 40 + 7 * i32::try_from(names.max().unwrap_or(0).min(50))?;
     for panel in panels {
-        draw_panel(&area, top, panel, labels.len())?;
+        draw_panel(&area, (left, top), panel, labels.len())?;
         top += panel.height();
     }
     area.present()?;
@@ -181,16 +184,14 @@ fn style(horizontal: HPos) -> TextStyle<'static> {
     TextStyle::from(("sans-serif", 13).into_font()).color(&DARK).pos(Pos::new(horizontal, VPos::Center))
 }
 
-fn draw_panel(area: &Area<'_>, top: i32, panel: &Panel, reports: usize) -> Drawn {
-    // About seven pixels a letter.
-    let longest = panel.tasks.iter().map(|(task, _)| task.chars().count()).max().unwrap_or(0);
-    let left = 40 + 7 * i32::try_from(longest.min(50))?;
+fn draw_panel(area: &Area<'_>, (left, top): (i32, i32), panel: &Panel, reports: usize) -> Drawn {
     let right = WIDTH as i32 - 30;
     let (low, high) = panel.span();
     let at = |value: f64| left + ((value - low) / (high - low) * f64::from(right - left)).round() as i32;
     let upper = top + TITLE;
     let lower = upper + LINE * i32::try_from(panel.tasks.len())?;
-    let title = format!("{}, ± one standard error", panel.title);
+    let spread = panel.tasks.iter().flat_map(|(_, marks)| marks).any(|mark| mark.stderr > 0.0);
+    let title = if spread { format!("{}, ± one standard error", panel.title) } else { panel.title.clone() };
     area.draw(&Text::new(title, (left, top + TITLE / 2), style(HPos::Left)))?;
     let ticks = ticks(low, high);
     let step = ticks.first_chunk::<2>().map_or(high - low, |[a, b]| b - a);

@@ -93,6 +93,12 @@ pub struct RunInfo {
     pub fewshot_seed: Option<u64>,
     /// Longest sequence, tokens.
     pub max_length: Option<usize>,
+    /// The padding token and its id.
+    pub pad_token: Option<(String, u32)>,
+    /// The token that ends a text, and its id.
+    pub eos_token: Option<(String, u32)>,
+    /// The token that begins a text, and its id.
+    pub bos_token: Option<(String, u32)>,
     /// Whether texts began with the model's first token.
     pub bos: Option<Bos>,
     /// The backend: `cpu`, `wgpu`, `candle`, `tch`.
@@ -127,6 +133,9 @@ impl RunInfo {
             torch_seed: Some(1234),
             fewshot_seed: Some(1234),
             max_length: None,
+            pad_token: None,
+            eos_token: None,
+            bos_token: None,
             bos: None,
             backend: None,
             weights: None,
@@ -340,12 +349,25 @@ impl Report {
         if let Some(dtype) = &info.dtype {
             config.insert("model_dtype".into(), dtype.as_str().into());
         }
-        let mut other = Map::new();
-        other.insert("model_source".into(), "opt-rs".into());
-        other.insert("model_name_sanitized".into(), sanitized(model_name).into());
-        if let Some(length) = info.max_length {
-            other.insert("max_length".into(), length.into());
-        }
+        // The harness has all of these keys, so its readers may ask for them.
+        let Value::Object(other) = json!({
+            "model_source": "opt-rs",
+            "model_name_sanitized": sanitized(model_name),
+            "max_length": info.max_length,
+            "tokenizer_pad_token": token(info.pad_token.as_ref()),
+            "tokenizer_eos_token": token(info.eos_token.as_ref()),
+            "tokenizer_bos_token": token(info.bos_token.as_ref()),
+            "eot_token_id": info.eos_token.as_ref().map(|(_, id)| id),
+            "system_instruction": null,
+            "system_instruction_sha": null,
+            "fewshot_as_multiturn": false,
+            "chat_template": null,
+            "chat_template_sha": null,
+            "task_hashes": {},
+            "total_evaluation_time_seconds": null,
+        }) else {
+            return Self::default();
+        };
         Self {
             config,
             other,
@@ -481,6 +503,11 @@ impl Report {
     pub(crate) fn own(&mut self) -> &mut Own {
         self.opt_eval.get_or_insert_default()
     }
+}
+
+/// A token as the harness writes it: its text and its id, both as text.
+fn token(token: Option<&(String, u32)>) -> [Option<String>; 2] {
+    [token.map(|(text, _)| text.clone()), token.map(|(_, id)| id.to_string())]
 }
 
 /// The name as the harness makes it fit for a folder.

@@ -15,7 +15,7 @@
 
 use crate::{
     Error, ErrorKind, Result,
-    report::{Report, Scores, markdown_table, number},
+    report::{Report, Score, Scores, markdown_table, number},
 };
 use serde::Serialize;
 
@@ -98,10 +98,8 @@ pub fn spread<L: AsRef<str>>(runs: &[(L, &Report)], task: Option<&str>) -> Resul
                     true => report.results.first_key_value()?,
                     false => report.results.get_key_value(name)?,
                 };
-                let found = scores.metrics.iter();
-                let found =
-                    found.filter(|other| other.metric == score.metric && other.filter == score.filter);
-                let found = found.last().filter(|other| other.value.is_finite())?;
+                let same = |other: &&Score| other.metric == score.metric && other.filter == score.filter;
+                let found = scores.metrics.iter().find(same).filter(|other| other.value.is_finite())?;
                 let label = label.as_ref().to_owned();
                 Some(Variant { label, value: found.value, stderr: found.stderr, shots: report.shots(task) })
             };

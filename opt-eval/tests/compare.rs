@@ -136,7 +136,7 @@ fn add(report: &mut Report, task: &str, metric: &str, value: f64, stderr: f64, s
 
 #[test]
 fn a_run_is_held_against_what_was_published() {
-    let mut report = report("piqa", "acc", 0.63003, 0.0112643);
+    let mut report = report("piqa", "acc", 0.630033, 0.0112643);
     add(&mut report, "sciq", "acc", 0.60, 0.0137, 0);
     add(&mut report, "lambada_openai", "perplexity", 40.0, 0.94, 0);
     add(&mut report, "winogrande", "acc", 0.5162, 0.014, 5);

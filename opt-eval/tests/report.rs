@@ -150,7 +150,7 @@ fn a_report_survives_its_file() {
         "only 10 documents",
         "2 prompts were longer",
         "a line",
-        "|piqa |",
+        " - piqa|",
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
@@ -195,9 +195,10 @@ fn reports_say_what_they_know_of_bos() {
     let told = r#""lm_eval_version": "0.4.13", "config": {"model": "hf", "model_args": "pretrained=x,add_bos_token=False"}"#;
     assert_eq!(with(told), Some(Bos::Without));
     assert_eq!(with(r#""config": {"model_args": {"add_bos_token": true}}"#), Some(Bos::With));
-    let old = r#"{"results": {"t": {"acc": 1}}, "versions": {"t": 0}, "config": {"model": "gpt2", "num_fewshot": 3}}"#;
+    let old = r#"{"results": {"t": {"acc": 1, "ppl": 26.5, "ppl_stderr": 0.9}}, "versions": {"t": 0}, "config": {"model": "gpt2", "num_fewshot": 3}}"#;
     let old = Report::from_json(old).expect("it reads");
     assert_eq!((old.bos(), old.shots("t")), (Some(Bos::Without), Some(3)));
+    assert_eq!(old.score("t", "perplexity", "none").map(|s| (s.value, s.stderr)), Some((26.5, Some(0.9))));
 }
 
 #[test]
@@ -238,4 +239,55 @@ fn broken_samples_are_told_with_their_line() {
     assert_eq!(first.values.get("acc"), Some(&Value::Null));
     assert!(e.to_string().contains("line 3: a line that ends in the middle"), "{e}");
     assert_eq!(SampleReader::open(folder.path().join("none")).expect_err("none").kind(), ErrorKind::NotFound);
+}
+
+/// A run of the harness on a small model: groups in a group, and limited tasks (fixtures/make_report.py).
+#[test]
+fn a_run_of_the_harness_is_understood() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/harness_report");
+    let stamp = "2000-01-01T00-00-00.000000";
+    let path = folder.join(format!("results_{stamp}.json"));
+    let theirs = Report::from_file(&path).expect("the harness' report");
+    let value: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("the file")).expect("JSON");
+    assert_eq!(serde_json::to_value(&theirs).expect("it serializes"), value);
+    assert_eq!(
+        (theirs.bos(), theirs.shots("arc_easy"), theirs.limited("arc_easy")),
+        (Some(Bos::With), Some(1), true)
+    );
+
+    // Its groups once more, from its tasks.
+    let mut ours = theirs.clone();
+    for name in ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities", "mmlu"] {
+        ours.results.remove(name);
+        ours.groups.remove(name);
+        let (alias, version) = (theirs.results.get(name).map(|s| s.alias.clone()), theirs.versions.get(name));
+        let mut group = GroupResult::new(name, Vec::<String>::new()).mean_of("acc");
+        (group.alias, group.version) = (alias, version.and_then(Value::as_str).map(str::to_owned));
+        ours.add_group(group);
+        let score = |report: &Report| report.score(name, "acc", "none").cloned().expect("a score");
+        let (a, b) = (score(&ours), score(&theirs));
+        assert!((a.value - b.value).abs() < 1e-12, "{name}");
+        assert!((a.stderr.expect("one") - b.stderr.expect("one")).abs() < 1e-12, "{name}");
+    }
+    // The harness leaves mmlu without them, whose groups it visits after it.
+    assert_eq!(ours.n_shot.remove("mmlu"), Some(1.into()));
+    assert!(ours.higher_is_better.remove("mmlu").is_some());
+    assert_eq!(ours.markdown(), theirs.markdown());
+
+    // Documents are hashed in the order of their keys, which is that of the file's text.
+    let mut lines = 0;
+    for task in theirs.n_samples.keys() {
+        let file = folder.join(format!("samples_{task}_{stamp}.jsonl"));
+        let text = std::fs::read_to_string(&file).expect("the file");
+        for (line, sample) in text.lines().zip(SampleReader::open(&file).expect("the file")) {
+            let sample = sample.expect("a sample");
+            let doc = line.split_once("\"doc\": ").and_then(|(_, rest)| rest.split_once(", \"target\": "));
+            assert_eq!(document_hash(doc.expect("a document").0), sample.doc_hash);
+            let prompt = sample.arguments["gen_args_0"]["arg_0"].as_str().expect("a prompt");
+            assert_eq!(hash(prompt), sample.prompt_hash);
+            lines += 1;
+        }
+    }
+    assert_eq!(lines, 4 + 4 + 33);
 }

@@ -84,7 +84,29 @@ impl Report {
         write_whole(path.as_ref(), &self.to_json())
     }
 
-    /// What files up to 0.3 leave to be known: the shots of all tasks, and the model's name.
+    /// The name the harness gives a results file: `results_`, the run's beginning in UTC, `.json`. Its tools find a
+    /// report and the samples that belong to it by these names.
+    ///
+    /// ```
+    /// # use opt_eval::report::{Report, RunInfo};
+    /// let mut info = RunInfo::new("facebook/opt-125m");
+    /// info.date = Some(951_782_400.25);
+    /// let report = Report::new(info);
+    /// assert_eq!(report.file_name(), "results_2000-02-29T00-00-00.250000.json");
+    /// assert_eq!(report.samples_name("piqa"), "samples_piqa_2000-02-29T00-00-00.250000.jsonl");
+    /// ```
+    pub fn file_name(&self) -> String {
+        format!("results_{}.json", timestamp(self.date.unwrap_or(0.0)))
+    }
+
+    /// The name the harness gives the file of a task's samples; what no file name can have is replaced.
+    pub fn samples_name(&self, task: &str) -> String {
+        let task = super::sanitized(task);
+        format!("samples_{task}_{}.jsonl", timestamp(self.date.unwrap_or(0.0)))
+    }
+
+    /// What files up to 0.3 leave to be known, the shots of all tasks and the model's name, and today's name of a metric.
+    /// Tasks keep theirs: where the name changed, so did the prompts.
     fn complete_old(&mut self) {
         if let Some(shots) = self.config.get("num_fewshot").filter(|shots| shots.is_u64()) {
             self.n_shot = self.results.keys().map(|task| (task.clone(), shots.clone())).collect();
@@ -94,6 +116,12 @@ impl Report {
                 arguments.split(',').find_map(|pair| pair.trim().strip_prefix("pretrained="))
             });
             self.model_name = named.map(str::to_owned);
+        }
+        for scores in self.results.values_mut() {
+            for score in scores.metrics.iter_mut().filter(|score| score.metric == "ppl") {
+                "perplexity".clone_into(&mut score.metric);
+            }
+            scores.sort();
         }
         self.other.entry("lm_eval_version").or_insert_with(|| "0.3.0".into());
     }
@@ -140,6 +168,31 @@ pub(crate) fn without_nan(text: &str) -> String {
     out
 }
 
+/// Seconds since 1970 as `2000-02-29T00-00-00.250000`, in UTC. Times before 1970 are its beginning.
+fn timestamp(seconds: f64) -> String {
+    // Up to the year 9999; float casts saturate.
+    let micros = (seconds.clamp(0.0, 253_402_300_799.0) * 1e6).round() as u64;
+    let (total, micros) = (micros / 1_000_000, micros % 1_000_000);
+    let (mut days, second) = (total / 86_400, total % 86_400);
+    let is_leap =
+        |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while days >= 365 + u64::from(is_leap(year)) {
+        days -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let mut month = 1;
+    for length in [31, 28 + u64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{:02}T{hour:02}-{minute:02}-{second:02}.{micros:06}", days + 1)
+}
+
 /// Writes a text to a file under a temporary name, then renames it. Folders on the way are made.
 pub(crate) fn write_whole(path: &Path, text: &str) -> Result<()> {
     let fail = |e| Error::because(ErrorKind::Io, format!("{}: cannot be written", path.display()), e);
@@ -154,6 +207,22 @@ pub(crate) fn write_whole(path: &Path, text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // datetime.fromtimestamp(t, timezone.utc).isoformat() with its colons replaced.
+    #[test]
+    fn times_are_those_of_python() {
+        for (seconds, expected) in [
+            (0.0, "1970-01-01T00-00-00.000000"),
+            (1735787045.5, "2025-01-02T03-04-05.500000"),
+            (4107542399.999999, "2100-02-28T23-59-59.999999"),
+            (4107542400.0, "2100-03-01T00-00-00.000000"),
+            (1704067199.0, "2023-12-31T23-59-59.000000"),
+        ] {
+            assert_eq!(timestamp(seconds), expected);
+        }
+        assert_eq!(timestamp(f64::NAN), "1970-01-01T00-00-00.000000");
+        assert!(timestamp(f64::INFINITY).starts_with("9999-12-31"));
+    }
 
     #[test]
     fn what_python_writes_for_no_number_is_none() {

@@ -74,7 +74,7 @@ impl Report {
                     first(title.clone()),
                     first(self.version(&name)),
                     score.filter.clone(),
-                    self.n_shot.get(&name).map(plain).unwrap_or_default(),
+                    self.n_shot.get(&name).map_or_else(|| " ".to_owned(), plain),
                     score.metric.clone(),
                     arrow(self.higher_is_better(&name, &score.metric)).to_owned(),
                     number(score.value),
@@ -161,7 +161,8 @@ pub(crate) fn markdown_table<const N: usize>(headers: &[&str; N], rows: &[[Strin
         .enumerate()
         .map(|(i, header)| {
             let cells = || rows.iter().filter_map(|row| row.get(i)).map(String::as_str);
-            let numeric = !rows.is_empty() && cells().all(is_number);
+            // Empty cells, of a row that goes on with the one above, say nothing.
+            let numeric = cells().any(is_number) && cells().all(|cell| cell.is_empty() || is_number(cell));
             let least = if numeric { 4 } else { 3 };
             let width = cells().map(|cell| cell.chars().count()).max().unwrap_or(0);
             (width.max(header.chars().count()).max(least), numeric)

@@ -87,8 +87,9 @@ impl SampleValues {
         let date = stem.rsplit_once('_').map(|(_, date)| date).filter(|date| is_date(date));
         let mut values = Self::default();
         for task in tasks {
-            let dated = date.map(|date| folder.join(format!("samples_{task}_{date}.jsonl")));
-            let plain = folder.join(format!("samples_{task}.jsonl"));
+            let name = crate::report::sanitized(task);
+            let dated = date.map(|date| folder.join(format!("samples_{name}_{date}.jsonl")));
+            let plain = folder.join(format!("samples_{name}.jsonl"));
             if let Some(path) = dated.into_iter().chain([plain]).find(|path| path.is_file()) {
                 values.add_file(task, path)?;
             }
