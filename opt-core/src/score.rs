@@ -50,11 +50,9 @@ impl ScoreInput {
         // What Python's rstrip takes for white space.
         let blank = |c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c);
         let trimmed = context.trim_end_matches(blank);
-        let before = if context.is_empty() { 0 } else { tokenizer.encode(trimmed, bos)?.len() };
+        let before = if context.is_empty() { Vec::new() } else { tokenizer.encode(trimmed, bos)? };
         let whole = format!("{context}{continuation}");
-        let input = if before > 0 {
-            Self { ids: tokenizer.encode(&whole, bos)?, from: before }
-        } else {
+        let input = if before.is_empty() {
             let start = tokenizer.bos_id().or(tokenizer.eos_id()).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Tokenizer,
@@ -64,6 +62,11 @@ impl ScoreInput {
             let mut ids = vec![start];
             ids.extend(tokenizer.encode(&whole, Bos::Never)?);
             Self { ids, from: 1 }
+        } else {
+            let from = before.len();
+            // Where tokens of the two merge, the context keeps its own.
+            let after = tokenizer.encode(&whole, bos)?.into_iter().skip(from);
+            Self { ids: before.into_iter().chain(after).collect(), from }
         };
         if input.from >= input.ids.len() {
             let message = format!(

@@ -29,15 +29,18 @@ impl Asker<'_> {
         let tokenizer = self.opt.require_tokenizer()?;
         let trimmed = context.trim_end_matches(python_space);
         let before = if context.is_empty() { Vec::new() } else { self.tokens(tokenizer, trimmed)? };
-        let (ids, from) = if before.is_empty() {
+        let from = before.len().max(1);
+        let ids = if before.is_empty() {
             let mut ids = vec![prefix(tokenizer)?];
             // White space that was all of the context stays in front.
             let whole = format!("{context}{continuation}");
             let own = tokenizer.encode(&whole, Bos::Never)?;
             ids.extend(own.strip_prefix(&ids[..]).unwrap_or(&own));
-            (ids, 1)
+            ids
         } else {
-            (self.tokens(tokenizer, &format!("{context}{continuation}"))?, before.len())
+            // Where tokens of the two merge, the context keeps its own.
+            let whole = self.tokens(tokenizer, &format!("{context}{continuation}"))?;
+            before.into_iter().chain(whole.into_iter().skip(from)).collect()
         };
         if from >= ids.len() {
             let message = format_args!(
