@@ -152,8 +152,13 @@ impl Tasks {
             };
             let own = table;
             table = base.clone();
-            // An alias is a name, and so not inherited.
+            // An alias is a name, and so not inherited. Rows lie where they lie for the other task.
             table.remove("alias");
+            let data = table.entry("data").or_insert_with(|| Value::Table(Table::new()));
+            if let (Some(data), false) = (data.as_table_mut(), own.contains_key("data")) {
+                let names = data.entry("names").or_insert_with(|| Value::Array(Vec::new()));
+                names.as_array_mut().into_iter().for_each(|names| names.push(like.clone()));
+            }
             own.into_iter().for_each(|(key, value)| {
                 table.insert(key, value);
             });
