@@ -52,11 +52,12 @@ pub(crate) fn passages(
         let mut whole = None;
         for (i, unit) in others.iter().enumerate() {
             let longer = bytes.start..unit.bytes.end;
-            if size(&longer)? > lengths.tokens {
+            let tokens = size(&longer)?;
+            if tokens > lengths.tokens {
                 break;
             }
             (taken, bytes) = (i + 2, longer);
-            if unit.ends_paragraph && size(&bytes)? * 2 >= lengths.tokens {
+            if unit.ends_paragraph && tokens * 2 >= lengths.tokens {
                 whole = Some((taken, bytes.clone()));
             }
         }

@@ -43,7 +43,7 @@ pub(crate) struct Index {
 impl Index {
     pub(crate) fn run(&self, embedder: &Embedder, cancel: &CancelToken) -> Result<()> {
         let begun = Instant::now();
-        let passages = self.passages(embedder)?;
+        let passages = self.passages(embedder, cancel)?;
         let count = passages.len();
         // Begun before the long work: a place that cannot be written is known at once.
         let draft = Draft::begin(&self.into)?;
@@ -78,11 +78,11 @@ impl Index {
     }
 
     /// The passages of all texts.
-    fn passages(&self, embedder: &Embedder) -> Result<Vec<Passage>> {
+    fn passages(&self, embedder: &Embedder, cancel: &CancelToken) -> Result<Vec<Passage>> {
         let tokenizer = embedder.opt().require_tokenizer()?;
         let lengths = Lengths { tokens: self.tokens as usize, overlap: self.overlap as usize };
         let context = embedder.opt().context();
-        let most = context - usize::from(tokenizer.adds_bos());
+        let most = context.saturating_sub(usize::from(tokenizer.adds_bos()));
         for (name, found, most) in
             [("--tokens", lengths.tokens, most), ("--overlap", lengths.overlap, lengths.tokens - 1)]
         {
@@ -97,6 +97,7 @@ impl Index {
         names.sort();
         let mut passages = Vec::new();
         for name in names {
+            cancel.check("indexing")?;
             let failed = |e| Error::because(ErrorKind::Io, format_args!("{}", name.display()), e);
             let text = fs::read_to_string(&name).map_err(failed)?;
             let inside = name.strip_prefix(&self.dir).unwrap_or(&name);
