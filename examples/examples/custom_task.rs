@@ -37,9 +37,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     tasks.add(TASKS)?;
     let mut reports = Vec::new();
     for name in ["endings", "endings_asked"] {
-        let found = evaluate(&opt, &tasks.select(&[name])?, folder.path(), &EvalOptions::default(), &mut |_| {
-            ControlFlow::Continue(())
-        })?;
+        let found =
+            evaluate(&opt, &tasks.select(&[name])?, folder.path(), &EvalOptions::default(), &mut |_| {
+                ControlFlow::Continue(())
+            })?;
         println!("{}", found.report.markdown());
         reports.push((name, found.report));
     }

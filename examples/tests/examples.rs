@@ -141,7 +141,10 @@ fn evaluate() {
 #[test]
 fn custom_task() {
     let text = output("custom_task");
-    assert!(text.contains("|endings") && text.contains("endings_asked") && text.contains("brier_score"), "{text}");
+    assert!(
+        text.contains("|endings") && text.contains("endings_asked") && text.contains("brier_score"),
+        "{text}"
+    );
 }
 
 #[test]

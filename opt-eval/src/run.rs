@@ -7,7 +7,7 @@ use crate::{
     measure::{self, Reply, Value},
     report::{self, GroupResult, MetricResult, NO_FILTER, Report, RunInfo, TaskResult},
     requests::{Asker, Encoded},
-    samples::{Sample, document_hash, hash, in_words},
+    samples::{Sample, document_hash, hash, in_words, task_hash},
     task::{Answer, Document, Filter, Selection, Task, TaskKind, TaskOptions},
 };
 use journal::{Entry, Journal};
@@ -335,6 +335,7 @@ fn score(
     result.metrics = metrics;
     result.original = task.len();
     result.truncated = entries.iter().map(|entry| entry.cut).sum();
+    result.task_hash = options.keep_samples.then(|| task_hash(&samples));
     result.config = spec.to_harness();
     Ok((result, samples))
 }

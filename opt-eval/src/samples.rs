@@ -90,6 +90,17 @@ impl Sample {
     }
 }
 
+/// The hash over the hashes of samples that reports have as `task_hashes`.
+pub fn task_hash(samples: &[Sample]) -> String {
+    let mut hashes = Sha256::new();
+    for sample in samples {
+        for part in [&sample.doc_hash, &sample.prompt_hash, &sample.target_hash] {
+            hashes.update(part);
+        }
+    }
+    python::hex(hashes)
+}
+
 /// Writes samples one by one under a temporary name; the file appears with [`SampleWriter::finish`].
 #[derive(Debug)]
 pub struct SampleWriter {

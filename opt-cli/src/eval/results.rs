@@ -46,7 +46,7 @@ pub(super) fn finish(
     let report = &found.report;
     if let Some(output) = &eval.output {
         for (task, samples) in found.samples.iter().filter(|_| eval.log_samples) {
-            let mut file = SampleWriter::create(output.with_file_name(format!("samples_{task}.jsonl")))?;
+            let mut file = SampleWriter::create(samples_path(output, task))?;
             samples.iter().try_for_each(|sample| file.write(sample))?;
             file.finish()?;
         }
@@ -76,6 +76,14 @@ pub(super) fn finish(
     drop(out);
     let _ = console;
     Out::new().text(&format!("\n{text}"))
+}
+
+/// Beside the report; with its date if that has one in its name, by which the harness' tools find them.
+fn samples_path(output: &Path, task: &str) -> PathBuf {
+    let stem = output.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let date = stem.strip_prefix("results_").filter(|date| date.starts_with(|c: char| c.is_ascii_digit()));
+    let date = date.map(|date| format!("_{date}")).unwrap_or_default();
+    output.with_file_name(format!("samples_{task}{date}.jsonl"))
 }
 
 /// A comparison as text and as JSON.

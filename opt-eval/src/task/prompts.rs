@@ -208,14 +208,17 @@ impl Task {
             if shots > 0 {
                 let chosen = self
                     .choose(&writer.key(row)?, shots, pool, &mut random, &mut |index| {
-                        if !known.contains_key(&index) {
-                            let row = pool.rows.get(index);
-                            known.insert(
-                                index,
-                                row.map(|row| writer.key(row)).transpose()?.unwrap_or_default(),
-                            );
-                        }
-                        Ok(known.get(&index).cloned().unwrap_or_default())
+                        let key = match known.get(&index) {
+                            Some(key) => key.clone(),
+                            None => pool
+                                .rows
+                                .get(index)
+                                .map(|row| writer.key(row))
+                                .transpose()?
+                                .unwrap_or_default(),
+                        };
+                        known.insert(index, key.clone());
+                        Ok(key)
                     })
                     .map_err(|e| e.at(format_args!("task {:?}", self.spec.name)))?;
                 for index in chosen {

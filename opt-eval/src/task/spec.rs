@@ -412,7 +412,8 @@ impl TaskSpec {
         if (!choice || !self.contexts.is_empty()) && self.target.is_empty() {
             return fail("expected a `target`");
         }
-        if !choice && !(self.choices.is_empty() && self.contexts.is_empty() && self.gold.is_empty()) {
+        let of_choices = [&self.choices, &self.contexts, &self.gold];
+        if !choice && of_choices.iter().any(|source| !source.is_empty()) {
             return fail("`choices`, `contexts` and `gold` belong to kind multiple_choice");
         }
         if self.metrics.is_empty() {
