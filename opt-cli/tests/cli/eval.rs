@@ -34,7 +34,7 @@ fn scores_are_the_harness_and_lie_where_it_has_them() {
     let ran = run(on_tasks("piqa,winogrande", &["--log-samples", "--json", "--output"]).arg(&output));
     let printed = ran.json();
     let written: Value = serde_json::from_slice(&std::fs::read(&output).expect("a report")).expect("JSON");
-    assert_eq!(printed, [written.clone()]);
+    assert_eq!(printed, std::slice::from_ref(&written));
     for task in ["piqa", "winogrande"] {
         let expected = expected(task);
         for key in ["acc,none", "acc_stderr,none"] {
@@ -151,7 +151,7 @@ fn what_cannot_be_evaluated_is_one_line() {
         assert_eq!(ran.stderr.trim_end().lines().count(), 1, "{}", ran.stderr);
     }
     assert_eq!(run(opt().args(["eval", "--tasks", "piqa"])).code, Some(2));
-    assert_eq!(run(&mut opt().args(["eval"])).code, Some(2));
+    assert_eq!(run(opt().args(["eval"])).code, Some(2));
 }
 
 #[test]
