@@ -118,8 +118,8 @@ if [ -n "$ci" ]; then
   set +m
 fi
 
-# The tests of opt-core that run a model, each backend in its turn.
-suite=(adapters agreement distilling embedding engine generation heads loading models properties quantized sampling scoring search sessions streaming texts
+# The tests of opt-core that run a model, and those of opt-eval beside the harness, each backend in its turn.
+suite=(adapters agreement distilling embedding engine generation harness heads loading models properties quantized sampling scoring search sessions streaming texts
   training tuning)
 suite_args=()
 for name in "${suite[@]}"; do suite_args+=(--test "$name"); done
@@ -207,7 +207,7 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
 elif ! command -v c++ >/dev/null; then
   skip "mutation (the fuzzer's own code needs a C++ compiler); the corpora were replayed by the tests"
 else
-  fuzz/run.sh all "${FUZZ_SECONDS:-30}"
+  fuzz/run.sh all "${FUZZ_SECONDS:-15}"
 fi
 
 step "result"

@@ -11,22 +11,22 @@ use std::{
     sync::OnceLock,
 };
 
-pub fn fixtures() -> PathBuf {
+pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
 /// A progress that is never in the way.
-pub fn go(_: Progress<'_>) -> ControlFlow<()> {
+pub(crate) fn go(_: Progress<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
 /// The folder of data sets that are not in the repository.
-pub fn data() -> Option<PathBuf> {
+pub(crate) fn data() -> Option<PathBuf> {
     std::env::var_os("OPT_TEST_DATA").map(|dir| PathBuf::from(dir).join("eval")).filter(|dir| dir.is_dir())
 }
 
 /// The models of the fixtures: `opt-novels`, and a tiny one with its tokenizer.
-pub fn opt(name: &str) -> &'static Opt {
+pub(crate) fn opt(name: &str) -> &'static Opt {
     static MODELS: OnceLock<[Opt; 2]> = OnceLock::new();
     let [novels, tiny] = MODELS.get_or_init(|| {
         let novels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/opt-novels");
@@ -43,6 +43,12 @@ pub fn opt(name: &str) -> &'static Opt {
     }
 }
 
+/// Whether the tests run on another backend than the default one. Those in software take seconds for what others do in
+/// milliseconds.
+pub(crate) fn other_backend() -> bool {
+    std::env::var("OPT_TEST_BACKEND").is_ok_and(|name| name != opt_core::backends::NAMES[0])
+}
+
 /// The backend that the tests run on: `OPT_TEST_BACKEND`, or the default one.
 fn backend() -> opt_core::backends::Chosen {
     let name = std::env::var("OPT_TEST_BACKEND").unwrap_or_else(|_| opt_core::backends::NAMES[0].to_owned());
@@ -51,7 +57,7 @@ fn backend() -> opt_core::backends::Chosen {
 
 /// The plain files of the test data in folders as the hub has them, so that each split is a file of its own: `all`, and
 /// `unk` with the WikiText that has `<unk>`.
-pub fn laid_out() -> Option<tempfile::TempDir> {
+pub(crate) fn laid_out() -> Option<tempfile::TempDir> {
     let data = data()?;
     let dir = tempfile::tempdir().unwrap();
     let all = dir.path().join("all");
