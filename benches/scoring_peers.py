@@ -49,7 +49,7 @@ def ours(directory, data, rows, folder):
     subprocess.run([OPT, "eval", "--tasks", "hellaswag", "--data", data, "--limit", str(rows), "--model",
                     directory / "opt-125m-random", "--output", output, "--log-samples", "--quiet", "--json"],
                    check=True, stdout=subprocess.DEVNULL)
-    samples = [json.loads(line) for line in (folder / "samples_hellaswag.jsonl").open()]
+    samples = [json.loads(line) for line in (folder / "samples_hellaswag_out.jsonl").open()]
     pairs, found = [], []
     for sample in samples:
         pairs += [tuple(sample["arguments"][f"gen_args_{i}"][f"arg_{j}"] for j in (0, 1)) for i in range(4)]

@@ -57,16 +57,23 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "DIR", help_heading = "Tasks")]
     data: Option<PathBuf>,
     /// Put K examples before each prompt. [default: the task's own number, mostly 0]
-    #[arg(long, value_name = "K", help_heading = "Tasks")]
+    #[arg(long, requires = "tasks", value_name = "K", help_heading = "Tasks")]
     num_fewshot: Option<usize>,
     /// Draw examples with this seed.
     #[arg(long, value_name = "N", default_value_t = 1234, help_heading = "Tasks")]
     fewshot_seed: u64,
     /// Take the first K rows as examples instead of drawing them.
-    #[arg(long, help_heading = "Tasks")]
+    #[arg(long, requires = "tasks", help_heading = "Tasks")]
     fewshot_first: bool,
     /// Evaluate on the first N rows of each task only.
-    #[arg(long, value_name = "N", help_heading = "Tasks")]
+    #[arg(
+        long,
+        requires = "tasks",
+        requires = "tasks",
+        requires = "tasks",
+        value_name = "N",
+        help_heading = "Tasks"
+    )]
     limit: Option<NonZeroUsize>,
     /// Evaluate once with each of these numbers of examples, and tell the spread.
     #[arg(
@@ -76,7 +83,7 @@ pub(crate) struct Eval {
         conflicts_with = "num_fewshot",
         help_heading = "Tasks"
     )]
-    vary_shots: Vec<usize>,
+    vary_shots: Vec<u64>,
     /// Evaluate once with examples drawn by each of these seeds, and tell the spread.
     #[arg(
         long,
@@ -86,11 +93,14 @@ pub(crate) struct Eval {
         help_heading = "Tasks"
     )]
     vary_seeds: Vec<u64>,
+    /// Evaluate once with the examples in each of the orders that these seeds draw, and tell the spread.
+    #[arg(long, requires = "tasks", value_name = "N,N", value_delimiter = ',', help_heading = "Tasks")]
+    vary_orders: Vec<u64>,
     /// Take the tasks for phrasings of one, and tell the spread.
     #[arg(long, requires = "tasks", help_heading = "Tasks")]
     phrasings: bool,
     /// Make at most N tokens of text a row. [default: the task's, mostly 256]
-    #[arg(long, value_name = "N", help_heading = "Tasks")]
+    #[arg(long, requires = "tasks", value_name = "N", help_heading = "Tasks")]
     max_gen_toks: Option<NonZeroUsize>,
     /// Estimate standard errors that have no formula from N resamples; 0 leaves them out.
     #[arg(long, value_name = "N", default_value_t = 100_000, help_heading = "Tasks")]
@@ -113,17 +123,17 @@ pub(crate) struct Eval {
     #[arg(long, help_heading = "Input")]
     bos: bool,
     /// Run each request by itself, also where several begin with the same tokens.
-    #[arg(long, help_heading = "Run")]
+    #[arg(long, requires = "tasks", help_heading = "Run")]
     no_share: bool,
 
     /// Write the report to this file.
     #[arg(long, value_name = "FILE.json", help_heading = "Output")]
     output: Option<PathBuf>,
     /// Write what was asked and answered of each row, beside the report.
-    #[arg(long, requires = "output", help_heading = "Output")]
+    #[arg(long, requires_all = ["output", "tasks"], help_heading = "Output")]
     log_samples: bool,
     /// Go on where an evaluation with the same --output was ended.
-    #[arg(long, requires = "output", help_heading = "Output")]
+    #[arg(long, requires_all = ["output", "tasks"], help_heading = "Output")]
     resume: bool,
     /// Compare with the published results of the model's size, or with another report.
     #[arg(long, value_name = "published|RESULTS.json", requires = "tasks", help_heading = "Output")]
@@ -220,7 +230,7 @@ impl Eval {
             })?;
         drop(bar);
         if let Some(output) = &self.output {
-            results::write(output, &json!(found).to_string())?;
+            opt_eval::report::write_whole(output, &json!(found).to_string())?;
         }
         let mut out = Out::new();
         if self.run.show.json {

@@ -230,6 +230,10 @@ pub(crate) fn aggregate(kind: Kind, values: &[Value], bootstrap_iters: usize) ->
             return Ok((diversity::distinct_n(&texts, n).unwrap_or(0.0), None));
         }
     };
+    let nothing = |value: &Value| matches!(value, Value::Weighted(_, weight) if *weight == 0.0);
+    if !values.is_empty() && values.iter().all(nothing) {
+        return Err(Error::new(ErrorKind::Config, "expected words or bytes to count, found none in any row"));
+    }
     let all: Vec<usize> = (0..values.len()).collect();
     let statistic = statistic(aggregation, values)?;
     let value = statistic(&all).map_err(in_metrics)?;
@@ -276,10 +280,16 @@ fn statistic(aggregation: Aggregation, values: &[Value]) -> Result<Statistic<'_>
         values: &[Value],
         count: impl Fn(&str, &[String]) -> opt_metrics::Result<T>,
     ) -> Result<Vec<T>> {
-        let texts = values
-            .iter()
-            .filter_map(|v| if let Value::Texts(right, written) = v { Some((written, right)) } else { None });
-        texts.map(|(written, right)| count(written, right).map_err(in_metrics)).collect()
+        let texts = || {
+            values.iter().filter_map(|v| {
+                if let Value::Texts(right, written) = v { Some((written, right)) } else { None }
+            })
+        };
+        // As many references of each as all have, as in the harness.
+        let common = texts().map(|(_, right)| right.len()).min().unwrap_or(0);
+        texts()
+            .map(|(written, right)| count(written, right.get(..common).unwrap_or(right)).map_err(in_metrics))
+            .collect()
     }
     fn total<T: Default + for<'a> std::ops::AddAssign<&'a T>>(counts: &[T], drawn: &[usize]) -> T {
         let mut total = T::default();

@@ -24,8 +24,7 @@ mod scores;
 mod table;
 
 pub(crate) use file::without_nan;
-#[cfg(feature = "plot")]
-pub(crate) use file::write_whole;
+pub use file::write_whole;
 pub(crate) use table::{markdown_table, number};
 
 pub use group::{GroupMetric, GroupResult};

@@ -11,7 +11,9 @@ use crate::{
     task::{Answer, Document, Filter, Selection, Task, TaskKind, TaskOptions},
 };
 use journal::{Entry, Journal};
-use opt_core::{CancelToken, Error, ErrorKind, Opt, Progress, ProgressFn, Result, tokenizer::Bos};
+use opt_core::{
+    CacheDType, CancelToken, Error, ErrorKind, Opt, Progress, ProgressFn, Result, tokenizer::Bos,
+};
 use serde_json::json;
 use std::{
     collections::BTreeMap,
@@ -36,6 +38,12 @@ pub struct EvalOptions {
     pub share: bool,
     /// At most so many tokens of a made text, in the place of what tasks say.
     pub max_gen_toks: Option<usize>,
+    /// How keys and values are held.
+    pub cache: CacheDType,
+    /// Seed of texts that are drawn.
+    pub seed: u64,
+    /// Changes with the model's weights, such as the dates of its files: a journal of others is refused.
+    pub weights_mark: String,
     /// Resamples of bootstrapped standard errors; 0 is none.
     pub bootstrap_iters: usize,
     /// Whether to keep what was asked and answered of each row.
@@ -57,6 +65,9 @@ impl Default for EvalOptions {
             bos: Bos::Model,
             share: true,
             max_gen_toks: None,
+            cache: CacheDType::default(),
+            seed: 0,
+            weights_mark: String::new(),
             bootstrap_iters: 100_000,
             keep_samples: false,
             journal: None,
@@ -101,6 +112,14 @@ pub fn evaluate(
     progress: &mut ProgressFn<'_>,
 ) -> Result<Evaluation> {
     let begun = Instant::now();
+    if let (true, [_, second, ..]) = (data.as_ref().is_file(), &selection.tasks[..]) {
+        let message = format_args!(
+            "{}: a file holds the rows of one task, found a second: {:?}",
+            data.as_ref().display(),
+            second.name
+        );
+        return Err(Error::new(ErrorKind::Option, message));
+    }
     let mut loaded = Vec::new();
     for spec in &selection.tasks {
         options.cancel.check("evaluation")?;
@@ -110,7 +129,12 @@ pub fn evaluate(
         let documents = task.documents()?;
         loaded.push((task, documents));
     }
-    let asker = Asker::new(opt).bos(options.bos).share(options.share).cancel(options.cancel.clone());
+    let asker = Asker::new(opt)
+        .bos(options.bos)
+        .share(options.share)
+        .cache_dtype(options.cache)
+        .seed(options.seed)
+        .cancel(options.cancel.clone());
     let mut journal = match &options.journal {
         Some(path) => Journal::open(path, &run_of(opt, options), options.resume)?,
         None => Journal::none(),
@@ -154,13 +178,17 @@ fn run_of(opt: &Opt, options: &EvalOptions) -> serde_json::Value {
         "weights": opt.weights(),
         "adapter": opt.adapter(),
         "backend": opt.info().name,
-        "bos": bos_of(options.bos) == report::Bos::With,
+        "bos": format!("{:?}", options.bos),
+        "kv_dtype": format!("{:?}", options.cache),
+        "seed": options.seed,
+        "weights_mark": options.weights_mark,
         "max_gen_toks": options.max_gen_toks,
     })
 }
 
-fn bos_of(bos: Bos) -> report::Bos {
-    if bos == Bos::Never { report::Bos::Without } else { report::Bos::With }
+fn bos_of(opt: &Opt, bos: Bos) -> report::Bos {
+    let adds = opt.tokenizer().is_some_and(|tokenizer| tokenizer.adds_bos());
+    if bos == Bos::Always || (bos == Bos::Model && adds) { report::Bos::With } else { report::Bos::Without }
 }
 
 fn info(opt: &Opt, options: &EvalOptions) -> RunInfo {
@@ -174,7 +202,13 @@ fn info(opt: &Opt, options: &EvalOptions) -> RunInfo {
     info.bootstrap_iters = options.bootstrap_iters;
     info.fewshot_seed = Some(options.task.fewshot_seed);
     info.max_length = Some(opt.context());
-    info.bos = Some(bos_of(options.bos));
+    info.bos = Some(bos_of(opt, options.bos));
+    if let Some(tokenizer) = opt.tokenizer() {
+        let named = |id: Option<u32>| id.and_then(|id| Some((tokenizer.decode(&[id], false).ok()?, id)));
+        info.bos_token = named(tokenizer.bos_id());
+        info.eos_token = named(tokenizer.eos_id());
+        info.pad_token = named(tokenizer.pad_id());
+    }
     info.backend = Some(backend.name.to_string());
     info.weights = Some(opt.weights().to_owned());
     info.adapter = opt.adapter().map(str::to_owned);
@@ -193,7 +227,7 @@ fn answer(
 ) -> Result<Vec<Entry>> {
     let name = &task.spec().name;
     let mut entries: Vec<Option<Entry>> = vec![None; documents.len()];
-    for entry in journal.begin(name, documents)? {
+    for entry in journal.begin(task.spec(), documents)? {
         if let Some(slot) = entries.get_mut(entry.doc) {
             *slot = Some(entry);
         }
@@ -245,9 +279,7 @@ fn ask(
             for document in documents {
                 for (context, continuation) in &document.arguments {
                     encoded.push(
-                        asker
-                            .encode(context, continuation)
-                            .map_err(|e| e.at(format_args!("document {}", document.id)))?,
+                        asker.encode(context, continuation).map_err(|e| e.at(task.place(document.id)))?,
                     );
                 }
             }

@@ -101,6 +101,20 @@ pub fn task_hash(samples: &[Sample]) -> String {
     python::hex(hashes)
 }
 
+/// The file of a task's samples that belongs to a report: beside it, with the report's name in its own; what the harness
+/// calls `results_DATE.json` has `samples_TASK_DATE.jsonl`, and `f32.json` has `samples_TASK_f32.jsonl`.
+///
+/// ```
+/// use opt_eval::samples::beside;
+/// assert_eq!(beside("runs/f32.json", "piqa"), std::path::Path::new("runs/samples_piqa_f32.jsonl"));
+/// ```
+pub fn beside(report: impl AsRef<Path>, task: &str) -> PathBuf {
+    let report = report.as_ref();
+    let stem = report.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let stem = stem.strip_prefix("results_").unwrap_or(stem);
+    report.with_file_name(format!("samples_{}_{stem}.jsonl", crate::report::sanitized(task)))
+}
+
 /// Writes samples one by one under a temporary name; the file appears with [`SampleWriter::finish`].
 #[derive(Debug)]
 pub struct SampleWriter {

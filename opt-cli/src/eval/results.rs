@@ -5,17 +5,16 @@ use crate::{
     out::{Failure, Out},
     progress::Console,
 };
+use opt_core::Opt;
 use opt_eval::{
     Evaluation, Report, compare, plot,
     published::Size,
-    samples::{SampleValues, SampleWriter},
+    report::write_whole,
+    samples::{self, SampleValues, SampleWriter},
     sensitivity,
 };
 use serde_json::{Value, json};
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 /// What an evaluation is compared with.
 pub(super) enum Compared {
@@ -26,6 +25,19 @@ pub(super) enum Compared {
 }
 
 impl Compared {
+    /// Refuses a model that there is nothing to compare with, before it is run.
+    pub(super) fn check(&self, opt: &Opt, name: &str) -> Result<(), Failure> {
+        let config = opt.config();
+        let known =
+            Size::from_name(name).or_else(|| Size::from_shape(config.hidden_size, config.num_hidden_layers));
+        match self {
+            Self::Published if known.is_none() => Err(Failure::failed(
+                "--compare published: expected a model of a published size (125m to 66b), found another shape",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn named(name: &str) -> Result<Self, Failure> {
         if name == "published" {
             return Ok(Self::Published);
@@ -44,13 +56,22 @@ pub(super) fn finish(
     console: &Console,
 ) -> Result<(), Failure> {
     let report = &found.report;
+    for (task, cut) in report.opt_eval.iter().flat_map(|own| &own.truncated).filter(|(_, cut)| **cut > 0) {
+        console.warn(&format!("{task}: {cut} prompts were longer than the context and lost their beginning"));
+    }
     if let Some(output) = &eval.output {
         for (task, samples) in found.samples.iter().filter(|_| eval.log_samples) {
-            let mut file = SampleWriter::create(samples_path(output, task))?;
+            let mut file = SampleWriter::create(samples::beside(output, task))?;
             samples.iter().try_for_each(|sample| file.write(sample))?;
             file.finish()?;
         }
         report.write(output)?;
+    }
+    let mut out = Out::new();
+    if eval.run.show.json {
+        out.json(report)?;
+    } else {
+        out.text(&report.markdown())?;
     }
     if let Some(file) = &eval.plot {
         let other = match compared {
@@ -59,12 +80,6 @@ pub(super) fn finish(
         };
         plot::scores(file, &other.into_iter().chain([("this run", report)]).collect::<Vec<_>>())?;
     }
-    let mut out = Out::new();
-    if eval.run.show.json {
-        out.json(report)?;
-    } else {
-        out.text(&report.markdown())?;
-    }
     let Some((text, json)) = compared.map(|compared| comparison(compared, found)).transpose()? else {
         return Ok(());
     };
@@ -72,18 +87,7 @@ pub(super) fn finish(
         let line: Value = serde_json::from_str(&json).map_err(|e| Failure::failed(format!("JSON: {e}")))?;
         return out.json(&line);
     }
-    // The table of results ends with a line break of its own.
-    drop(out);
-    let _ = console;
-    Out::new().text(&format!("\n{text}"))
-}
-
-/// Beside the report; with its date if that has one in its name, by which the harness' tools find them.
-fn samples_path(output: &Path, task: &str) -> PathBuf {
-    let stem = output.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-    let date = stem.strip_prefix("results_").filter(|date| date.starts_with(|c: char| c.is_ascii_digit()));
-    let date = date.map(|date| format!("_{date}")).unwrap_or_default();
-    output.with_file_name(format!("samples_{task}{date}.jsonl"))
+    out.text(&format!("\n{text}"))
 }
 
 /// A comparison as text and as JSON.
@@ -117,21 +121,8 @@ pub(super) fn spread(eval: &Eval, variants: &[(String, Evaluation, Option<PathBu
         runs.iter().map(|(label, report)| ((*label).to_owned(), json!(report))).collect();
     let all = json!({ "variants": reports, "spread": spread });
     if let Some(output) = &eval.output {
-        write(output, &format!("{all:#}\n"))?;
+        write_whole(output, &format!("{all:#}\n"))?;
     }
     let mut out = Out::new();
     if eval.run.show.json { out.json(&all) } else { out.text(&spread.markdown()) }
-}
-
-/// Writes a file that appears under its name when it is whole.
-pub(super) fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let file = tempfile::NamedTempFile::new_in(dir)?;
-        fs::write(file.path(), text)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|e| Failure::failed(format!("{}: cannot be written: {e}", path.display())))
 }

@@ -27,6 +27,20 @@ impl Eval {
             .data
             .as_deref()
             .ok_or_else(|| Failure::usage("expected --data, the folder of the tasks' rows"))?;
+        for (flag, file) in [("--output", &self.output), ("--plot", &self.plot)] {
+            if let Some(file) = file.as_ref().filter(|file| file.is_dir()) {
+                return Err(Failure::usage(format!(
+                    "{flag}: expected a file, found the folder {}",
+                    file.display()
+                )));
+            }
+        }
+        if let Some(file) = self.plot.as_ref().filter(|file| file.extension().is_none_or(|e| e != "svg")) {
+            return Err(Failure::usage(format!(
+                "--plot: expected a name that ends in .svg, found {}",
+                file.display()
+            )));
+        }
         let place = model::find(self.run.model.place.model.as_deref(), console)?;
         let variants = self.variants(selection, &place, console)?;
         let compared = self.compare.as_deref().map(Compared::named).transpose()?;
@@ -38,6 +52,9 @@ impl Eval {
         }
         console.catch_interrupts();
         let opt = self.run.model.load(console)?;
+        if let Some(compared) = &compared {
+            compared.check(&opt, &place.display().to_string())?;
+        }
         let mut done = Vec::new();
         for variant in variants {
             let found = self.run_one(&opt, &variant, data, console)?;
@@ -75,6 +92,9 @@ impl Eval {
         options.resume = self.resume;
         options.cancel = console.cancel.clone();
         options.model_name = place.display().to_string();
+        options.weights_mark = mark(place);
+        options.cache = self.run.kv_dtype.into();
+        options.seed = self.run.seed.unwrap_or(0);
         let phrasings: Vec<(Option<&str>, Selection)> = if self.phrasings {
             let of = |task: &opt_eval::TaskSpec| {
                 let mut one = Selection::default();
@@ -85,31 +105,50 @@ impl Eval {
         } else {
             vec![(None, selection.clone())]
         };
-        let some = |varied: &[usize]| -> Vec<Option<usize>> {
-            if varied.is_empty() { vec![None] } else { varied.iter().copied().map(Some).collect() }
-        };
-        let seeds: Vec<Option<u64>> = if self.vary_seeds.is_empty() {
-            vec![None]
-        } else {
-            self.vary_seeds.iter().copied().map(Some).collect()
-        };
-        let mut variants = Vec::new();
+        let [shots, seeds, orders] =
+            [&self.vary_shots, &self.vary_seeds, &self.vary_orders].map(|varied| -> Vec<Option<u64>> {
+                if varied.is_empty() { vec![None] } else { varied.iter().copied().map(Some).collect() }
+            });
+        let mut variants: Vec<Variant> = Vec::new();
         for (phrasing, selection) in &phrasings {
-            for shots in some(&self.vary_shots) {
-                for seed in &seeds {
-                    let mut options = options.clone();
-                    options.task.num_fewshot = shots.or(options.task.num_fewshot);
-                    options.task.fewshot_seed = seed.unwrap_or(options.task.fewshot_seed);
-                    let parts = [
-                        phrasing.map(str::to_owned),
-                        shots.map(|shots| format!("{shots}-shot")),
-                        seed.map(|seed| format!("seed {seed}")),
-                    ];
-                    let label = parts.into_iter().flatten().collect::<Vec<_>>().join(", ");
-                    options.journal = self.output.as_deref().map(|output| journal(output, &label));
-                    variants.push(Variant { label, options, selection: selection.clone() });
+            for ((shots, seed), order) in shots
+                .iter()
+                .flat_map(|a| seeds.iter().map(move |b| (a, b)))
+                .flat_map(|ab| orders.iter().map(move |c| (ab, c)))
+            {
+                let mut options = options.clone();
+                options.task.num_fewshot = shots.map(|shots| shots as usize).or(options.task.num_fewshot);
+                options.task.fewshot_seed = seed.unwrap_or(options.task.fewshot_seed);
+                options.task.fewshot_order = *order;
+                let parts = [
+                    phrasing.map(str::to_owned),
+                    shots.map(|shots| format!("{shots}-shot")),
+                    seed.map(|seed| format!("seed {seed}")),
+                    order.map(|order| format!("order {order}")),
+                ];
+                let label = parts.into_iter().flatten().collect::<Vec<_>>().join(", ");
+                if variants.iter().any(|other| other.label == label) {
+                    return Err(Failure::usage(format!("a variant twice: {label}")));
                 }
+                options.journal = self.output.as_deref().map(|output| journal(output, &label));
+                variants.push(Variant { label, options, selection: selection.clone() });
             }
+        }
+        let varied = !self.vary_seeds.is_empty() || !self.vary_orders.is_empty();
+        let no_examples = |variant: &Variant| {
+            variant
+                .selection
+                .tasks
+                .iter()
+                .all(|task| variant.options.task.num_fewshot.unwrap_or(task.num_fewshot) == 0)
+        };
+        if varied && variants.iter().all(no_examples) {
+            return Err(Failure::usage(
+                "--vary-seeds and --vary-orders are of examples: expected --num-fewshot or --vary-shots",
+            ));
+        }
+        if !self.vary_seeds.is_empty() && self.fewshot_first {
+            return Err(Failure::usage("--vary-seeds draws examples, --fewshot-first takes the first ones"));
         }
         if variants.len() > 1 && (self.compare.is_some() || self.plot.is_some() || self.log_samples) {
             return Err(Failure::usage(
@@ -148,6 +187,29 @@ impl Eval {
         }
         Ok(done?)
     }
+}
+
+/// Sizes and dates of a model's weights.
+fn mark(place: &Path) -> String {
+    let files = if place.is_dir() {
+        let entries = std::fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path());
+        let weights = |path: &PathBuf| {
+            path.extension()
+                .and_then(|e| e.to_str())
+                .is_some_and(|e| ["safetensors", "bin", "msgpack"].contains(&e))
+        };
+        let mut files: Vec<PathBuf> = entries.filter(weights).collect();
+        files.sort();
+        files
+    } else {
+        vec![place.to_owned()]
+    };
+    let of = |file: &PathBuf| {
+        let about = std::fs::metadata(file).ok()?;
+        let since = about.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+        Some(format!("{}@{}", about.len(), since.as_secs()))
+    };
+    files.iter().filter_map(of).collect::<Vec<_>>().join(",")
 }
 
 /// Where answers are written down while an evaluation runs.

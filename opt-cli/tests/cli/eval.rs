@@ -30,7 +30,7 @@ fn expected(task: &str) -> Value {
 #[test]
 fn scores_are_the_harness_and_lie_where_it_has_them() {
     let dir = tempfile::tempdir().expect("a folder");
-    let output = dir.path().join("deep/results.json");
+    let output = dir.path().join("deep/one.json");
     let ran = run(on_tasks("piqa,winogrande", &["--log-samples", "--json", "--output"]).arg(&output));
     let printed = ran.json();
     let written: Value = serde_json::from_slice(&std::fs::read(&output).expect("a report")).expect("JSON");
@@ -42,8 +42,8 @@ fn scores_are_the_harness_and_lie_where_it_has_them() {
             assert!((found - expected[key].as_f64().expect(key)).abs() < 1e-12, "{task} {key}");
         }
         assert_eq!(written["n-samples"][task], json!({ "original": 20, "effective": 20 }));
-        let samples =
-            std::fs::read_to_string(dir.path().join(format!("deep/samples_{task}.jsonl"))).expect("samples");
+        let samples = std::fs::read_to_string(dir.path().join(format!("deep/samples_{task}_one.jsonl")))
+            .expect("samples");
         assert_eq!(samples.lines().count(), 20);
     }
     assert_eq!(written["opt_eval"]["bos"], "with");
@@ -142,6 +142,10 @@ fn what_cannot_be_evaluated_is_one_line() {
         ("piqa", &["--tasks-file", "Cargo.toml"], 1, "Cargo.toml"),
         ("anagrams1", &["--max-gen-toks", "512"], 2, "max_gen_toks: expected less than 512"),
         ("piqa", &["--phrasings"], 2, "expected at least two tasks"),
+        ("piqa", &["--vary-seeds", "1,2"], 2, "expected --num-fewshot"),
+        ("piqa", &["--vary-shots", "1,1"], 2, "a variant twice: 1-shot"),
+        ("piqa", &["--plot", "x.png"], 2, "expected a name that ends in .svg"),
+        ("piqa", &["--output", "opt-cli"], 2, "expected a file, found the folder opt-cli"),
         ("piqa", &["--vary-shots", "0,1", "--compare", "published"], 2, "not for variants"),
         ("piqa", &["--output", "Cargo.toml/x.json"], 1, "cannot write the journal"),
     ] {

@@ -194,7 +194,11 @@ fn timestamp(seconds: f64) -> String {
 }
 
 /// Writes a text to a file under a temporary name, then renames it. Folders on the way are made.
-pub(crate) fn write_whole(path: &Path, text: &str) -> Result<()> {
+/// Writes a file that appears under its name when it is whole. Folders on the way are made.
+///
+/// # Errors
+/// [`ErrorKind::Io`].
+pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let fail = |e| Error::because(ErrorKind::Io, format!("{}: cannot be written", path.display()), e);
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(fail)?;

@@ -70,8 +70,11 @@ impl Asker<'_> {
             for prompt in some {
                 let encoded = self.prompt(prompt, room)?;
                 written.push(Written { text: String::new(), cut: encoded.cut });
+                let seed = self.seed ^ u64::from(crc32fast::hash(prompt.as_bytes())) << 32;
+                let config = config.clone().seed(seed);
                 let stop = StopInText { tokenizer: tokenizer.clone(), until: how.until.clone() };
-                let request = Request::new(encoded.ids).config(config.clone()).stop_when(stop);
+                let request =
+                    Request::new(encoded.ids).config(config).stop_when(stop).cache_dtype(self.cache);
                 requests.push(request.cancel(self.cancel.clone()));
             }
             let first = written.len() - some.len();

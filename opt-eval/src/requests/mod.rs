@@ -9,7 +9,7 @@ pub use encode::Encoded;
 pub use generate::Written;
 pub use share::Shared;
 
-use opt_core::{CancelToken, Opt, Progress, ProgressFn, Result, tokenizer::Bos};
+use opt_core::{CacheDType, CancelToken, Opt, Progress, ProgressFn, Result, tokenizer::Bos};
 use std::ops::ControlFlow;
 
 /// How probable a continuation is.
@@ -41,13 +41,22 @@ pub struct Asker<'a> {
     opt: &'a Opt,
     bos: Bos,
     share: bool,
+    cache: CacheDType,
+    seed: u64,
     cancel: CancelToken,
 }
 
 impl<'a> Asker<'a> {
     /// Asks `opt`; texts begin as its tokenizer says, which the harness does since 0.4.10.
     pub fn new(opt: &'a Opt) -> Self {
-        Self { opt, bos: Bos::Model, share: true, cancel: CancelToken::new() }
+        Self {
+            opt,
+            bos: Bos::Model,
+            share: true,
+            cache: CacheDType::default(),
+            seed: 0,
+            cancel: CancelToken::new(),
+        }
     }
 
     /// Sets whether texts begin with BOS; never, with older harnesses.
@@ -61,6 +70,21 @@ impl<'a> Asker<'a> {
     #[must_use]
     pub fn share(mut self, share: bool) -> Self {
         self.share = share;
+        self
+    }
+
+    /// Sets how keys and values are held: of what several requests begin with, and of texts while they are made.
+    #[must_use]
+    pub fn cache_dtype(mut self, cache: CacheDType) -> Self {
+        self.cache = cache;
+        self
+    }
+
+    /// Sets the seed of texts that are drawn. Each prompt draws by itself, so that a text depends on nothing but its prompt
+    /// and this.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
         self
     }
 
@@ -91,7 +115,7 @@ impl<'a> Asker<'a> {
         encoded: &[Encoded],
         progress: &mut ProgressFn<'_>,
     ) -> Result<Vec<LogLikelihood>> {
-        Shared::plan(encoded, self.share).run(self.opt, encoded, &self.cancel, progress)
+        Shared::plan(encoded, self.share).run(self, encoded, progress)
     }
 
     /// The log-likelihood of each text as a whole, in nats: the sum over windows that do not overlap in what they

@@ -1,6 +1,6 @@
-use super::{Encoded, LogLikelihood};
+use super::{Asker, Encoded, LogLikelihood};
 use opt_core::{
-    CancelToken, Error, ErrorKind, Opt, Progress, ProgressFn, Result,
+    CacheDType, CancelToken, Error, ErrorKind, Opt, Progress, ProgressFn, Result,
     engine::{Forward, KvCache, Output, Sequence, Want},
 };
 
@@ -107,12 +107,12 @@ impl Shared {
     /// Runs all of it on a model. Requests are run depth first, so that few caches live at a time.
     pub(super) fn run(
         self,
-        opt: &Opt,
+        asker: &Asker<'_>,
         encoded: &[Encoded],
-        cancel: &CancelToken,
         progress: &mut ProgressFn<'_>,
     ) -> Result<Vec<LogLikelihood>> {
-        let mut run = Run::new(&self, opt);
+        let cancel = &asker.cancel;
+        let mut run = Run::new(&self, asker.opt, asker.cache);
         let total = self.requests as u64;
         let mut done = 0;
         while let Some(batch) = run.next_batch() {
@@ -143,6 +143,7 @@ fn shareable(encoded: &[Encoded], request: usize) -> usize {
 struct Run<'a> {
     tree: &'a Shared,
     opt: &'a Opt,
+    cache: CacheDType,
     /// Nodes whose parent has been run, the next one last.
     ready: Vec<usize>,
     /// Children of each node, last one first.
@@ -160,7 +161,7 @@ struct Batch {
 }
 
 impl<'a> Run<'a> {
-    fn new(tree: &'a Shared, opt: &'a Opt) -> Self {
+    fn new(tree: &'a Shared, opt: &'a Opt, cache: CacheDType) -> Self {
         let count = tree.nodes.len();
         let mut children = vec![Vec::new(); count];
         let mut ready = Vec::new();
@@ -172,7 +173,7 @@ impl<'a> Run<'a> {
         }
         let open = tree.nodes.iter().map(|node| node.children).collect();
         let caches = (0..count).map(|_| None).collect();
-        Self { tree, opt, ready, children, caches, open, found: vec![None; tree.requests] }
+        Self { tree, opt, cache, ready, children, caches, open, found: vec![None; tree.requests] }
     }
 
     /// A node alone, without children or parent, needs no cache.
@@ -236,7 +237,7 @@ impl<'a> Run<'a> {
     /// A cache that holds what a node's tokens follow.
     fn cache_for(&mut self, index: usize) -> Result<KvCache> {
         let Some(parent) = self.tree.nodes.get(index).and_then(|node| node.parent) else {
-            return self.opt.engine().new_cache(Default::default());
+            return self.opt.engine().new_cache(self.cache);
         };
         let missing = || {
             Error::new(ErrorKind::Backend, "expected the keys and values of a shared beginning, found none")

@@ -1,4 +1,4 @@
-use crate::task::Document;
+use crate::task::{Document, TaskSpec};
 use opt_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -64,31 +64,43 @@ impl Journal {
             Error::because(ErrorKind::Io, format_args!("{}: cannot write the journal", path.display()), e)
         };
         let mut journal = Self { path: path.to_owned(), file: None, before: BTreeMap::new() };
-        let whole = match fs::read_to_string(path) {
-            Ok(text) if resume => journal.read(&text, run)?,
-            Ok(_) | Err(_) => 0,
+        let before = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => {
+                let message = format_args!("{}: cannot read the journal", path.display());
+                return Err(Error::because(ErrorKind::Io, message, e));
+            }
         };
+        // A last line may have been cut short.
+        let end = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let before = String::from_utf8_lossy(before.get(..end).unwrap_or_default());
+        if !resume && !before.is_empty() {
+            let message = format_args!(
+                "{}: an evaluation that was not finished; --resume goes on with it, and without this file it begins anew",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        journal.read(&before, run)?;
         if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
             fs::create_dir_all(dir).map_err(failed)?;
         }
         let file = OpenOptions::new().create(true).write(true).truncate(false).open(path).map_err(failed)?;
-        // A last line that was cut short goes.
-        file.set_len(whole as u64).map_err(failed)?;
+        file.set_len(end as u64).map_err(failed)?;
         let mut file = file;
         std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(failed)?;
         journal.file = Some(file);
-        if whole == 0 {
+        if end == 0 {
             journal.line(&json!({ "run": run }))?;
         }
         Ok(journal)
     }
 
-    /// Takes over what an earlier run wrote; says how many bytes of it are whole lines.
-    fn read(&mut self, text: &str, run: &Value) -> Result<usize> {
+    /// Takes over what an earlier run wrote.
+    fn read(&mut self, text: &str, run: &Value) -> Result<()> {
         let place = |line: usize| format!("{}, line {line}", self.path.display());
-        let end = text.rfind('\n').map_or(0, |at| at + 1);
-        let whole = text.get(..end).unwrap_or_default();
-        for (index, line) in whole.lines().enumerate() {
+        for (index, line) in text.lines().enumerate() {
             let no_journal = |e: serde_json::Error| {
                 Error::because(
                     ErrorKind::Option,
@@ -124,17 +136,18 @@ impl Journal {
                 }
             }
         }
-        Ok(end)
+        Ok(())
     }
 
     /// Begins a task; gives what was answered before.
-    pub(super) fn begin(&mut self, task: &str, documents: &[Document]) -> Result<Vec<Entry>> {
-        let prompts = digest(documents);
+    pub(super) fn begin(&mut self, spec: &TaskSpec, documents: &[Document]) -> Result<Vec<Entry>> {
+        let task = &spec.name;
+        let prompts = digest(spec, documents);
         match self.before.remove(task) {
             Some((found, entries)) if found == prompts => Ok(entries),
             Some(_) => {
                 let message = format_args!(
-                    "{}: task {task:?} was begun with other prompts, data, examples or limit; without --resume it begins anew",
+                    "{}: task {task:?} was begun with other prompts, data, examples, limit or settings of generation; without this file it begins anew",
                     self.path.display()
                 );
                 Err(Error::new(ErrorKind::Option, message))
@@ -188,9 +201,10 @@ fn differences(expected: &Value, found: &Value) -> String {
     different.join(", ")
 }
 
-/// A checksum over all that is asked.
-fn digest(documents: &[Document]) -> u32 {
+/// A checksum over all that is asked, and how.
+fn digest(spec: &TaskSpec, documents: &[Document]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
+    hasher.update(json!([spec.kind, spec.generation]).to_string().as_bytes());
     for document in documents {
         for (context, continuation) in &document.arguments {
             for part in [context, continuation] {

@@ -75,22 +75,16 @@ impl SampleValues {
         Ok(())
     }
 
-    /// The values in the files of samples beside a results file, for those of `tasks` that have one:
-    /// `samples_<task>.jsonl`, or with the date that the results file has in its name, as the harness names them.
+    /// The values in the files of samples that belong to a results file ([`super::beside`]), for those of `tasks` that
+    /// have one.
     ///
     /// # Errors
     /// Those of [`SampleReader`].
     pub fn beside<'a>(results: &Path, tasks: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        let folder = results.parent().unwrap_or(Path::new(""));
-        let stem = results.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        let is_date = |text: &str| text.len() > 10 && text.starts_with(|c: char| c.is_ascii_digit());
-        let date = stem.rsplit_once('_').map(|(_, date)| date).filter(|date| is_date(date));
         let mut values = Self::default();
         for task in tasks {
-            let name = crate::report::sanitized(task);
-            let dated = date.map(|date| folder.join(format!("samples_{name}_{date}.jsonl")));
-            let plain = folder.join(format!("samples_{name}.jsonl"));
-            if let Some(path) = dated.into_iter().chain([plain]).find(|path| path.is_file()) {
+            let path = super::beside(results, task);
+            if path.is_file() {
                 values.add_file(task, path)?;
             }
         }

@@ -27,10 +27,15 @@ pub(super) fn files(spec: &TaskSpec, root: &Path, split: &str) -> (Vec<PathBuf>,
             return (vec![file], true);
         }
     }
-    // A folder of the task's own with one file in it.
+    // A folder of the task's own with one file in it, that is not by its name another split.
+    let splits = ["train", "validation", "test", "dev", split];
+    let of_a_split =
+        |file: &Path| splits.iter().flat_map(|split| aliases(split)).any(|alias| begins(file, alias));
     for name in names() {
         let inside = readable(&root.join(name));
-        if let [only] = &inside[..] {
+        if let [only] = &inside[..]
+            && !of_a_split(only)
+        {
             return (vec![only.clone()], true);
         }
     }

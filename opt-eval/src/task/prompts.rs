@@ -3,7 +3,10 @@ use crate::{
     rows::{Reading, Row, Rows},
     template,
 };
-use minijinja::{Environment, Value, value::Serde};
+use minijinja::{
+    Environment, Value,
+    value::{Serde, ValueKind},
+};
 use opt_core::{Error, ErrorKind, Result};
 use opt_metrics::random::PythonRandom;
 use std::{cmp::Reverse, collections::BTreeMap, path::Path};
@@ -18,13 +21,15 @@ pub struct TaskOptions {
     pub fewshot_seed: u64,
     /// Takes the first examples in their order instead of drawing them.
     pub first_n: bool,
+    /// Puts the examples of each prompt in an order drawn by this seed.
+    pub fewshot_order: Option<u64>,
     /// Takes only so many rows.
     pub limit: Option<usize>,
 }
 
 impl Default for TaskOptions {
     fn default() -> Self {
-        Self { num_fewshot: None, fewshot_seed: 1234, first_n: false, limit: None }
+        Self { num_fewshot: None, fewshot_seed: 1234, first_n: false, fewshot_order: None, limit: None }
     }
 }
 
@@ -180,6 +185,11 @@ impl Task {
         self.options.num_fewshot.unwrap_or(self.spec.num_fewshot)
     }
 
+    /// Where a row stands: file and line.
+    pub fn place(&self, id: usize) -> String {
+        self.rows.place(id)
+    }
+
     /// A row as the file has it.
     pub fn row(&self, id: usize) -> Option<&Row> {
         self.rows.rows.get(id)
@@ -201,13 +211,14 @@ impl Task {
         };
         let mut written: BTreeMap<usize, String> = BTreeMap::new();
         let mut random = PythonRandom::new(self.options.fewshot_seed);
+        let mut order = self.options.fewshot_order.map(PythonRandom::new);
         let mut documents = Vec::with_capacity(count);
         for (id, row) in self.rows.rows.iter().enumerate().take(count) {
             let place = |e: Error| e.at(format_args!("task {:?}: {}", self.spec.name, self.rows.place(id)));
             let mut head = String::new();
             if shots > 0 {
-                let chosen = self
-                    .choose(&writer.key(row)?, shots, pool, &mut random, &mut |index| {
+                let mut chosen = self
+                    .choose(&writer.key(row).map_err(place)?, shots, pool, &mut random, &mut |index| {
                         let key = match known.get(&index) {
                             Some(key) => key.clone(),
                             None => pool
@@ -221,6 +232,9 @@ impl Task {
                         Ok(key)
                     })
                     .map_err(|e| e.at(format_args!("task {:?}", self.spec.name)))?;
+                if let Some(order) = &mut order {
+                    order.shuffle(&mut chosen);
+                }
                 for index in chosen {
                     let example = match written.get(&index) {
                         Some(example) => example,
@@ -280,7 +294,7 @@ impl Task {
             return if chosen.len() < shots { Err(too_few(chosen.len())) } else { Ok(chosen) };
         }
         let mut sample = |count: usize, from: usize| random.sample(from, count).map_err(|_| too_few(from));
-        let drawn = sample(if without_itself { shots + 1 } else { shots }, all)?;
+        let drawn = sample(if without_itself { shots.saturating_add(1) } else { shots }, all)?;
         let chosen = others(&mut drawn.into_iter(), shots)?;
         if chosen.len() == shots {
             return Ok(chosen);
@@ -355,9 +369,21 @@ impl Writer<'_> {
 
     fn texts(&self, key: &str, expression: &str, fields: &Value) -> Result<Vec<String>> {
         let value = self.expression(key, expression, fields)?;
+        let found = |found: &Value| {
+            let message = format_args!("{key}: {expression:?}: expected a list of texts, found {found}");
+            Error::new(ErrorKind::Config, message)
+        };
+        if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
+            return Err(found(&value));
+        }
         let items = value.try_iter().map_err(|e| self.cannot(key, expression, &e))?;
-        let texts: Vec<String> =
-            items.map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned)).collect();
+        let text = |item: Value| match item.kind() {
+            ValueKind::String | ValueKind::Number => {
+                Ok(item.as_str().map_or_else(|| item.to_string(), str::to_owned))
+            }
+            _ => Err(found(&item)),
+        };
+        let texts: Vec<String> = items.map(text).collect::<Result<_>>()?;
         if texts.is_empty() {
             return Err(Error::new(
                 ErrorKind::Config,
@@ -371,7 +397,7 @@ impl Writer<'_> {
         let value = self.expression("gold", &self.spec.gold, fields)?;
         let index = match value.as_str() {
             Some(text) => choices.iter().position(|choice| choice == text).or_else(|| text.parse().ok()),
-            None if value.kind() == minijinja::value::ValueKind::Bool => Some(usize::from(value.is_true())),
+            None if value.kind() == ValueKind::Bool => Some(usize::from(value.is_true())),
             None => usize::try_from(value.clone()).ok(),
         };
         index.filter(|index| *index < choices.len()).ok_or_else(|| {
@@ -403,16 +429,26 @@ impl Writer<'_> {
             }
         } else {
             let target = spec.fewshot.target.as_deref().unwrap_or(&spec.target);
+            if !spec.targets.is_empty() && spec.fewshot.target.is_none() {
+                let first =
+                    self.texts("targets", &spec.targets, &fields)?.into_iter().next().unwrap_or_default();
+                let text = self.template("text", own_text.unwrap_or(&spec.text), &fields)?;
+                return Ok(self.joined(&text, &first));
+            }
             (
                 self.template("text", own_text.unwrap_or(&spec.text), &fields)?,
                 self.template("target", target, &fields)?,
             )
         };
+        Ok(self.joined(&text, &answer))
+    }
+
+    fn joined(&self, text: &str, answer: &str) -> String {
         if answer.is_empty() {
-            return Ok(text);
+            return text.to_owned();
         }
-        let between = spec.fewshot.target_delimiter.as_ref().unwrap_or(&spec.target_delimiter);
-        Ok(format!("{text}{between}{answer}{}", spec.fewshot_delimiter))
+        let between = self.spec.fewshot.target_delimiter.as_ref().unwrap_or(&self.spec.target_delimiter);
+        format!("{text}{between}{answer}{}", self.spec.fewshot_delimiter)
     }
 
     fn document(&self, id: usize, row: &Row, examples: &str) -> Result<Document> {
@@ -450,7 +486,11 @@ impl Writer<'_> {
                 (vec![(target, String::new())], answer)
             }
             TaskKind::GenerateUntil => {
-                (vec![(head + &text()?, String::new())], Answer::Texts(vec![target()?]))
+                let right = match &spec.targets[..] {
+                    "" => vec![target()?],
+                    targets => self.texts("targets", targets, &fields)?,
+                };
+                (vec![(head + &text()?, String::new())], Answer::Texts(right))
             }
         };
         // Mutual information asks each choice once more, after nothing.

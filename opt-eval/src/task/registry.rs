@@ -134,10 +134,14 @@ impl Tasks {
         let named = table.get("name").and_then(Value::as_str).unwrap_or("?").to_owned();
         let fail =
             |message: String| Err(Error::new(ErrorKind::Config, format_args!("task {named:?}: {message}")));
-        let group = table.remove("group");
+        let group = match table.remove("group") {
+            None => None,
+            Some(Value::String(group)) => Some(group),
+            Some(_) => return fail("group: expected a name".to_owned()),
+        };
         let each = match table.remove("each") {
             None => vec![None],
-            Some(Value::Array(names)) => {
+            Some(Value::Array(names)) if names.iter().all(Value::is_str) => {
                 names.into_iter().map(|name| name.as_str().map(str::to_owned)).collect()
             }
             Some(_) => return fail("each: expected a list of names".to_owned()),
@@ -173,25 +177,24 @@ impl Tasks {
                 .try_into()
                 .map_err(|e: toml::de::Error| bad_toml(&e).at(format_args!("task {named:?}")))?;
             spec.validate()?;
-            if let Some(group) = group.as_ref().and_then(Value::as_str) {
-                let Some(group) = self.groups.get_mut(group) else {
-                    self.groups.insert(
-                        group.to_owned(),
-                        GroupSpec {
-                            name: group.to_owned(),
-                            alias: None,
-                            version: 1.0,
-                            tasks: vec![spec.name.clone()],
-                            metrics: Vec::new(),
-                            aggregate: true,
-                        },
-                    );
-                    continue;
-                };
-                if !group.tasks.contains(&spec.name) {
-                    group.tasks.push(spec.name.clone());
+            if let Some(group) = &group {
+                let known = self.groups.entry(group.clone()).or_insert_with(|| {
+                    self.order.push(group.clone());
+                    let metrics = spec.metrics.iter().map(|metric| metric.metric.clone()).collect();
+                    GroupSpec {
+                        name: group.clone(),
+                        alias: None,
+                        version: 1.0,
+                        tasks: Vec::new(),
+                        metrics,
+                        aggregate: true,
+                    }
+                });
+                if !known.tasks.contains(&spec.name) {
+                    known.tasks.push(spec.name.clone());
                 }
             }
+            self.order.retain(|name| name != &spec.name);
             self.order.push(spec.name.clone());
             self.tables.insert(spec.name.clone(), table);
             self.specs.insert(spec.name.clone(), spec);

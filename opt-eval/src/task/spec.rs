@@ -69,6 +69,9 @@ pub struct TaskSpec {
     pub text: String,
     /// What follows the prompt; a template. Of tasks with choices only where each has a prompt of its own.
     pub target: String,
+    /// Instead of `target`, several texts of which any may be written; an expression. Examples show the first.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub targets: String,
     /// The choices, a list of texts; an expression.
     pub choices: String,
     /// Instead of `text`, a prompt for each choice; an expression. The target follows each.
@@ -109,6 +112,7 @@ impl Default for TaskSpec {
             rows: Vec::new(),
             text: String::new(),
             target: String::new(),
+            targets: String::new(),
             choices: String::new(),
             contexts: String::new(),
             gold: String::new(),
@@ -394,8 +398,12 @@ impl TaskSpec {
         for (key, source) in [("fewshot.text", &fewshot.text), ("fewshot.target", &fewshot.target)] {
             source.as_ref().map_or(Ok(()), |source| template::check_template(&env, key, source))?;
         }
-        for (key, source) in [("choices", &self.choices), ("contexts", &self.contexts), ("gold", &self.gold)]
-        {
+        for (key, source) in [
+            ("choices", &self.choices),
+            ("contexts", &self.contexts),
+            ("gold", &self.gold),
+            ("targets", &self.targets),
+        ] {
             if !source.is_empty() {
                 template::check_expression(&env, key, source)?;
             }
@@ -409,8 +417,15 @@ impl TaskSpec {
                 "expected `gold` and one of `choices` and `contexts` of a task of kind multiple_choice",
             );
         }
-        if (!choice || !self.contexts.is_empty()) && self.target.is_empty() {
+        let written = self.kind == TaskKind::GenerateUntil;
+        if (!choice || !self.contexts.is_empty())
+            && self.target.is_empty()
+            && !(written && !self.targets.is_empty())
+        {
             return fail("expected a `target`");
+        }
+        if !self.targets.is_empty() && (!written || !self.target.is_empty()) {
+            return fail("`targets` belongs to kind generate_until, in the place of `target`");
         }
         let of_choices = [&self.choices, &self.contexts, &self.gold];
         if !choice && of_choices.iter().any(|source| !source.is_empty()) {
@@ -433,8 +448,11 @@ impl TaskSpec {
                 Error::new(ErrorKind::Config, format_args!("pattern {pattern:?}: {last}"))
             })?;
         }
-        for metric in &self.metrics {
+        for (index, metric) in self.metrics.iter().enumerate() {
             crate::measure::check(self.kind, &metric.metric)?;
+            if self.metrics.iter().take(index).any(|other| other.metric == metric.metric) {
+                return fail(&format!("metrics: {:?} stands there twice", metric.metric));
+            }
         }
         Ok(())
     }
