@@ -1,7 +1,10 @@
 //! Search among vectors in memory.
 
 use super::*;
-use opt_core::embedding::{Index, Metric};
+use opt_core::{
+    Load,
+    embedding::{Index, Metric},
+};
 use serde_json::json;
 
 fn inputs() -> Vec<Vec<u32>> {

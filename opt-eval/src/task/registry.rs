@@ -298,7 +298,7 @@ mod tests {
         let tasks = Tasks::builtin();
         let mmlu = tasks.select(&["mmlu"]).unwrap();
         assert_eq!(mmlu.tasks.len(), 57);
-        assert_eq!(mmlu.groups.iter().map(|group| &group.name[..]).last(), Some("mmlu"));
+        assert_eq!(mmlu.groups.last().map(|group| &group.name[..]), Some("mmlu"));
         assert_eq!(
             tasks.get("mmlu_us_foreign_policy").unwrap().description,
             "The following are multiple choice questions (with answers) about us foreign policy.\n\n"

@@ -418,10 +418,9 @@ impl TaskSpec {
             );
         }
         let written = self.kind == TaskKind::GenerateUntil;
-        if (!choice || !self.contexts.is_empty())
-            && self.target.is_empty()
-            && !(written && !self.targets.is_empty())
-        {
+        let follows = !choice || !self.contexts.is_empty();
+        let several = written && !self.targets.is_empty();
+        if follows && !several && self.target.is_empty() {
             return fail("expected a `target`");
         }
         if !self.targets.is_empty() && (!written || !self.target.is_empty()) {
