@@ -71,7 +71,8 @@ fn recorded_vectors() {
                         "'<f4', 'fortran_order': False, 'shape': ({}, {width})",
                         lines.len()
                     )));
-                    assert_eq!(found, all);
+                    let single = |all: &[f64]| all.iter().map(|v| *v as f32).collect::<Vec<f32>>();
+                    assert_eq!(single(&found), single(&all));
                 }
             }
         }
@@ -222,7 +223,10 @@ fn wrong_usage() {
     }
 }
 
-/// A model, an input that takes some seconds, and where its vectors go.
+/// Lines of a long input.
+const LINES: u32 = 1200;
+
+/// A model, an input that takes a while, and where its vectors go.
 struct Long {
     dir: tempfile::TempDir,
     input: PathBuf,
@@ -238,7 +242,7 @@ impl Long {
             format!("{}\n", json!({ "ids": ids, "id": format!("nr {i}") }))
         };
         let input = dir.path().join("lines.jsonl");
-        fs::write(&input, (0..4000).map(line).collect::<String>()).expect("it is written");
+        fs::write(&input, (0..LINES).map(line).collect::<String>()).expect("it is written");
         let output = dir.path().join(format!("vectors.{extension}"));
         let part = dir.path().join(format!("vectors.{extension}.part"));
         Self { dir, input, output, part }
@@ -274,7 +278,7 @@ fn a_killed_run_is_resumed() {
     for extension in ["npy", "jsonl", "parquet"] {
         let long = Long::new(extension);
         let summary = run(&mut long.command(&[])).json().remove(0);
-        assert_eq!((&summary["resumed"], &summary["lines"]), (&json!(0), &json!(4000)));
+        assert_eq!((&summary["resumed"], &summary["lines"]), (&json!(0), &json!(LINES)));
         let whole = fs::read(&long.output).expect("vectors");
         assert!(!long.part.exists());
         fs::remove_file(&long.output).expect("it is removed");
@@ -291,10 +295,10 @@ fn a_killed_run_is_resumed() {
 
         let summary = run(&mut long.command(&["--resume"])).json().remove(0);
         let resumed = summary["resumed"].as_u64().expect("a number");
-        assert!(resumed > 0 && resumed < 4000, "{resumed}");
+        assert!(resumed > 0 && resumed < u64::from(LINES), "{resumed}");
         assert_eq!(
             (&summary["lines"], fs::read(&long.output).expect("vectors") == whole),
-            (&json!(4000), true)
+            (&json!(LINES), true)
         );
         assert_eq!(fs::read_dir(long.dir.path()).expect("a directory").count(), 2);
         // With nothing to go on with it begins, and what was there is replaced.
@@ -314,7 +318,7 @@ fn an_interrupted_run_is_resumed_with_what_it_was_begun_with() {
     let ran = Ran::from(child.wait_with_output().expect("it ends"));
     assert_eq!((ran.code, &ran.stdout[..]), (Some(130), ""), "{}", ran.stderr);
     assert!(
-        ran.stderr.contains("of 4000 lines are in") && ran.stderr.ends_with("interrupted\n"),
+        ran.stderr.contains(&format!("of {LINES} lines are in")) && ran.stderr.ends_with("interrupted\n"),
         "{}",
         ran.stderr
     );
@@ -333,8 +337,8 @@ fn an_interrupted_run_is_resumed_with_what_it_was_begun_with() {
     let mut other = embed(&tiny("remove_final_ln"), &long.input, &["--json", "--resume", "--output"]);
     run(other.arg(&long.output)).refused(1, &["another model of the same shape"]);
     let before = fs::read_to_string(&long.input).expect("lines");
-    fs::write(&long.input, before.replacen("nr 3999", "nr 4000", 1)).expect("it is written");
-    run(&mut long.command(&["--resume"])).refused(1, &["input: expected items:4000"]);
+    fs::write(&long.input, before.replacen("nr 900", "nr 901", 1)).expect("it is written");
+    run(&mut long.command(&["--resume"])).refused(1, &["input: expected items:1200"]);
     fs::write(&long.input, before).expect("it is written");
     run(&mut long.command(&["--resume"])).done();
     assert!(long.output.exists() && !long.part.exists());

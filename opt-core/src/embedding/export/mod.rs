@@ -34,7 +34,7 @@ use crate::{Error, ErrorKind, Result};
 use ndarray::ArrayView2;
 use opt_backend::half::f16;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::{fmt, io::Write};
 
 /// A file format.
@@ -266,14 +266,24 @@ impl<W: Write + Send> Exporter<W> {
                 return out.write_all(&bytes).map_err(failed);
             }
             Format::Pinecone => {
-                let mut line = json!({ "id": record.name(), "values": vector() });
-                let metadata = record.properties();
-                if !metadata.is_empty() {
-                    line["metadata"] = metadata.into();
+                #[derive(Serialize)]
+                struct Line {
+                    id: String,
+                    values: Vec<f32>,
+                    #[serde(skip_serializing_if = "Map::is_empty")]
+                    metadata: Map<String, Value>,
                 }
-                serde_json::to_string(&line)
+                let metadata = record.properties();
+                serde_json::to_string(&Line { id: record.name(), values: vector(), metadata })
             }
             Format::Weaviate => {
+                #[derive(Serialize)]
+                struct Line<'a> {
+                    class: &'a str,
+                    id: String,
+                    vector: Vec<f32>,
+                    properties: Map<String, Value>,
+                }
                 let mut properties = record.properties();
                 let name = record.name();
                 let id = match uuid::is_uuid(&name) {
@@ -282,10 +292,7 @@ impl<W: Write + Send> Exporter<W> {
                 };
                 // `id` itself is a reserved name there.
                 properties.entry("source_id").or_insert_with(|| name.into());
-                let (class, vector) = (&layout.class, vector());
-                serde_json::to_string(
-                    &json!({ "class": class, "id": id, "vector": vector, "properties": properties }),
-                )
+                serde_json::to_string(&Line { class: &layout.class, id, vector: vector(), properties })
             }
             _ => {
                 #[derive(Serialize)]
@@ -356,6 +363,7 @@ fn npy_header(layout: &Layout) -> Vec<u8> {
 mod tests {
     use super::*;
     use ndarray::{Array2, arr2};
+    use serde_json::json;
 
     fn lines(layout: Layout, records: &[Record<'_>]) -> Vec<Value> {
         let mut exporter = Exporter::new(Vec::new(), layout).unwrap();
