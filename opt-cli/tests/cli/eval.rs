@@ -147,7 +147,7 @@ fn what_cannot_be_evaluated_is_one_line() {
         ("piqa", &["--plot", "x.png"], 2, "expected a name that ends in .svg"),
         ("piqa", &["--output", "opt-cli"], 2, "expected a file, found the folder opt-cli"),
         ("piqa", &["--vary-shots", "0,1", "--compare", "published"], 2, "not for variants"),
-        ("piqa", &["--output", "Cargo.toml/x.json"], 1, "cannot write the journal"),
+        ("piqa", &["--output", "Cargo.toml/x.json"], 1, "x.json.journal: cannot"),
     ] {
         let ran = run(&mut on_tasks(tasks, more));
         assert_eq!(ran.code, Some(code), "{tasks} {more:?}: {}", ran.stderr);
