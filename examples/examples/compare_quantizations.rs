@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     options.bootstrap_iters = 1000;
     let mut runs = Vec::new();
     for (name, load) in [("f32", Load::default()), ("int4", Load::default().quantize(QuantSpec::int4()))] {
-        let opt = Opt::load("models/opt-novels", load)?;
+        let opt = Opt::load(opt_examples::model(), load)?;
         options.model_name = format!("opt-novels, {name}");
         let found = evaluate(&opt, &tasks, folder.path(), &options, &mut |_| ControlFlow::Continue(()))?;
         let mut values = SampleValues::new();

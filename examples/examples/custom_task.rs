@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in ["endings", "endings_asked"] {
         fs::write(folder.path().join(format!("{name}.jsonl")), ROWS)?;
     }
-    let opt = Opt::open("models/opt-novels")?;
+    let opt = Opt::open(opt_examples::model())?;
     let mut tasks = Tasks::builtin();
     tasks.add(TASKS)?;
     let mut reports = Vec::new();

@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("piqa.jsonl"), ROWS)?;
 
-    let opt = Opt::open("models/opt-novels")?;
+    let opt = Opt::open(opt_examples::model())?;
     let tasks = Tasks::builtin().select(&["piqa"])?;
     let mut options = EvalOptions::default();
     options.task.num_fewshot = Some(1);

@@ -133,6 +133,15 @@ fn search() {
 }
 
 #[test]
+fn embed() {
+    let text = output("embed");
+    let hits: Vec<f32> =
+        text.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next()?.parse().ok()).collect();
+    assert!(hits.len() == 4 && hits[..3].is_sorted_by(|a, b| a >= b), "{text}");
+    assert!(text.contains("The vessel put to sea.") && text.contains("\nThe captain"), "{text}");
+}
+
+#[test]
 fn evaluate() {
     let text = output("evaluate");
     assert!(text.contains("|piqa ") && text.contains("acc_norm"), "{text}");
