@@ -61,7 +61,7 @@ pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
 pub use report::Report;
 pub use requests::{Asker, Encoded, LogLikelihood, Shared, Written};
 pub use rows::Row;
-pub use run::{EvalOptions, Evaluation, evaluate};
+pub use run::{EvalOptions, Evaluation, Prepared, evaluate};
 pub use task::{
     Answer, Data, Document, Fewshot, Fields, Filter, FilterStep, Generation, GroupSpec, MetricSpec, RowShape,
     Sampler, Selection, Splits, Task, TaskKind, TaskOptions, TaskSpec, Tasks,

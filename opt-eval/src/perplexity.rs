@@ -1,7 +1,7 @@
 //! Perplexity of a text, by windows.
 
 use crate::requests::{Asker, Encoded};
-use opt_core::{Error, ErrorKind, ProgressFn, Result, tokenizer::Bos};
+use opt_core::{Error, ErrorKind, ProgressFn, Result};
 use serde::Serialize;
 
 /// How a text is cut into windows.
@@ -121,7 +121,7 @@ pub fn perplexity(
         bits_per_byte: nll / std::f64::consts::LN_2 / bytes.max(1) as f64,
         window,
         stride: options.stride.unwrap_or(window),
-        bos: asker.bos_rule() != Bos::Never,
+        bos: tokenizer.bos_id().is_some_and(|bos| ids.first() == Some(&bos)),
     })
 }
 

@@ -53,6 +53,11 @@ impl Size {
         found.map(|(name, ..)| Self(name))
     }
 
+    /// Of a model, by its name, else by its shape.
+    pub fn of_model(name: &str, hidden_size: usize, num_hidden_layers: usize) -> Option<Self> {
+        Self::from_name(name).or_else(|| Self::from_shape(hidden_size, num_hidden_layers))
+    }
+
     /// Of the model that a report is of: by its name, else by its shape where the report has it.
     pub fn of(report: &Report) -> Option<Self> {
         let by_name = report.model_name.as_deref().and_then(Self::from_name);

@@ -8,7 +8,7 @@ use crate::{
     report::{self, GroupResult, MetricResult, NO_FILTER, Report, RunInfo, TaskResult},
     requests::{Asker, Encoded},
     samples::{Sample, document_hash, hash, in_words, task_hash},
-    task::{Answer, Document, Filter, Selection, Task, TaskKind, TaskOptions},
+    task::{Answer, Document, Filter, GroupSpec, Selection, Task, TaskKind, TaskOptions},
 };
 use journal::{Entry, Journal};
 use opt_core::{
@@ -111,63 +111,90 @@ pub fn evaluate(
     options: &EvalOptions,
     progress: &mut ProgressFn<'_>,
 ) -> Result<Evaluation> {
-    let begun = Instant::now();
-    if let (true, [_, second, ..]) = (data.as_ref().is_file(), &selection.tasks[..]) {
-        let message = format_args!(
-            "{}: a file holds the rows of one task, found a second: {:?}",
-            data.as_ref().display(),
-            second.name
-        );
-        return Err(Error::new(ErrorKind::Option, message));
-    }
-    let mut loaded = Vec::new();
-    for spec in &selection.tasks {
-        options.cancel.check("evaluation")?;
-        let mut spec = spec.clone();
-        spec.generation.max_gen_toks = options.max_gen_toks.unwrap_or(spec.generation.max_gen_toks);
-        let task = Task::load(spec, &data, &options.task)?;
-        let documents = task.documents()?;
-        loaded.push((task, documents));
-    }
-    let asker = Asker::new(opt)
-        .bos(options.bos)
-        .share(options.share)
-        .cache_dtype(options.cache)
-        .seed(options.seed)
-        .cancel(options.cancel.clone());
-    let mut journal = match &options.journal {
-        Some(path) => Journal::open(path, &run_of(opt, options), options.resume)?,
-        None => Journal::none(),
-    };
-    let mut evaluation = Evaluation { report: Report::new(info(opt, options)), ..Evaluation::default() };
-    let total: usize = loaded.iter().map(|(_, documents)| documents.len()).sum();
-    let mut done = 0;
-    for (task, documents) in &loaded {
-        let name = &task.spec().name;
-        let mut at = |of_task: usize, part: f64| -> ControlFlow<()> {
-            let now = (done + of_task) as f64 + part;
-            progress(Progress::new(name, now as u64, total as u64))
-        };
-        let entries = answer(&asker, task, documents, &mut journal, &mut at)?;
-        let (result, samples) = score(task, documents, &entries, options)?;
-        done += documents.len();
-        let groups = selection.groups.iter().filter(|group| group.tasks.contains(name));
-        let result = TaskResult { groups: groups.map(|group| group.name.clone()).collect(), ..result };
-        evaluation.report.add_task(result);
-        if options.keep_samples {
-            evaluation.samples.insert(name.clone(), samples);
+    Prepared::load(selection, data, options)?.run(opt, options, progress)
+}
+
+/// Tasks whose rows were read and whose prompts were made: what [`evaluate`] does before it needs a model, so that bad
+/// data is told before one is loaded.
+pub struct Prepared {
+    tasks: Vec<(Task, Vec<Document>)>,
+    groups: Vec<GroupSpec>,
+}
+
+impl Prepared {
+    /// Reads the rows and makes the prompts.
+    ///
+    /// # Errors
+    /// Those of [`Task::load`] and [`Task::documents`]; [`ErrorKind::Option`] for a file in the place of a folder where
+    /// there are several tasks; [`ErrorKind::Cancelled`].
+    pub fn load(selection: &Selection, data: impl AsRef<Path>, options: &EvalOptions) -> Result<Self> {
+        let data = data.as_ref();
+        if let (true, [_, second, ..]) = (data.is_file(), &selection.tasks[..]) {
+            let message = format_args!(
+                "{}: a file holds the rows of one task, found a second: {:?}",
+                data.display(),
+                second.name
+            );
+            return Err(Error::new(ErrorKind::Option, message));
         }
+        let mut tasks = Vec::new();
+        for spec in &selection.tasks {
+            options.cancel.check("evaluation")?;
+            let mut spec = spec.clone();
+            spec.generation.max_gen_toks = options.max_gen_toks.unwrap_or(spec.generation.max_gen_toks);
+            let task = Task::load(spec, data, &options.task)?;
+            let documents = task.documents()?;
+            tasks.push((task, documents));
+        }
+        Ok(Self { tasks, groups: selection.groups.clone() })
     }
-    for group in &selection.groups {
-        let mut result = GroupResult::new(&group.name, group.tasks.clone());
-        result.alias.clone_from(&group.alias);
-        result.version = Some(group.version.to_string());
-        evaluation
-            .report
-            .add_group(group.metrics.iter().fold(result, |result, metric| result.mean_of(metric)));
+
+    /// Evaluates a model on them.
+    ///
+    /// # Errors
+    /// As [`evaluate`], but for those of [`Prepared::load`].
+    pub fn run(&self, opt: &Opt, options: &EvalOptions, progress: &mut ProgressFn<'_>) -> Result<Evaluation> {
+        let begun = Instant::now();
+        let asker = Asker::new(opt)
+            .bos(options.bos)
+            .share(options.share)
+            .cache_dtype(options.cache)
+            .seed(options.seed)
+            .cancel(options.cancel.clone());
+        let mut journal = match &options.journal {
+            Some(path) => Journal::open(path, &run_of(opt, options), options.resume)?,
+            None => Journal::none(),
+        };
+        let mut evaluation = Evaluation { report: Report::new(info(opt, options)), ..Evaluation::default() };
+        let total: usize = self.tasks.iter().map(|(_, documents)| documents.len()).sum();
+        let mut done = 0;
+        for (task, documents) in &self.tasks {
+            let name = &task.spec().name;
+            let mut at = |of_task: usize, part: f64| -> ControlFlow<()> {
+                let now = (done + of_task) as f64 + part;
+                progress(Progress::new(name, now as u64, total as u64))
+            };
+            let entries = answer(&asker, task, documents, &mut journal, &mut at)?;
+            let (result, samples) = score(task, documents, &entries, options)?;
+            done += documents.len();
+            let groups = self.groups.iter().filter(|group| group.tasks.contains(name));
+            let result = TaskResult { groups: groups.map(|group| group.name.clone()).collect(), ..result };
+            evaluation.report.add_task(result);
+            if options.keep_samples {
+                evaluation.samples.insert(name.clone(), samples);
+            }
+        }
+        for group in &self.groups {
+            let mut result = GroupResult::new(&group.name, group.tasks.clone());
+            result.alias.clone_from(&group.alias);
+            result.version = Some(group.version.to_string());
+            evaluation
+                .report
+                .add_group(group.metrics.iter().fold(result, |result, metric| result.mean_of(metric)));
+        }
+        evaluation.report.set_seconds(begun.elapsed().as_secs_f64());
+        Ok(evaluation)
     }
-    evaluation.report.set_seconds(begun.elapsed().as_secs_f64());
-    Ok(evaluation)
 }
 
 /// What a journal's answers depend on, beside the prompts.

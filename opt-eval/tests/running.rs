@@ -211,6 +211,42 @@ fn rows_that_cannot_be_used_are_named() {
 }
 
 #[test]
+fn examples_that_a_task_gives_are_all_used() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("sums.jsonl"), "{\"q\": \"1 + 1 =\", \"a\": \"2\"}\n").unwrap();
+    let mut tasks = Tasks::builtin();
+    tasks
+        .add(
+            r#"
+            [[task]]
+            name = "sums"
+            kind = "loglikelihood"
+            text = "{{q}}"
+            target = "{{a}}"
+            metrics = ["acc"]
+            fewshot = { samples = [{ q = "2 + 2 =", a = "4" }, { q = "3 + 3 =", a = "6" }], sampler = "first_n" }
+            "#,
+        )
+        .unwrap();
+    let mut options = TaskOptions::default();
+    options.num_fewshot = Some(2);
+    let task = Task::load(tasks.get("sums").unwrap().clone(), dir.path(), &options).unwrap();
+    let expected = "2 + 2 = 4\n\n3 + 3 = 6\n\n1 + 1 =".to_owned();
+    assert_eq!(task.documents().unwrap()[0].arguments, [(expected, "2".to_owned())]);
+}
+
+#[test]
+fn rows_that_cannot_be_examples_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("piqa")).unwrap();
+    let good = r#"{"goal": "To open a jar", "sol1": "turn the lid", "sol2": "sing", "label": 0}"#;
+    fs::write(dir.path().join("piqa/validation.jsonl"), good).unwrap();
+    fs::write(dir.path().join("piqa/train.jsonl"), format!("{good}\n{{\"goal\": \"x\"}}\n")).unwrap();
+    let error = documents("piqa", dir.path(), 1).unwrap_err().to_string();
+    assert!(error.contains("train.jsonl, line 2: expected the column sol1"), "{error}");
+}
+
+#[test]
 fn prompts_that_are_too_long_lose_their_beginning_and_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let long = "the sea was grey and ".repeat(200);

@@ -5,7 +5,7 @@ use crate::{
     out::{Failure, Out},
     progress::Console,
 };
-use opt_core::Opt;
+use opt_core::config::OptConfig;
 use opt_eval::{
     Evaluation, Report, compare, plot,
     published::Size,
@@ -18,29 +18,22 @@ use std::path::{Path, PathBuf};
 
 /// What an evaluation is compared with.
 pub(super) enum Compared {
-    /// Published results.
-    Published,
+    /// Published results of a size of OPT.
+    Published(Size),
     /// Another report, and the values of its samples where there are such beside it.
     Report(Box<Report>, SampleValues, String),
 }
 
 impl Compared {
-    /// Refuses a model that there is nothing to compare with, before it is run.
-    pub(super) fn check(&self, opt: &Opt, name: &str) -> Result<(), Failure> {
-        let config = opt.config();
-        let known =
-            Size::from_name(name).or_else(|| Size::from_shape(config.hidden_size, config.num_hidden_layers));
-        match self {
-            Self::Published if known.is_none() => Err(Failure::failed(
-                "--compare published: expected a model of a published size (125m to 66b), found another shape",
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn named(name: &str) -> Result<Self, Failure> {
+    /// What `--compare` names, for a model that is not yet run.
+    pub(super) fn named(name: &str, model: &str, config: &OptConfig) -> Result<Self, Failure> {
         if name == "published" {
-            return Ok(Self::Published);
+            let size = Size::of_model(model, config.hidden_size, config.num_hidden_layers);
+            return size.map(Self::Published).ok_or_else(|| {
+                Failure::failed(
+                    "--compare published: expected a model of a published size (125m to 66b), found another shape",
+                )
+            });
         }
         let path = Path::new(name);
         let report = Report::from_file(path)?;
@@ -94,11 +87,8 @@ pub(super) fn finish(
 fn comparison(compared: &Compared, found: &Evaluation) -> Result<(String, String), Failure> {
     let report = &found.report;
     match compared {
-        Compared::Published => {
-            let size = Size::of(report).ok_or_else(|| {
-                Failure::failed("--compare published: expected a model of a published size (125m to 66b), found another shape")
-            })?;
-            let found = compare::with_published(report, size)?;
+        Compared::Published(size) => {
+            let found = compare::with_published(report, *size)?;
             Ok((found.markdown(), found.to_json()))
         }
         Compared::Report(other, values, _) => {

@@ -5,8 +5,8 @@ use super::{
     results::{self, Compared},
 };
 use crate::{model, out::Failure, progress::Console};
-use opt_core::{ErrorKind, Opt, Progress};
-use opt_eval::{EvalOptions, Evaluation, Selection, Task, evaluate};
+use opt_core::{ErrorKind, Opt, Progress, checkpoint::Checkpoint};
+use opt_eval::{EvalOptions, Evaluation, Prepared, Selection};
 use std::{
     num::NonZeroUsize,
     ops::ControlFlow,
@@ -43,21 +43,21 @@ impl Eval {
         }
         let place = model::find(self.run.model.place.model.as_deref(), console)?;
         let variants = self.variants(selection, &place, console)?;
-        let compared = self.compare.as_deref().map(Compared::named).transpose()?;
         // What cannot be read is told before a model is loaded.
-        for variant in &variants {
-            for spec in &variant.selection.tasks {
-                Task::load(spec.clone(), data, &variant.options.task)?.documents()?;
-            }
-        }
+        let prepared: Vec<Prepared> = variants
+            .iter()
+            .map(|variant| Prepared::load(&variant.selection, data, &variant.options))
+            .collect::<opt_core::Result<_>>()?;
+        let compared = self.compare.as_deref().map(|name| {
+            let checkpoint = Checkpoint::open(&place)?;
+            Compared::named(name, &place.display().to_string(), checkpoint.config())
+        });
+        let compared = compared.transpose()?;
         console.catch_interrupts();
         let opt = self.run.model.load(console)?;
-        if let Some(compared) = &compared {
-            compared.check(&opt, &place.display().to_string())?;
-        }
         let mut done = Vec::new();
-        for variant in variants {
-            let found = self.run_one(&opt, &variant, data, console)?;
+        for (variant, prepared) in variants.into_iter().zip(prepared) {
+            let found = self.run_one(&opt, &variant, &prepared, console)?;
             done.push((variant.label, found, variant.options.journal));
         }
         match &mut done[..] {
@@ -165,7 +165,7 @@ impl Eval {
         &self,
         opt: &Opt,
         variant: &Variant,
-        data: &Path,
+        prepared: &Prepared,
         console: &Console,
     ) -> Result<Evaluation, Failure> {
         let bar = console.steps("evaluating");
@@ -175,7 +175,7 @@ impl Eval {
             bar.at(at.done, at.total, &format!("{label} {}", left(begun.elapsed(), at.done, at.total)));
             ControlFlow::Continue(())
         };
-        let done = evaluate(opt, &variant.selection, data, &variant.options, &mut show);
+        let done = prepared.run(opt, &variant.options, &mut show);
         bar.hide();
         if let (Err(error), Some(output)) = (&done, &self.output)
             && error.kind() == ErrorKind::Cancelled

@@ -219,15 +219,11 @@ impl Task {
             if shots > 0 {
                 let mut chosen = self
                     .choose(&writer.key(row).map_err(place)?, shots, pool, &mut random, &mut |index| {
-                        let key = match known.get(&index) {
-                            Some(key) => key.clone(),
-                            None => pool
-                                .rows
-                                .get(index)
-                                .map(|row| writer.key(row))
-                                .transpose()?
-                                .unwrap_or_default(),
-                        };
+                        if let Some(key) = known.get(&index) {
+                            return Ok(key.clone());
+                        }
+                        let key = pool.rows.get(index).map(|row| writer.key(row)).transpose();
+                        let key = key.map_err(|e| e.at(pool.place(index)))?.unwrap_or_default();
                         known.insert(index, key.clone());
                         Ok(key)
                     })
@@ -307,8 +303,12 @@ impl Task {
     /// Whether a row may not be its own example: in the harness where the splits of rows and of examples have the same
     /// name or neither has one; and where one file stands for all splits.
     fn leaves_out_itself(&self) -> bool {
-        matches!(self.examples, Examples::Same { whole: true })
-            || self.spec.fewshot.split == self.spec.splits.test
+        match self.examples {
+            Examples::Same { whole: true } => true,
+            // Examples that the task itself gives are nobody's rows.
+            _ if !self.spec.fewshot.samples.is_empty() => false,
+            _ => self.spec.fewshot.split == self.spec.splits.test,
+        }
     }
 }
 
