@@ -16,6 +16,7 @@ use opt_metrics::{
     ter::{Ter, TerStatistics},
     text,
 };
+use serde::{Deserialize, Serialize};
 
 pub use opt_metrics::statistics::Aggregation;
 
@@ -108,13 +109,14 @@ pub(crate) fn check(kind: TaskKind, name: &str) -> Result<Kind> {
 }
 
 /// What a model said to one row.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Reply {
     /// Of each argument.
     Likelihoods(Vec<LogLikelihood>),
     /// Of the text as a whole, in nats.
     Whole(f64),
-    /// What it wrote, after a filter.
+    /// What it wrote.
     Text(String),
 }
 

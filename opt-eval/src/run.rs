@@ -8,7 +8,7 @@ use crate::{
     report::{self, GroupResult, MetricResult, NO_FILTER, Report, RunInfo, TaskResult},
     requests::{Asker, Encoded},
     samples::{Sample, document_hash, hash, in_words, task_hash},
-    task::{Answer, Document, Filter, GroupSpec, Selection, Task, TaskKind, TaskOptions},
+    task::{Answer, Document, Filter, FilterStep, GroupSpec, Selection, Task, TaskKind, TaskOptions},
 };
 use journal::{Entry, Journal};
 use opt_core::{
@@ -298,8 +298,7 @@ fn ask(
 ) -> Result<Vec<Entry>> {
     let first =
         |document: &&Document| document.arguments.first().map(|(text, _)| text.clone()).unwrap_or_default();
-    let entry =
-        |document: &&Document, reply: journal::Said, cut: usize| Entry { doc: document.id, reply, cut };
+    let entry = |document: &&Document, reply: Reply, cut: usize| Entry { doc: document.id, reply, cut };
     match task.spec().kind {
         TaskKind::MultipleChoice | TaskKind::Loglikelihood => {
             let mut encoded: Vec<Encoded> = Vec::new();
@@ -312,12 +311,10 @@ fn ask(
             }
             let mut found = asker.log_likelihoods(&encoded, progress)?.into_iter().zip(&encoded);
             let of = |document: &&Document| {
-                let (said, cut): (Vec<_>, Vec<bool>) = found
-                    .by_ref()
-                    .take(document.arguments.len())
-                    .map(|(found, encoded)| ((found.log_prob, found.greedy), encoded.cut > 0))
-                    .unzip();
-                entry(document, journal::Said::Likelihoods(said), cut.into_iter().filter(|cut| *cut).count())
+                let of_document = found.by_ref().take(document.arguments.len());
+                let (said, cut): (Vec<_>, Vec<usize>) =
+                    of_document.map(|(found, encoded)| (found, usize::from(encoded.cut > 0))).unzip();
+                entry(document, Reply::Likelihoods(said), cut.iter().sum())
             };
             Ok(documents.iter().map(of).collect())
         }
@@ -327,7 +324,7 @@ fn ask(
             Ok(documents
                 .iter()
                 .zip(sums)
-                .map(|(document, sum)| entry(document, journal::Said::Whole(sum), 0))
+                .map(|(document, sum)| entry(document, Reply::Whole(sum), 0))
                 .collect())
         }
         TaskKind::GenerateUntil => {
@@ -338,7 +335,7 @@ fn ask(
             }
             let written = asker.generate(&prompts, &how, progress)?;
             let of = |(document, written): (&&Document, crate::requests::Written)| {
-                entry(document, journal::Said::Text(written.text), usize::from(written.cut > 0))
+                entry(document, Reply::Text(written.text), usize::from(written.cut > 0))
             };
             Ok(documents.iter().zip(written).map(of).collect())
         }
@@ -382,7 +379,7 @@ fn score(
                 let values = row
                     .filter_map(|(value, metric)| Some((metric.metric.clone(), value?.to_json())))
                     .collect();
-                let filtered = replies.get(index).map(Reply::to_json).unwrap_or_default();
+                let filtered = replies.get(index).map(Reply::to_json).unwrap_or_default().into();
                 samples.push(sample(task, document, entry, &filter.name, filtered, values));
             }
         }
@@ -426,7 +423,8 @@ fn sample(
         };
         sample.ask(std::iter::once(context.as_str().into()).chain(second));
     }
-    sample.resps = entry.reply.to_json_resps();
+    // Each request was made once.
+    sample.resps = entry.reply.to_json().into_iter().map(|one| vec![one]).collect::<Vec<_>>().into();
     sample.filtered_resps = filtered;
     sample.filter = filter.to_owned();
     sample.metrics = task.spec().metrics.iter().map(|metric| metric.metric.clone()).collect();
@@ -441,38 +439,23 @@ impl Filter {
     }
 }
 
-impl journal::Said {
-    fn through(&self, steps: &[crate::task::FilterStep]) -> Result<Reply> {
-        Ok(match self {
-            Self::Likelihoods(all) => Reply::Likelihoods(
-                all.iter()
-                    .map(|(log_prob, greedy)| crate::LogLikelihood { log_prob: *log_prob, greedy: *greedy })
-                    .collect(),
-            ),
-            Self::Whole(sum) => Reply::Whole(*sum),
-            Self::Text(text) => Reply::Text(filter::apply(steps, text)?),
-        })
-    }
-
-    fn to_json_resps(&self) -> serde_json::Value {
+impl Reply {
+    /// What filters leave of it; only made texts are filtered.
+    fn through(&self, steps: &[FilterStep]) -> Result<Self> {
         match self {
-            Self::Likelihoods(all) => {
-                in_words(&json!(all.iter().map(|one| [json!([one.0, one.1])]).collect::<Vec<_>>()))
-            }
-            Self::Whole(sum) => in_words(&json!([[sum]])),
-            Self::Text(text) => json!([[text]]),
+            Self::Text(text) => filter::apply(steps, text).map(Self::Text),
+            other => Ok(other.clone()),
         }
     }
-}
 
-impl Reply {
-    fn to_json(&self) -> serde_json::Value {
+    /// An answer for each request, in the harness' form.
+    fn to_json(&self) -> Vec<serde_json::Value> {
         match self {
             Self::Likelihoods(all) => {
-                in_words(&json!(all.iter().map(|one| json!([one.log_prob, one.greedy])).collect::<Vec<_>>()))
+                all.iter().map(|one| in_words(&json!([one.log_prob, one.greedy]))).collect()
             }
-            Self::Whole(sum) => in_words(&json!([sum])),
-            Self::Text(text) => json!([text]),
+            Self::Whole(sum) => vec![in_words(&json!(sum))],
+            Self::Text(text) => vec![json!(text)],
         }
     }
 }

@@ -10,10 +10,11 @@ pub use generate::Written;
 pub use share::Shared;
 
 use opt_core::{CacheDType, CancelToken, Opt, Progress, ProgressFn, Result, tokenizer::Bos};
+use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 
 /// How probable a continuation is.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LogLikelihood {
     /// The sum over its tokens of log p(token | all before it), in nats.

@@ -70,8 +70,9 @@ impl Shared {
             [first, .., last] => (*first, *last),
         };
         let free = sorted.iter().map(|request| shareable(encoded, *request)).min().unwrap_or(0);
-        let same = ids(encoded, first).iter().zip(ids(encoded, last)).take_while(|(a, b)| a == b).count();
-        let shared = same.min(free).max(at);
+        // Up to `at` they are known to be the same.
+        let both = ids(encoded, first).iter().zip(ids(encoded, last)).skip(at);
+        let shared = (at + both.take_while(|(a, b)| a == b).count()).min(free).max(at);
         let gain = shared - start;
         let (parent, start) = if gain >= SHARED && gain * (sorted.len() - 1) >= SAVED {
             (Some(self.add(parent, first, start, shared, false)), shared)

@@ -1,4 +1,7 @@
-use crate::task::{Document, TaskSpec};
+use crate::{
+    measure::Reply,
+    task::{Document, TaskSpec},
+};
 use opt_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -9,24 +12,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What a model said to a document.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Said {
-    /// Log-likelihood of each argument, in nats, and whether it is the greedy one.
-    Likelihoods(Vec<(f64, bool)>),
-    /// Log-likelihood of a text as a whole, in nats.
-    Whole(f64),
-    /// What it wrote.
-    Text(String),
-}
-
 /// A line of a journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Entry {
     pub(super) doc: usize,
     #[serde(flatten)]
-    pub(super) reply: Said,
+    pub(super) reply: Reply,
     /// Arguments that were too long for the model.
     pub(super) cut: usize,
 }
