@@ -62,8 +62,8 @@ impl std::fmt::Display for Bos {
 
 /// What was run and how: the part of a report that is known before the first task.
 ///
-/// The defaults are the harness': 100,000 bootstrap replicates, seeds 0 and 1234.
-#[derive(Debug, Clone, PartialEq)]
+/// [`RunInfo::new`] has the harness' defaults: 100,000 bootstrap replicates, seeds 0 and 1234.
+#[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub struct RunInfo {
     /// The model's name or folder.
@@ -121,29 +121,12 @@ impl RunInfo {
     pub fn new(model_name: impl Into<String>) -> Self {
         Self {
             model_name: model_name.into(),
-            model_args: None,
-            num_parameters: None,
-            dtype: None,
-            batch_size: None,
-            device: None,
-            limit: None,
             bootstrap_iters: 100_000,
-            gen_kwargs: None,
             random_seed: Some(0),
             numpy_seed: Some(1234),
             torch_seed: Some(1234),
             fewshot_seed: Some(1234),
-            max_length: None,
-            pad_token: None,
-            eos_token: None,
-            bos_token: None,
-            bos: None,
-            backend: None,
-            weights: None,
-            adapter: None,
-            hidden_size: None,
-            num_hidden_layers: None,
-            date: None,
+            ..Self::default()
         }
     }
 }
