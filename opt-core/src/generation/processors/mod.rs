@@ -57,6 +57,9 @@ pub struct Hooks {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
     /// Restricts each next token.
     pub prefix_allowed_tokens: Option<PrefixFn>,
+    /// The form that the text is held to; stands where `prefix_allowed_tokens` does.
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    pub constraint: Option<crate::constraint::Constraint>,
     /// Further reasons to stop.
     pub criteria: Vec<Arc<dyn StoppingCriterion>>,
 }
@@ -211,6 +214,10 @@ fn processors(
     }
     if let Some(allowed) = &hooks.prefix_allowed_tokens {
         list.push(Arc::new(PrefixConstraint(allowed.clone())));
+    }
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    if let Some(constraint) = &hooks.constraint {
+        list.push(Arc::new(crate::constraint::Constrained::new(constraint, settings)));
     }
     if let Some(id) = config.forced_bos_token_id {
         list.push(force("forced_bos_token_id", 1, vec![id]));
