@@ -93,7 +93,8 @@ impl Hooks {
 /// A request's processors in transformers' order.
 ///
 /// The built-in ones bear the names of their options: `sequence_bias`, `repetition_penalty`, `no_repeat_ngram_size`,
-/// `bad_words_ids`, `min_length`, `min_new_tokens`, `prefix_allowed_tokens_fn`, `forced_bos_token_id`,
+/// `bad_words_ids`, `min_length`, `min_new_tokens`, `prefix_allowed_tokens_fn` (the callback, and behind it a constraint),
+/// `forced_bos_token_id`,
 /// `forced_eos_token_id`, `remove_invalid_values`, `exponential_decay_length_penalty`, `suppress_tokens`,
 /// `begin_suppress_tokens`; then the caller's, of which one with the name of an earlier one stands in its place; then
 /// when sampling `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`; at last
