@@ -100,9 +100,9 @@ fn json_is_valid_under_its_schema() {
                 "day": {"type": "string", "format": "date"},
                 "id": {"type": "string", "format": "uuid"},
                 "host": {"type": "string", "format": "ipv4"},
-                "at": {"type": "string", "format": "time"},
+                "mail": {"type": "string", "format": "email", "maxLength": 20},
             },
-            "required": ["day", "id", "host"],
+            "required": ["day", "id", "host", "mail"],
             "additionalProperties": false,
         }),
         json!({
@@ -160,7 +160,7 @@ fn json_is_laid_out_as_asked() {
 #[test]
 fn any_json_object() {
     let constraint = Constraint::json_object(&NOVELS).unwrap();
-    let requests = (0..12).map(|seed| Request::new("Say").config(sampled(80, seed)).constrain(&constraint));
+    let requests = (0..16).map(|seed| Request::new("Say").config(sampled(200, seed)).constrain(&constraint));
     let made = NOVELS.generate_batch(requests).unwrap();
     let mut whole = 0;
     for one in made.iter().flat_map(|one| &one.sequences) {
@@ -233,7 +233,7 @@ fn a_batch_of_many_kinds() {
     };
     let together = NOVELS.generate_batch(requests()).unwrap();
     for (request, found) in requests().into_iter().zip(&together) {
-        assert_eq!(NOVELS.generate_batch([request]).unwrap()[0], *found);
+        assert_eq!(NOVELS.generate_batch([request]).unwrap()[0].sequences, found.sequences);
     }
     let free = |config| NOVELS.generate("The year was", &config).unwrap();
     assert_eq!(together[0].ids(), free(settings(12)).ids());
@@ -329,7 +329,8 @@ fn bytes(opt: &Opt, ids: &[u32]) -> Vec<u8> {
 
 /// The processors of a request that begins with one token.
 fn chain(constraint: &Constraint, vocab: usize, eos: u32) -> ProcessorChain {
-    let model = OptConfig { vocab_size: vocab, max_position_embeddings: 512, ..OptConfig::default() };
+    let mut model = OptConfig::default();
+    (model.vocab_size, model.max_position_embeddings) = (vocab, 512);
     let config = GenerationConfig::default().eos_token_id([eos]).max_new_tokens(300);
     let (settings, _) = config.resolve(&model, &[2], 0, &Extras::default()).unwrap();
     let mut hooks = Hooks::default();
@@ -482,7 +483,6 @@ fn what_cannot_be_meant_is_one_line() {
         (r"\bword", ""),
         (r"(?=a)b", "look-around"),
         (r"(a)\1", "backreference"),
-        ("[a-z]{1,100}{1,100}{1,100}", ""),
     ] {
         refused(Constraint::regex(&NOVELS, pattern), part);
     }

@@ -220,7 +220,7 @@ impl Constraint {
         let (fresh, shared) = (Mutex::new(fresh), Mutex::new(shared));
         let constraint = Self(Arc::new(Compiled { vocabulary, fresh, shared, warnings, what }));
         // A form that no text has shows here, before anything is generated.
-        constraint.follow(&mut first).map_err(|_| wrong(&"no text has this form"))?;
+        constraint.follow(&mut first, &[]).map_err(|_| wrong(&"no text has this form"))?;
         Ok(constraint)
     }
 
@@ -270,14 +270,15 @@ fn lock(matcher: &Mutex<Matcher>) -> MutexGuard<'_, Matcher> {
     matcher.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What went wrong, as one line. Errors of regular expressions draw a picture first and then say what it is.
+/// What went wrong, as one line: errors draw pictures of the place too.
 fn line(what: &str, error: &dyn fmt::Display) -> String {
     let text = error.to_string();
     let text = text.split("<state>").next().unwrap_or_default().replace("<non-verbose/>", "");
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let said = match lines.iter().find_map(|line| line.strip_prefix("error: ")) {
+    let picture = |line: &str| line.starts_with(|c: char| "|^".contains(c)) || line.contains(" | ");
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let said = match lines.clone().find_map(|line| line.strip_prefix("error: ")) {
         Some(said) => said.to_owned(),
-        None => lines.join("; "),
+        None => lines.filter(|line| !picture(line)).collect::<Vec<_>>().join("; "),
     };
     let short: String = said.chars().take(400).collect();
     format!("{what}: {short}")

@@ -6,6 +6,7 @@ use crate::{
 use llguidance::{Matcher, api::StopReason};
 use std::{
     collections::HashMap,
+    fmt::Display,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -79,11 +80,7 @@ impl Constrained {
 
     /// Reads `rest` and finds what may follow.
     fn read(&self, mut matcher: Matcher, rest: &[u32]) -> Result<Place> {
-        let wrong = |what: &str, error: &dyn std::fmt::Display| {
-            Error::new(ErrorKind::Option, super::line(&format!("constraint: {what}"), error))
-        };
-        matcher.consume_tokens(rest).map_err(|e| wrong("the ids so far do not fit it", &e))?;
-        let (mut mask, over) = self.constraint.follow(&mut matcher)?;
+        let (mut mask, over) = self.constraint.follow(&mut matcher, rest)?;
         // An id is an end wherever the text may end, and else nothing: a request may name any token as its end.
         let last = self.eos.iter().max().map_or(0, |id| *id as usize + 1);
         mask.resize(mask.len().max(last.div_ceil(32)), 0);
@@ -102,19 +99,22 @@ pub(super) enum Over {
 }
 
 impl Constraint {
-    /// The text ids that may follow, as bits, and whether the text may end.
-    pub(super) fn follow(&self, matcher: &mut Matcher) -> Result<(Vec<u32>, Over)> {
-        let wrong = |error: &dyn std::fmt::Display| {
-            Error::new(ErrorKind::Option, super::line("constraint: what may follow cannot be found", error))
+    /// Reads `ids`: the text ids that may follow, as bits, and whether the text may end.
+    pub(super) fn follow(&self, matcher: &mut Matcher, ids: &[u32]) -> Result<(Vec<u32>, Over)> {
+        let wrong = |what: &str, error: &dyn Display| {
+            Error::new(ErrorKind::Option, super::line(&format!("constraint: {what}"), error))
         };
-        let may = matcher.is_accepting().map_err(|e| wrong(&e))?;
+        // Also where there are none: this is what looks whether anything can follow.
+        matcher.consume_tokens(ids).map_err(|e| wrong("the ids so far do not fit it", &e))?;
+        let may = matcher.is_accepting().map_err(|e| wrong("whether the text may end cannot be found", &e))?;
         if matcher.is_stopped() {
             return Ok((Vec::new(), Over::Must));
         }
         let mut mask: Vec<u32> = match matcher.compute_mask() {
             Ok(mask) => mask.into(),
-            Err(_) if matcher.stop_reason() == StopReason::NoExtensionBias => Vec::new(),
-            Err(e) => return Err(wrong(&e)),
+            // Bytes could follow, but no token is made of them.
+            Err(e) if e.to_string().starts_with(&StopReason::NoExtensionBias.to_string()) => Vec::new(),
+            Err(e) => return Err(wrong("what may follow cannot be found", &e)),
         };
         self.vocabulary().keep_text(&mut mask);
         match (mask.iter().any(|word| *word != 0), may) {
