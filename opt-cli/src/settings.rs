@@ -250,7 +250,8 @@ impl Settings {
                 .map_err(|e| Failure::failed(format!("{place}: expected JSON: {e}")))?;
             return Ok(Some(Constraint::json_schema(opt, &schema).map_err(|e| e.at(&place))?));
         }
-        let regex = self.regex.as_ref().map(|pattern| Constraint::regex(opt, pattern).map_err(|e| e.at("--regex")));
+        let regex =
+            self.regex.as_ref().map(|pattern| Constraint::regex(opt, pattern).map_err(|e| e.at("--regex")));
         Ok(regex.transpose()?)
     }
 }

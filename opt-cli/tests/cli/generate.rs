@@ -390,7 +390,8 @@ fn time_can_run_out() {
 fn texts_keep_their_form() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("schema.json");
-    let schema = json!({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4});
+    let schema =
+        json!({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4});
     std::fs::write(&file, schema.to_string()).expect("it can be written");
     let mut command = opt();
     command.args(["generate", "--json", "--do-sample", "--seed", "3", "--num-return-sequences", "4"]);

@@ -163,8 +163,11 @@ fn forms_that_cannot_be_meant() {
     generate(&["--json-schema", "a", "--regex", "b", "The river"]).refused(2, &["--json-schema"]);
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("schema.json");
-    for (text, code, part) in [("{", 1, "JSON"), (r#"{"not": {}}"#, 2, "not"), (r#"{"type": "odd"}"#, 2, "odd")] {
+    for (text, code, part) in
+        [("{", 1, "JSON"), (r#"{"not": {}}"#, 2, "not"), (r#"{"type": "odd"}"#, 2, "odd")]
+    {
         std::fs::write(&file, text).expect("it can be written");
-        generate(&["--json-schema", file.to_str().expect("a name"), "The river"]).refused(code, &["schema.json", part]);
+        generate(&["--json-schema", file.to_str().expect("a name"), "The river"])
+            .refused(code, &["schema.json", part]);
     }
 }

@@ -46,10 +46,7 @@ pub(crate) use processor::Constrained;
 pub(crate) use vocabulary::Vocabulary;
 
 use crate::{Error, ErrorKind, Opt, Result, generation::Settings, tokenizer::Tokenizer};
-use llguidance::{
-    Matcher,
-    api::TopLevelGrammar,
-};
+use llguidance::{Matcher, api::TopLevelGrammar};
 use serde_json::{Map, Value, json};
 use std::{
     fmt,
@@ -178,7 +175,10 @@ impl Constraint {
         Self::compile(opt, "regular expression", grammar)
     }
 
-    /// Texts of a context-free grammar in llguidance's dialect of Lark, which begin with its rule `start`.
+    /// Texts of a context-free grammar in llguidance's dialect of Lark, whose first rule is `start`.
+    ///
+    /// Its special tokens (`<...>`) cannot be used. A rule without a way out of its recursion is not found out: its text
+    /// goes on until it is cut.
     ///
     /// ```
     /// # use opt_core::{Opt, Request, constraint::Constraint, generation::GenerationConfig};
@@ -273,7 +273,10 @@ fn lock(matcher: &Mutex<Matcher>) -> MutexGuard<'_, Matcher> {
 /// What went wrong, as one line: errors draw pictures of the place too.
 fn line(what: &str, error: &dyn fmt::Display) -> String {
     let text = error.to_string();
-    let text = text.split("<state>").next().unwrap_or_default().replace("<non-verbose/>", "");
+    // What is behind these is not for users of this crate.
+    let end = ["<state>", "<backtrace>", "<non-verbose/>"].iter().filter_map(|mark| text.find(mark)).min();
+    let text = text.get(..end.unwrap_or(text.len())).unwrap_or_default();
+    let text = text.replace(" without 'referencing' feature", "").replace("panic: ", "cannot be read: ");
     let picture = |line: &str| line.starts_with(|c: char| "|^".contains(c)) || line.contains(" | ");
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let said = match lines.clone().find_map(|line| line.strip_prefix("error: ")) {

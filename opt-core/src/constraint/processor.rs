@@ -106,7 +106,8 @@ impl Constraint {
         };
         // Also where there are none: this is what looks whether anything can follow.
         matcher.consume_tokens(ids).map_err(|e| wrong("the ids so far do not fit it", &e))?;
-        let may = matcher.is_accepting().map_err(|e| wrong("whether the text may end cannot be found", &e))?;
+        let may =
+            matcher.is_accepting().map_err(|e| wrong("whether the text may end cannot be found", &e))?;
         if matcher.is_stopped() {
             return Ok((Vec::new(), Over::Must));
         }
@@ -122,7 +123,8 @@ impl Constraint {
             (true, true) => Ok((mask, Over::May)),
             (false, true) => Ok((mask, Over::Must)),
             (false, false) => {
-                let message = "constraint: no token of the vocabulary can follow, and the text may not end here";
+                let message =
+                    "constraint: no token of the vocabulary can follow, and the text may not end here";
                 Err(Error::new(ErrorKind::Option, message))
             }
         }

@@ -31,7 +31,8 @@ impl Vocabulary {
         }
         let bytes: usize = words.iter().map(Vec::len).sum();
         if bytes >= MOST_BYTES {
-            let message = format!("constraint: expected a vocabulary below {MOST_BYTES} bytes, found {bytes}");
+            let message =
+                format!("constraint: expected a vocabulary below {MOST_BYTES} bytes, found {bytes}");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let mut text = vec![0; words.len().div_ceil(32)];
