@@ -3,7 +3,12 @@
 mod common;
 
 use common::{Running, http, novels};
-use opt_core::{Request, ScoreInput, embedding::{EmbedOptions, Embedder}, generation::GenerationConfig, tokenizer::Bos};
+use opt_core::{
+    Request, ScoreInput,
+    embedding::{EmbedOptions, Embedder},
+    generation::GenerationConfig,
+    tokenizer::Bos,
+};
 use opt_serve::ServeOptions;
 use serde_json::{Value, json};
 use std::sync::OnceLock;
@@ -65,7 +70,8 @@ fn greedy_texts_are_those_of_the_library() {
     let ids = tokenizer.encode(prompts[0], Bos::Model).unwrap();
     let one = server().complete(&json!({"prompt": ids, "temperature": 0, "max_tokens": 12}));
     assert_eq!(text(&one, 0), greedy(prompts[0], 12));
-    let two = json!({"prompt": [ids, ids[1..]], "temperature": 0, "max_tokens": 12, "return_token_ids": true});
+    let two =
+        json!({"prompt": [ids, ids[1..]], "temperature": 0, "max_tokens": 12, "return_token_ids": true});
     let two = server().complete(&two);
     let bare = GenerationConfig::default().max_new_tokens(12);
     let bare = novels().generate(&ids[1..], &bare).unwrap();
@@ -123,7 +129,8 @@ fn n_and_best_of() {
 
     let same = server().complete(&json!({"prompt": "The ship", "n": 3, "temperature": 0, "max_tokens": 8}));
     assert!((0..3).all(|i| text(&same, i) == greedy("The ship", 8)));
-    let same = stream(&json!({"prompt": "The ship", "n": 3, "temperature": 0, "max_tokens": 8, "stream": true}));
+    let same =
+        stream(&json!({"prompt": "The ship", "n": 3, "temperature": 0, "max_tokens": 8, "stream": true}));
     assert!((0..3).all(|i| joined(&same, i).0 == greedy("The ship", 8)));
 }
 
@@ -159,7 +166,8 @@ fn streams_say_what_whole_answers_say() {
     let mut pieces = stream(&body);
     let last = pieces.pop().unwrap();
     assert_eq!(last["choices"], json!([]));
-    let counts = |usage: &Value| ["prompt_tokens", "completion_tokens"].map(|name| usage[name].as_u64().unwrap());
+    let counts =
+        |usage: &Value| ["prompt_tokens", "completion_tokens"].map(|name| usage[name].as_u64().unwrap());
     assert_eq!(counts(&last["usage"]), counts(&whole["usage"]));
     assert!(pieces.iter().all(|piece| piece.get("usage") == Some(&Value::Null) && piece["id"] == last["id"]));
     for i in 0..2 {
@@ -169,7 +177,9 @@ fn streams_say_what_whole_answers_say() {
             let all: Vec<Value> = pieces
                 .iter()
                 .filter(of)
-                .flat_map(|piece| piece["choices"][0]["logprobs"][name].as_array().cloned().unwrap_or_default())
+                .flat_map(|piece| {
+                    piece["choices"][0]["logprobs"][name].as_array().cloned().unwrap_or_default()
+                })
                 .collect();
             close(&Value::from(all), &whole["choices"][i]["logprobs"][name], name);
         }
@@ -218,15 +228,21 @@ fn echo_and_logprobs_are_scores_of_the_prompt() {
         let sum: f64 = values[context.len()..until].iter().map(|value| value.as_f64().unwrap()).sum();
         assert!((sum - scored.log_prob).abs() < 1e-3, "{sum} and {}", scored.log_prob);
         let greedy = (context.len()..until).all(|i| {
-            let most = top[i].as_object().unwrap().values().map(|p| p.as_f64().unwrap()).fold(f64::MIN, f64::max);
+            let most =
+                top[i].as_object().unwrap().values().map(|p| p.as_f64().unwrap()).fold(f64::MIN, f64::max);
             values[i].as_f64().unwrap() == most
         });
         assert_eq!(greedy, scored.greedy);
         // The text is that of the tokens, and each offset its token's place in it.
         let text = text(&answer, 0);
-        let offsets: Vec<usize> = list("text_offset").iter().map(|at| at.as_u64().unwrap() as usize).collect();
+        let offsets: Vec<usize> =
+            list("text_offset").iter().map(|at| at.as_u64().unwrap() as usize).collect();
         for (i, token) in tokens.iter().enumerate().filter(|(i, _)| *i > 0) {
-            assert!(text[offsets[i]..].starts_with(token.as_str().unwrap()), "{token} at {} in {text:?}", offsets[i]);
+            assert!(
+                text[offsets[i]..].starts_with(token.as_str().unwrap()),
+                "{token} at {} in {text:?}",
+                offsets[i]
+            );
         }
         assert_eq!(answer["choices"][0]["finish_reason"], "length");
     }
@@ -263,7 +279,8 @@ fn embeddings_are_those_of_the_library() {
     let opt = novels();
     let texts = ["The river ran.", "A letter came"];
     let embedder = Embedder::new(&opt, EmbedOptions::default().normalize(true)).unwrap();
-    let expected: Vec<Vec<f32>> = texts.iter().map(|text| embedder.embed(*text).unwrap().vector().to_vec()).collect();
+    let expected: Vec<Vec<f32>> =
+        texts.iter().map(|text| embedder.embed(*text).unwrap().vector().to_vec()).collect();
     let near = |found: &[f32], expected: &[f32]| {
         assert_eq!(found.len(), expected.len());
         assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5));
@@ -291,20 +308,29 @@ fn embeddings_are_those_of_the_library() {
     let found: Vec<f32> = serde_json::from_value(answer["data"][0]["embedding"].clone()).unwrap();
     near(&found, expected.vector());
     let body = json!({"input": texts[0], "dimensions": 7});
-    assert_eq!(server().post("/v1/embeddings", &body).error(), (400, "unsupported_parameter".into(), Some("dimensions".into())));
+    assert_eq!(
+        server().post("/v1/embeddings", &body).error(),
+        (400, "unsupported_parameter".into(), Some("dimensions".into()))
+    );
 }
 
 #[test]
 fn many_clients_at_once_get_what_one_gets() {
-    let prompts = ["The old house stood", "A letter came", "It was", "The river", "She said that", "In the morning"];
+    let prompts =
+        ["The old house stood", "A letter came", "It was", "The river", "She said that", "In the morning"];
     std::thread::scope(|scope| {
         for (i, prompt) in prompts.iter().enumerate() {
             scope.spawn(move || {
                 let tokens = 6 + 5 * i;
                 let body = json!({"prompt": prompt, "temperature": 0, "max_tokens": tokens});
                 assert_eq!(text(&server().complete(&body), 0), greedy(prompt, tokens));
-                let settings = GenerationConfig::default().max_new_tokens(tokens).do_sample(true).top_k(0).seed(i as u64);
-                let expected = novels().generate_batch([Request::new(*prompt).config(settings)]).unwrap().remove(0);
+                let settings = GenerationConfig::default()
+                    .max_new_tokens(tokens)
+                    .do_sample(true)
+                    .top_k(0)
+                    .seed(i as u64);
+                let expected =
+                    novels().generate_batch([Request::new(*prompt).config(settings)]).unwrap().remove(0);
                 let body = json!({"prompt": prompt, "seed": i, "max_tokens": tokens, "stream": true});
                 assert_eq!(joined(&stream(&body), 0).0, expected.text());
             });
@@ -329,12 +355,22 @@ fn models_health_metrics_page_and_description() {
     server().complete(&json!({"prompt": "The", "max_tokens": 3}));
     assert!(server().metric("opt_generated_tokens_total") >= 3.0);
     assert!(server().metric("opt_first_token_seconds_count") >= 1.0);
-    assert!(server().get("/metrics").text().contains("opt_requests_total{endpoint=\"completions\",status=\"200\"}"));
+    assert!(
+        server()
+            .get("/metrics")
+            .text()
+            .contains("opt_requests_total{endpoint=\"completions\",status=\"200\"}")
+    );
 
     // The description names exactly the fields that are taken.
     let description = server().get("/openapi.json").json();
     let names = |schema: &str| -> Vec<String> {
-        description["components"]["schemas"][schema]["properties"].as_object().unwrap().keys().cloned().collect()
+        description["components"]["schemas"][schema]["properties"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect()
     };
     for (schema, path, needed) in
         [("CompletionRequest", "/v1/completions", "prompt"), ("EmbeddingRequest", "/v1/embeddings", "input")]
@@ -396,14 +432,20 @@ fn bad_requests_are_refused_by_name() {
         let answer = server().post("/v1/completions", &body);
         let shown: String = body.to_string().chars().take(100).collect();
         assert_eq!(answer.status, status, "{shown}: {}", answer.text());
-        assert_eq!(answer.error(), (status, code.to_owned(), Some(param.to_owned())), "{shown}: {}", answer.text());
+        assert_eq!(
+            answer.error(),
+            (status, code.to_owned(), Some(param.to_owned())),
+            "{shown}: {}",
+            answer.text()
+        );
     }
     let near = server().post("/v1/completions", &json!({"prompt": "a", "temperatur": 1})).json();
     assert!(near["error"]["message"].as_str().unwrap().contains("did you mean \"temperature\"?"));
     let unknown = server().post("/v1/completions", &json!({"prompt": "a", "model": "gpt-9"}));
     assert_eq!(unknown.error(), (404, "model_not_found".into(), Some("model".into())));
     // What means nothing here is no reason to refuse.
-    let harmless = json!({"prompt": "a", "max_tokens": 1, "user": "me", "store": false, "metadata": {}, "suffix": null});
+    let harmless =
+        json!({"prompt": "a", "max_tokens": 1, "user": "me", "store": false, "metadata": {}, "suffix": null});
     server().complete(&harmless);
 
     let raw = |kind: &str, body: &[u8]| {
@@ -446,6 +488,7 @@ fn keys_and_origins() {
     };
     assert_eq!(origin("https://example.org").as_deref(), Some("https://example.org"));
     assert_eq!(origin("https://elsewhere.org"), None);
-    let without = http::send(self::server().address, "GET", "/v1/models", &[("origin", "https://example.org")], b"");
+    let without =
+        http::send(self::server().address, "GET", "/v1/models", &[("origin", "https://example.org")], b"");
     assert_eq!(without.header("access-control-allow-origin"), None);
 }

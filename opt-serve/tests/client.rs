@@ -14,7 +14,10 @@ use async_openai::{
 };
 use common::{Running, novels};
 use futures_util::StreamExt;
-use opt_core::{embedding::{EmbedOptions, Embedder}, generation::GenerationConfig};
+use opt_core::{
+    embedding::{EmbedOptions, Embedder},
+    generation::GenerationConfig,
+};
 use opt_serve::ServeOptions;
 
 fn client(server: &Running, key: &str) -> Client<OpenAIConfig> {
@@ -39,9 +42,13 @@ async fn a_client_that_others_wrote() {
     assert_eq!(answer.choices[0].text, expected.text());
     let logprobs = answer.choices[0].logprobs.as_ref().unwrap();
     assert_eq!(logprobs.tokens.len(), 12);
-    assert!(logprobs.token_logprobs.iter().zip(&expected.sequences[0].log_probs).all(|(found, expected)| {
-        (found.unwrap() - expected).abs() < 1e-4
-    }));
+    assert!(
+        logprobs
+            .token_logprobs
+            .iter()
+            .zip(&expected.sequences[0].log_probs)
+            .all(|(found, expected)| { (found.unwrap() - expected).abs() < 1e-4 })
+    );
     assert_eq!(answer.usage.unwrap().completion_tokens, 12);
 
     let options = ChatCompletionStreamOptions { include_usage: Some(true), ..Default::default() };
@@ -83,8 +90,12 @@ async fn a_client_that_others_wrote() {
 async fn errors_as_a_client_that_others_wrote_sees_them() {
     let server = Running::start(novels(), ServeOptions::default().api_keys(["secret"]));
     let error = |client: Client<OpenAIConfig>, model: &'static str, tokens: u32| async move {
-        let asked =
-            CreateCompletionRequestArgs::default().model(model).prompt("The").max_tokens(tokens).build().unwrap();
+        let asked = CreateCompletionRequestArgs::default()
+            .model(model)
+            .prompt("The")
+            .max_tokens(tokens)
+            .build()
+            .unwrap();
         match client.completions().create(asked).await {
             Err(OpenAIError::ApiError(error)) => {
                 let found = error.api_error;

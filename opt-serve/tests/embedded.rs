@@ -2,7 +2,14 @@
 
 mod common;
 
-use axum::{Router, extract::Request, http::StatusCode, middleware, middleware::Next, response::{IntoResponse, Response}};
+use axum::{
+    Router,
+    extract::Request,
+    http::StatusCode,
+    middleware,
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
 use common::{http, novels};
 use opt_serve::Server;
 use serde_json::json;

@@ -43,7 +43,9 @@ fn streamed(tokens: usize) -> Value {
 /// A stream that has begun: its first piece has been read.
 fn begin(server: &Running, body: &Value) -> BufReader<std::net::TcpStream> {
     let mut stream = http::connect(server.address);
-    stream.write_all(&http::request("POST", "/v1/completions", &[JSON], body.to_string().as_bytes())).unwrap();
+    stream
+        .write_all(&http::request("POST", "/v1/completions", &[JSON], body.to_string().as_bytes()))
+        .unwrap();
     let mut reader = BufReader::new(stream);
     let mut head = Vec::new();
     let mut byte = [0];
@@ -139,7 +141,9 @@ fn a_full_queue_is_429_and_a_client_that_goes_frees_its_place() {
     soon("all places are free", || server.handle.pending() == 0);
     // One that waits for a whole answer goes as well.
     let mut stream = http::connect(server.address);
-    stream.write_all(&http::request("POST", "/v1/completions", &[JSON], greedy(400).to_string().as_bytes())).unwrap();
+    stream
+        .write_all(&http::request("POST", "/v1/completions", &[JSON], greedy(400).to_string().as_bytes()))
+        .unwrap();
     soon("it runs", || server.handle.pending() == 1);
     drop(stream);
     soon("it is gone", || server.handle.pending() == 0);
@@ -228,7 +232,11 @@ fn bodies_and_heads_that_do_not_end() {
         let _ = stream.shutdown(Shutdown::Write);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{}", String::from_utf8_lossy(&answer));
+        assert!(
+            answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"),
+            "{}",
+            String::from_utf8_lossy(&answer)
+        );
     }
     // A socket closed for writing in the middle of a request, and behind it.
     for part in [40, usize::MAX] {

@@ -35,8 +35,14 @@ impl Answer {
     pub fn error(&self) -> (u16, String, Option<String>) {
         let body = self.json();
         let error = &body["error"];
-        assert!(error["message"].as_str().is_some_and(|text| !text.is_empty() && !text.contains('\n')), "{body}");
-        assert!(error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some(), "{body}");
+        assert!(
+            error["message"].as_str().is_some_and(|text| !text.is_empty() && !text.contains('\n')),
+            "{body}"
+        );
+        assert!(
+            error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some(),
+            "{body}"
+        );
         let text = |value: &Value| value.as_str().map(str::to_owned);
         (self.status, text(&error["code"]).unwrap_or_default(), text(&error["param"]))
     }

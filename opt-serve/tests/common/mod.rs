@@ -44,7 +44,8 @@ impl Running {
         let (stop, stopped) = oneshot::channel::<()>();
         let (told, address) = std::sync::mpsc::channel();
         let thread = thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
                 told.send(listener.local_addr().unwrap()).unwrap();
@@ -66,7 +67,13 @@ impl Running {
     }
 
     pub fn post(&self, path: &str, body: &Value) -> http::Answer {
-        http::send(self.address, "POST", path, &[("content-type", "application/json")], body.to_string().as_bytes())
+        http::send(
+            self.address,
+            "POST",
+            path,
+            &[("content-type", "application/json")],
+            body.to_string().as_bytes(),
+        )
     }
 
     /// A completion that has to succeed.
