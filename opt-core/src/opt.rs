@@ -353,6 +353,20 @@ impl Opt {
         self.config().max_position_embeddings.saturating_sub(front)
     }
 
+    /// The same model run by another engine, such as one that counts or logs around this one's ([`Opt::engine`]).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for an engine of another vocabulary or context.
+    pub fn with_engine(self, engine: Arc<dyn Engine>) -> Result<Self> {
+        let shape = |config: &OptConfig| (config.vocab_size, config.max_position_embeddings);
+        let (expected, found) = (shape(self.config()), shape(engine.config()));
+        if expected != found {
+            let message = format!("engine: expected (vocabulary, context) {expected:?}, found {found:?}");
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        Ok(Self { engine, ..self })
+    }
+
     /// The model on its backend, for work that the methods here do not cover.
     pub fn engine(&self) -> &Arc<dyn Engine> {
         &self.engine
