@@ -45,7 +45,7 @@ echo "test data: ${OPT_TEST_DATA:-none beyond the repository}; real weights: ${O
 
 step "what the backends need"
 # candle and wgpu build with Rust alone; LibTorch must be there to build tch; wgpu needs an adapter to run.
-features=hub,candle,wgpu,constraint
+features=hub,candle,wgpu
 exclude=()
 if [ -n "$ci" ]; then
   ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 ||

@@ -1,4 +1,4 @@
-//! Texts that keep a form: JSON under a schema, and a pattern. `--features constraint`.
+//! Texts that keep a form: JSON under a schema, and a pattern.
 
 use opt_core::{Opt, Request, Result, constraint::Constraint, generation::GenerationConfig};
 use serde_json::json;

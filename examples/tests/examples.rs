@@ -67,7 +67,6 @@ fn custom_processor() {
     assert!(!text.contains(['e', 'E']), "{text}");
 }
 
-#[cfg(feature = "constraint")]
 #[test]
 fn constrained() {
     let text = output("constrained");

@@ -85,7 +85,6 @@ impl Generate {
             None => None,
         };
         let config = self.settings.texts(&opt, config)?;
-        #[cfg(feature = "constraint")]
         let constraint = self.settings.constraint(&opt)?;
         let returns = config.clone().over(opt.generation_config()).num_return_sequences.unwrap_or(1);
         let shown: Vec<String> =
@@ -99,7 +98,6 @@ impl Generate {
                 .cache_dtype(self.run.kv_dtype.into())
                 .cancel(console.cancel.clone());
             request.assistant = assistant.clone();
-            #[cfg(feature = "constraint")]
             if let Some(constraint) = &constraint {
                 request = request.constrain(constraint);
             }

@@ -2,10 +2,9 @@
 
 use crate::out::Failure;
 use clap::{Args, ValueEnum};
-#[cfg(feature = "constraint")]
-use opt_core::constraint::Constraint;
 use opt_core::{
     Opt,
+    constraint::Constraint,
     generation::{EarlyStopping, GenerationConfig},
     tokenizer::Bos,
 };
@@ -108,11 +107,9 @@ pub(crate) struct Settings {
     forced_eos_token_id: Option<Vec<u32>>,
 
     /// Make JSON that is valid under the schema in this file. Texts that were not cut at the maximal length are whole.
-    #[cfg(feature = "constraint")]
     #[arg(long, value_name = "FILE.json", conflicts_with = "regex", help_heading = "Constraints")]
     json_schema: Option<PathBuf>,
     /// Make text that matches this pattern as a whole; it begins right behind the prompt, mostly with a space.
-    #[cfg(feature = "constraint")]
     #[arg(long, value_name = "PATTERN", allow_hyphen_values = true, help_heading = "Constraints")]
     regex: Option<String>,
 
@@ -238,7 +235,6 @@ impl Settings {
     }
 }
 
-#[cfg(feature = "constraint")]
 impl Settings {
     /// The form that `--json-schema` or `--regex` asks for.
     pub(crate) fn constraint(&self, opt: &Opt) -> Result<Option<Constraint>, Failure> {

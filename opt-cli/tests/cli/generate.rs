@@ -385,7 +385,6 @@ fn time_can_run_out() {
     assert_eq!(sequence["finish_reason"], "length");
 }
 
-#[cfg(feature = "constraint")]
 #[test]
 fn texts_keep_their_form() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -155,7 +155,6 @@ fn damaged_models_are_told() {
     on_it().refused(1, &["gpt2"]);
 }
 
-#[cfg(feature = "constraint")]
 #[test]
 fn forms_that_cannot_be_meant() {
     generate(&["--regex", "(", "The river"]).refused(2, &["--regex", "unclosed group"]);
