@@ -3,8 +3,9 @@
 use crate::app::App;
 use axum::{
     Router,
+    extract::{NestedPath, rejection::NestedPathRejection},
     http::{HeaderName, header},
-    response::{IntoResponse, Response},
+    response::{IntoResponse, Redirect, Response},
     routing::get,
 };
 use std::sync::Arc;
@@ -15,9 +16,21 @@ const STYLE: &str = include_str!("../page/page.css");
 
 pub(crate) fn routes() -> Router<Arc<App>> {
     Router::new()
-        .route("/", get(async || file("text/html; charset=utf-8", HTML)))
+        .route("/", get(index))
+        .route("/page", get(async || file("text/html; charset=utf-8", HTML)))
         .route("/page.js", get(async || file("text/javascript; charset=utf-8", SCRIPT)))
         .route("/page.css", get(async || file("text/css; charset=utf-8", STYLE)))
+}
+
+/// The page. Below a path of another program this is reached without a slash at the end, and names in the page would
+/// then lead elsewhere: there it is asked for by another name.
+async fn index(nested: Result<NestedPath, NestedPathRejection>) -> Response {
+    match nested {
+        Ok(path) => {
+            Redirect::temporary(&format!("{}/page", path.as_str().trim_end_matches('/'))).into_response()
+        }
+        Err(_) => file("text/html; charset=utf-8", HTML),
+    }
 }
 
 fn file(kind: &'static str, content: &'static str) -> Response {

@@ -40,7 +40,14 @@ async fn the_router_under_a_path_behind_a_rule_of_the_programs_own() {
     assert_eq!(outside.await.unwrap().status, 403);
     tokio::task::spawn_blocking(move || {
         assert_eq!(send("GET", "/llm/v1/models", String::new()).json()["data"][0]["id"], "opt");
-        assert_eq!(send("GET", "/llm/", String::new()).status, 200);
+        // Names in the page lead to where it is.
+        let page = send("GET", "/llm", String::new());
+        assert_eq!((page.status, page.header("location")), (307, Some("/llm/page")));
+        assert_eq!(
+            send("GET", "/llm/page", String::new()).header("content-type"),
+            Some("text/html; charset=utf-8")
+        );
+        assert_eq!(send("GET", "/llm/page.js", String::new()).status, 200);
         assert_eq!(send("GET", "/llm/v1/none", String::new()).error().0, 404);
         let body = json!({"prompt": "The", "max_tokens": 2}).to_string();
         assert_eq!(send("POST", "/llm/v1/completions", body.clone()).status, 200);

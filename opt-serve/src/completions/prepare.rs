@@ -40,6 +40,12 @@ pub(super) fn prepare(opt: &Opt, wanted: &Wanted, cache: CacheDType) -> Result<P
     if !wanted.stop.is_empty() {
         opt.require_tokenizer().map_err(|error| ApiError::from(error).param("stop"))?;
     }
+    let vocab_size = opt.config().vocab_size;
+    if let Some(id) = wanted.biased.iter().find(|id| **id as usize >= vocab_size) {
+        let message =
+            format!("logit_bias: expected token ids below the vocabulary of {vocab_size}, found {id}");
+        return Err(ApiError::invalid("logit_bias", message));
+    }
     let mut prepared = Prepared { prompts: Vec::new(), scores: Vec::new(), runs: Vec::new() };
     for (place, input) in wanted.inputs.iter().enumerate() {
         let at = |error: ApiError| error.at_prompt(place, wanted.inputs.len());

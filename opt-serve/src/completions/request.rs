@@ -68,6 +68,8 @@ pub(crate) struct Wanted {
     pub(crate) add_special_tokens: bool,
     /// All of [`GenerationConfig`] that was said, in OpenAI's words or in transformers'.
     pub(crate) config: GenerationConfig,
+    /// The tokens that `logit_bias` named.
+    pub(crate) biased: Vec<u32>,
     /// `None` if it was not said.
     pub(crate) max_tokens: Option<usize>,
     pub(crate) n: usize,
@@ -130,16 +132,19 @@ impl Wanted {
             return_token_ids: fields.flag("return_token_ids")?.unwrap_or(false),
             stream,
             include_usage,
+            biased: Vec::new(),
             max_tokens: None,
             config: GenerationConfig::default(),
         };
-        let (config, max_tokens) = config(&mut fields, wanted.n, wanted.best_of)?;
+        let bias = logit_bias(&mut fields)?;
+        let biased = bias.keys().flatten().copied().collect();
+        let (config, max_tokens) = config(&mut fields, bias, wanted.n, wanted.best_of)?;
         if let Some((most, found)) = options.max_tokens.zip(max_tokens).filter(|(most, found)| found > most) {
             let message = format!("max_tokens: expected at most {most}, found {found}");
             return Err(ApiError::invalid("max_tokens", message));
         }
         fields.finish(IGNORED, &[FIELDS, GenerationConfig::NAMES])?;
-        Ok(Self { config, max_tokens, ..wanted })
+        Ok(Self { config, biased, max_tokens, ..wanted })
     }
 
     /// Most new tokens of a sequence.
@@ -253,6 +258,7 @@ fn format(fields: &mut Fields) -> Result<Option<Format>, ApiError> {
 /// The settings, OpenAI's defaults under what was said: sampling at temperature 1 from all tokens.
 fn config(
     fields: &mut Fields,
+    bias: BTreeMap<Vec<u32>, f32>,
     n: usize,
     best_of: usize,
 ) -> Result<(GenerationConfig, Option<usize>), ApiError> {
@@ -267,7 +273,6 @@ fn config(
             None => return Err(wrong("seed", "a whole number", &value)),
         },
     };
-    let bias = logit_bias(fields)?;
     let said: Map<String, Value> = fields.take_all(GenerationConfig::NAMES);
     let mut config: GenerationConfig =
         serde_json::from_value(Value::Object(said)).map_err(|error| named(&error.to_string()))?;

@@ -14,31 +14,31 @@ use std::{
     time::Duration,
 };
 
-pub const FINE: usize = 0;
-pub const FAIL: usize = 1;
-pub const PANIC: usize = 2;
+pub(crate) const FINE: usize = 0;
+pub(crate) const FAIL: usize = 1;
+pub(crate) const PANIC: usize = 2;
 
 /// What the engine is told.
 #[derive(Default)]
-pub struct Orders {
+pub(crate) struct Orders {
     /// What the next pass does; after it all is fine again.
-    pub next: AtomicUsize,
+    pub(crate) next: AtomicUsize,
     /// How long each pass takes, in milliseconds.
-    pub pause: AtomicU64,
+    pub(crate) pause: AtomicU64,
     /// Passes so far.
-    pub passes: AtomicUsize,
+    pub(crate) passes: AtomicUsize,
 }
 
 impl Orders {
-    pub fn next_pass(&self, what: usize) {
+    pub(crate) fn next_pass(&self, what: usize) {
         self.next.store(what, Ordering::SeqCst);
     }
 
-    pub fn pause(&self, milliseconds: u64) {
+    pub(crate) fn pause(&self, milliseconds: u64) {
         self.pause.store(milliseconds, Ordering::SeqCst);
     }
 
-    pub fn passes(&self) -> usize {
+    pub(crate) fn passes(&self) -> usize {
         self.passes.load(Ordering::SeqCst)
     }
 }
@@ -49,7 +49,7 @@ struct Faulty {
 }
 
 /// A model on such an engine.
-pub fn faulty(opt: Opt) -> (Opt, Arc<Orders>) {
+pub(crate) fn faulty(opt: Opt) -> (Opt, Arc<Orders>) {
     let orders = Arc::new(Orders::default());
     let engine = Faulty { inner: Arc::clone(opt.engine()), orders: Arc::clone(&orders) };
     (opt.with_engine(Arc::new(engine)).unwrap(), orders)

@@ -1,8 +1,8 @@
 //! A server on a free port, a client that does what it is told, and an engine that fails when it is told.
 #![allow(dead_code)] // Not every test uses all of it.
 
-pub mod faulty;
-pub mod http;
+pub(crate) mod faulty;
+pub(crate) mod http;
 
 use opt_core::Opt;
 use opt_serve::{Handle, ServeOptions, Server};
@@ -16,30 +16,30 @@ use std::{
 use tokio::sync::oneshot;
 
 /// A file or directory of the repository.
-pub fn root(path: &str) -> PathBuf {
+pub(crate) fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
 /// The small trained model, loaded once.
-pub fn novels() -> Opt {
+pub(crate) fn novels() -> Opt {
     static OPT: OnceLock<Opt> = OnceLock::new();
     OPT.get_or_init(|| Opt::open(root("models/opt-novels")).unwrap()).clone()
 }
 
 /// A server that runs until it is dropped.
-pub struct Running {
-    pub address: SocketAddr,
-    pub handle: Handle,
+pub(crate) struct Running {
+    pub(crate) address: SocketAddr,
+    pub(crate) handle: Handle,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<opt_core::Result<()>>>,
 }
 
 impl Running {
-    pub fn start(opt: Opt, options: ServeOptions) -> Self {
+    pub(crate) fn start(opt: Opt, options: ServeOptions) -> Self {
         Self::of(Server::with(opt, options.model("opt-novels")).unwrap())
     }
 
-    pub fn of(server: Server) -> Self {
+    pub(crate) fn of(server: Server) -> Self {
         let handle = server.handle();
         let (stop, stopped) = oneshot::channel::<()>();
         let (told, address) = std::sync::mpsc::channel();
@@ -56,17 +56,17 @@ impl Running {
     }
 
     /// Asks the server to end.
-    pub fn ask_to_stop(&mut self) {
+    pub(crate) fn ask_to_stop(&mut self) {
         drop(self.stop.take());
     }
 
     /// Ends it and waits for that.
-    pub fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         self.ask_to_stop();
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> http::Answer {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> http::Answer {
         http::send(
             self.address,
             "POST",
@@ -77,18 +77,18 @@ impl Running {
     }
 
     /// A completion that has to succeed.
-    pub fn complete(&self, body: &Value) -> Value {
+    pub(crate) fn complete(&self, body: &Value) -> Value {
         let answer = self.post("/v1/completions", body);
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.json()
     }
 
-    pub fn get(&self, path: &str) -> http::Answer {
+    pub(crate) fn get(&self, path: &str) -> http::Answer {
         http::send(self.address, "GET", path, &[], b"")
     }
 
     /// The value of a metric without labels.
-    pub fn metric(&self, name: &str) -> f64 {
+    pub(crate) fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").text();
         let line = text.lines().find(|line| line.split(' ').next() == Some(name));
         line.unwrap_or_else(|| panic!("{name} in {text}")).split(' ').nth(1).unwrap().parse().unwrap()
@@ -105,7 +105,7 @@ impl Drop for Running {
 }
 
 /// Waits for something that happens soon.
-pub fn soon(what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) fn soon(what: &str, mut is: impl FnMut() -> bool) {
     for _ in 0..1000 {
         if is() {
             return;
