@@ -60,9 +60,12 @@ class Piece {
     Object.assign(this, { text, tokens });
     this.logprob = tokens.reduce((sum, token) => sum + token.logprob, 0);
     this.element = document.createElement("span");
-    this.element.textContent = text;
     this.element.className = turn ? "token turn" : "token";
     this.element.piece = this;
+    // The space before a word belongs to its token, but is not underlined.
+    const word = document.createElement("span");
+    word.textContent = text.trimStart() || text;
+    this.element.append(text.slice(0, text.length - word.textContent.length), word);
     if (tokens.length === 0) return;
     // No line above one half, the full line below one in sixty.
     this.element.style.setProperty("--surprise", Math.min(1, Math.max(0, (-this.logprob - 0.7) / 3.4)).toFixed(2));
@@ -212,8 +215,8 @@ class Column {
       said.push(`${prompt ? `${prompt} + ` : ""}${this.usage?.completion_tokens ?? this.count} tokens`);
       // The first token waits for the whole prompt, and for the requests that came before.
       if (this.count > 1 && seconds > 0) said.push(`${((this.count - 1) / seconds).toFixed(1)} tokens/s`);
-      if (this.first) said.push(`first after ${Math.round(this.first - this.began)} ms`);
-      if (!running) said.push({ length: "cut at max tokens", stop: "came to an end" }[this.reason] ?? this.reason);
+      if (this.first) said.push(`first ${Math.round(this.first - this.began)} ms`);
+      if (!running) said.push({ length: "max tokens", stop: "ended" }[this.reason] ?? this.reason);
     }
     this.status.textContent = said.filter(Boolean).join(" · ");
     this.keep.hidden = running || this.pieces.length === 0;
