@@ -74,11 +74,15 @@ class Browser:
     def page(self, width=1200, height=900):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = self.pages[session] = Page(self, session)
+        page = self.pages[session] = Page(self, session, target)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.size(width, height)
         return page
+
+    def close(self, page):
+        self.pages.pop(page.session)
+        self.call("Target.closeTarget", targetId=page.target)
 
     def __enter__(self):
         return self
@@ -93,8 +97,8 @@ class Browser:
 
 
 class Page:
-    def __init__(self, browser, session):
-        self.browser, self.session = browser, session
+    def __init__(self, browser, session, target):
+        self.browser, self.session, self.target = browser, session, target
         # What the page complained of: exceptions, errors on the console, violations of its security policy.
         self.complaints = []
         self.loaded = False
