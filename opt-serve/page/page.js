@@ -7,14 +7,14 @@ const visible = (text) => text.replace(/^ /, "␣").replace(/ $/, "␣").replace
 /** Whether a token is text by itself, from which one can go on: not the end of all text, nor a part of a character. */
 const continuable = (text) => text !== "" && !/\ufffd|^bytes:|^<\/?(s|pad|unk)>$/.test(text);
 
-// The server. Paths are relative, so that it can stand under a prefix.
+// The server. Its paths stand beside this file, so that it can be under a prefix.
 
 async function ask(path, body, signal) {
   const headers = {};
   if (body) headers["content-type"] = "application/json";
   if ($("key").value) headers.authorization = `Bearer ${$("key").value}`;
   const options = { headers, signal, method: body ? "POST" : "GET", body: body && JSON.stringify(body) };
-  const answer = await fetch(path, options).catch((error) => {
+  const answer = await fetch(new URL(path, import.meta.url), options).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer.");
   });
@@ -60,7 +60,7 @@ class Piece {
     Object.assign(this, { text, tokens });
     this.logprob = tokens.reduce((sum, token) => sum + token.logprob, 0);
     this.element = document.createElement("span");
-    this.element.className = turn ? "token turn" : "token";
+    this.element.className = `token ${turn ? "turn" : ""} ${text ? "" : "end"}`;
     this.element.piece = this;
     // The space before a word belongs to its token, but is not underlined.
     const word = document.createElement("span");
@@ -184,6 +184,9 @@ class Column {
       this.first ||= this.last;
     }
     this.reason = finish_reason ?? this.reason;
+    // The end of the text is a token too, with others that could have stood there.
+    const ended = finish_reason === "stop" && this.waiting.length === 1 && !continuable(this.waiting[0].text);
+    if (!text && ended) this.add(new Piece("", this.waiting.splice(0)));
     if (!text) return;
     const followed = innerHeight + scrollY > document.documentElement.scrollHeight - 40;
     const made = this.waiting.splice(0);
@@ -235,12 +238,13 @@ function show(element) {
   card.shown = element;
   element.classList.add("shown");
   const quoted = document.createElement("q");
-  quoted.textContent = visible(piece.text);
+  const said = piece.text ? visible(piece.text) : "end of text";
+  quoted.textContent = said;
   const share = document.createElement("b");
   share.textContent = piece.tokens.length ? percent(Math.exp(piece.logprob)) : "no probability";
   const note = piece.tokens.length > 1 ? ` ${piece.tokens.length} tokens` : "";
   $("card").querySelector(".chosen").replaceChildren(quoted, note, share);
-  element.setAttribute("aria-label", `${visible(piece.text)}, ${share.textContent}`);
+  element.setAttribute("aria-label", `${said}, ${share.textContent}`);
   const column = columns.find(({ text }) => text.contains(element));
   $("card").querySelector("ol").replaceChildren(...piece.alternatives().map(([text, logprob]) => {
     const [item, button] = [document.createElement("li"), document.createElement("button")];
@@ -252,7 +256,7 @@ function show(element) {
     button.tabIndex = -1;
     button.style.setProperty("--share", Math.exp(logprob).toFixed(3));
     button.disabled = !continuable(text);
-    if (text === piece.text) button.setAttribute("aria-current", "true");
+    if (text === (piece.tokens.length === 1 ? piece.tokens[0].text : piece.text)) button.setAttribute("aria-current", "true");
     button.onclick = () => {
       const token = { text, logprob, top: piece.tokens[0].top };
       const chosen = new Piece(text, [token], true);
