@@ -119,7 +119,7 @@ if [ -n "$ci" ]; then
 fi
 
 # The tests of opt-core that run a model, and those of opt-eval beside the harness, each backend in its turn.
-suite=(adapters agreement distilling embedding engine generation harness heads loading models properties quantized sampling scoring search sessions streaming texts
+suite=(adapters agreement batching distilling embedding engine generation harness heads loading models properties quantized sampling scoring search sessions streaming texts
   training tuning)
 suite_args=()
 for name in "${suite[@]}"; do suite_args+=(--test "$name"); done

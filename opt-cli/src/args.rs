@@ -267,27 +267,39 @@ impl ModelArgs {
         adapter: Option<Adapter>,
         console: &Console,
     ) -> Result<Opt, Failure> {
+        let worn = adapter.as_ref().map(|adapter| adapter.name().to_owned());
+        let opt = self.place.load(name, self.dtype, self.quantize, adapter, console)?;
+        Ok(worn.map_or(Ok(opt.clone()), |name| opt.adapted(&name))?)
+    }
+}
+
+impl PlaceArgs {
+    /// Loads a model with adapters beside it that nothing wears yet, with a progress bar; its warnings are printed.
+    pub(crate) fn load(
+        &self,
+        name: Option<&Path>,
+        dtype: Format,
+        quantize: Option<Quantized>,
+        adapters: impl IntoIterator<Item = Adapter>,
+        console: &Console,
+    ) -> Result<Opt, Failure> {
         // A wrong backend is told before a download begins.
-        let backend = self.place.choose()?;
+        let backend = self.choose()?;
         let path = model::find(name, console)?;
         let bar = console.bar("loading");
         let mut progress = |at: opt_core::Progress<'_>| bar.show(at);
-        let mut load = Load::with(backend)
-            .dtype(self.dtype.into())
-            .cancel(console.cancel.clone())
-            .progress(&mut progress);
-        if let Some(format) = self.quantize {
+        let mut load =
+            Load::with(backend).dtype(dtype.into()).cancel(console.cancel.clone()).progress(&mut progress);
+        if let Some(format) = quantize {
             load = load.quantize(format.spec());
         }
-        let worn = adapter.as_ref().map(|adapter| adapter.name().to_owned());
-        if let Some(adapter) = adapter {
+        for adapter in adapters {
             load = load.adapter(adapter);
         }
         let opt = Opt::load(&path, load)?;
-        let opt = worn.map_or(Ok(opt.clone()), |name| opt.adapted(&name))?;
         drop(bar);
         opt.warnings().iter().for_each(|warning| console.warn(warning));
-        if self.place.threads.is_some() && opt.info().threads == 0 {
+        if self.threads.is_some() && opt.info().threads == 0 {
             console.warn(&format!("--threads has no effect on backend {}", opt.info().name));
         }
         Ok(opt)

@@ -18,6 +18,7 @@ mod progress;
 mod prompts;
 mod quantize;
 mod score;
+mod serve;
 mod settings;
 mod training;
 mod tune;
@@ -41,6 +42,7 @@ Examples:
   opt score --input lines.jsonl
   opt embed --input lines.txt --output vectors.npy
   opt eval --tasks lambada_openai --data DIR
+  opt serve --model opt-125m --port 8080
   opt convert pytorch_model.bin model.safetensors
   opt quantize opt-125m --format int8 --output opt-125m-int8
 
@@ -77,6 +79,8 @@ enum Command {
     Distill(Box<distill::Distill>),
     /// Write the model that a model and a LoRA adapter are together.
     Merge(merge::Merge),
+    /// Serve a model over HTTP, by an API like OpenAI's.
+    Serve(Box<serve::Serve>),
     /// Say what is in a model and what running it takes, without loading it.
     Inspect(inspect::Inspect),
     /// List the backends of this build and what they found on this machine.
@@ -104,6 +108,7 @@ fn main() -> ExitCode {
         Command::Tune(tune) => tune.run(),
         Command::Distill(distill) => distill.run(),
         Command::Merge(merge) => merge.run(),
+        Command::Serve(serve) => serve.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Backends(backends) => backends.run(),
         Command::Bench(bench) => bench.run(),

@@ -39,6 +39,15 @@ impl Failure {
         }
     }
 
+    /// For those who take the library's errors.
+    pub(crate) fn into_error(self) -> Error {
+        match self {
+            Failure::Failed(message) => Error::new(ErrorKind::Backend, message),
+            Failure::Usage(message) => Error::new(ErrorKind::Option, message),
+            Failure::Interrupted | Failure::ClosedPipe => Error::new(ErrorKind::Cancelled, "interrupted"),
+        }
+    }
+
     /// Tells the user and gives the exit code.
     pub(crate) fn report(self) -> ExitCode {
         let (line, code) = match self {

@@ -22,7 +22,6 @@ use crate::{
 use ndarray::{Array2, Array3};
 use opt_backend::{DType, Info, MaybeSend, MaybeSync, Train};
 use std::{
-    collections::HashMap,
     ops::ControlFlow,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -350,6 +349,20 @@ impl Opt {
         self.config().max_position_embeddings.saturating_sub(front)
     }
 
+    /// The same model run by another engine, such as one that counts or logs around this one's ([`Opt::engine`]).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Option`] for an engine of another vocabulary or context.
+    pub fn with_engine(self, engine: Arc<dyn Engine>) -> Result<Self> {
+        let shape = |config: &OptConfig| (config.vocab_size, config.max_position_embeddings);
+        let (expected, found) = (shape(self.config()), shape(engine.config()));
+        if expected != found {
+            let message = format!("engine: expected (vocabulary, context) {expected:?}, found {found:?}");
+            return Err(Error::new(ErrorKind::Option, message));
+        }
+        Ok(Self { engine, ..self })
+    }
+
     /// The model on its backend, for work that the methods here do not cover.
     pub fn engine(&self) -> &Arc<dyn Engine> {
         &self.engine
@@ -542,7 +555,16 @@ impl Opt {
         };
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
         let stopping = Stopping::new(&settings, stop, &hooks);
-        let head = Head { prompt_ids: ids.clone(), cut, warnings, seed: settings.seed };
+        let head = Head {
+            prompt_ids: ids.clone(),
+            cut,
+            warnings,
+            seed: settings.seed,
+            longest: settings.max_length,
+            branches: settings.branches(),
+            returned: settings.num_return_sequences,
+            virtual_tokens: self.config().max_position_embeddings - context,
+        };
         let max_time = settings.max_time;
         // Contrastive search looks at the hidden states of the whole prompt, and so may an embedding, so that a kept
         // cache does not help them.
@@ -557,24 +579,28 @@ impl Opt {
             None => None,
         };
         let strategy = strategy(StrategyRequest { prompt: ids, embeds_len, settings, chain, stopping })?;
+        let assistant = assistant.map(|Opt { engine, adapter, .. }| Assistant {
+            engine,
+            adapter: adapter.map(|adapter| adapter.name),
+        });
         let active = Active {
-            strategy,
-            assistant: assistant.map(|Opt { engine, adapter, .. }| Assistant {
-                engine,
-                adapter: adapter.map(|adapter| adapter.name),
-            }),
-            adapter: self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.name)),
+            assistant,
+            slots: Slots::new(embeds_len),
             embeds,
             start,
             cache_dtype: request.cache_dtype,
             use_cache: config.use_cache.unwrap_or(true),
             max_time,
             cancel: request.cancel,
-            slots: Slots::new(embeds_len),
             embed,
-            embedded: HashMap::new(),
+            ..Active::new(strategy, self.worn())
         };
         Ok((active, head))
+    }
+
+    /// The name of what all of this wears.
+    pub(crate) fn worn(&self) -> Option<Arc<str>> {
+        self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.name))
     }
 
     /// The bytes of each token, made once for all requests with stop strings.

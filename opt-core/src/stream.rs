@@ -1,6 +1,6 @@
 use crate::{
     Error, ErrorKind, Generated, GeneratedSequence, ProgressFn, Result,
-    driver::{Driver, Slots},
+    driver::{Driver, Ending, Slots},
     embedding::Embedding,
     engine::Engine,
     generation::{Alternative, FinishReason, SequenceOutput, TokenEvent},
@@ -52,11 +52,19 @@ pub(crate) struct Head {
     pub(crate) cut: usize,
     pub(crate) warnings: Vec<String>,
     pub(crate) seed: u64,
+    /// Most ids of a sequence, those of the prompt included.
+    pub(crate) longest: usize,
+    /// Sequences that grow side by side at most.
+    pub(crate) branches: usize,
+    /// Sequences that are handed out.
+    pub(crate) returned: usize,
+    /// Positions of the adapter in front.
+    pub(crate) virtual_tokens: usize,
 }
 
 impl TokenStream {
     pub(crate) fn new(driver: Driver, tokenizer: Option<Tokenizer>, heads: Vec<Head>) -> Self {
-        let texts = Texts { tokenizer, open: HashMap::new() };
+        let texts = Texts::new(tokenizer);
         Self { driver, texts, events: VecDeque::new(), heads, failed: None }
     }
 
@@ -130,13 +138,18 @@ impl TokenStream {
         }
         let tokenizer = self.texts.tokenizer;
         let each = self.driver.finish().await?.into_iter().zip(self.heads);
-        each.map(|((sequences, slots), head)| {
-            let sequence = |(output, embedding)| finished(output, embedding, tokenizer.as_ref());
-            let sequences = sequences.into_iter().map(sequence).collect::<Result<_>>()?;
-            let Head { prompt_ids, warnings, seed, .. } = head;
-            Ok((Generated { prompt_ids, sequences, warnings, seed }, slots))
-        })
-        .collect()
+        each.map(|((endings, slots), head)| Ok((head.generated(endings, tokenizer.as_ref())?, slots)))
+            .collect()
+    }
+}
+
+impl Head {
+    /// All that came of the request.
+    pub(crate) fn generated(self, endings: Vec<Ending>, tokenizer: Option<&Tokenizer>) -> Result<Generated> {
+        let sequence = |(output, embedding)| finished(output, embedding, tokenizer);
+        let sequences = endings.into_iter().map(sequence).collect::<Result<_>>()?;
+        let Head { prompt_ids, warnings, seed, .. } = self;
+        Ok(Generated { prompt_ids, sequences, warnings, seed })
     }
 }
 
@@ -162,13 +175,17 @@ fn finished(
 }
 
 /// The text of sequences that are still growing.
-struct Texts {
+pub(crate) struct Texts {
     tokenizer: Option<Tokenizer>,
     open: HashMap<(usize, usize), Detokenizer>,
 }
 
 impl Texts {
-    fn token(&mut self, request: usize, event: TokenEvent) -> Result<StreamToken> {
+    pub(crate) fn new(tokenizer: Option<Tokenizer>) -> Self {
+        Self { tokenizer, open: HashMap::new() }
+    }
+
+    pub(crate) fn token(&mut self, request: usize, event: TokenEvent) -> Result<StreamToken> {
         let TokenEvent { sequence, id, log_prob, alternatives, finish } = event;
         let mut text = String::new();
         if let Some(tokenizer) = &self.tokenizer {

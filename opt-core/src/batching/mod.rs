@@ -2,7 +2,12 @@
 //!
 //! A [`Task`] is one request, checked and tokenized: to generate, to embed, or to score a prompt. A [`Batch`] takes
 //! tasks at any time and advances all of them together, one forward pass a [`Batch::step`]. It is what a server drives
-//! from one thread of its own; it starts no thread itself and reads no clock but for `max_time`.
+//! from one thread of its own; it starts no thread itself.
+//!
+//! Tasks begin in the order in which they came. In each pass the next tokens of all sequences come first; in the rest of
+//! its rows prompts are run, the oldest first, in pieces ([`BatchOptions::rows`]). What a prompt has in common with one
+//! that has been run, or is being run, is not run again. Results do not depend on what else is in the batch, within
+//! the backend's tolerance, and draws not at all.
 //!
 //! ```
 //! use opt_core::{Opt, Request, batching::{Batch, BatchOptions, Event, Task}, generation::GenerationConfig};
@@ -27,10 +32,14 @@
 //! ```
 
 mod batch;
+mod lane;
+mod prefixes;
+mod reading;
 mod task;
 
 pub use batch::{Batch, BatchStats};
-pub use task::{PromptScores, PromptToken, Task, TaskId};
+pub use reading::{PromptScores, PromptToken};
+pub use task::{Task, TaskId};
 
 use crate::{Error, Generated, StreamToken, embedding::Embedding};
 
@@ -51,7 +60,7 @@ pub struct BatchOptions {
 
 impl Default for BatchOptions {
     fn default() -> Self {
-        Self { rows: 256, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true }
+        Self { rows: 128, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true }
     }
 }
 
@@ -89,6 +98,8 @@ pub enum Event {
     Started {
         /// Which.
         task: TaskId,
+        /// Tokens of the prompt that did not have to be run, since an earlier prompt began with them.
+        cached: usize,
     },
     /// A token of a task became certain.
     Token {
@@ -134,7 +145,7 @@ impl Event {
     /// Whose event it is.
     pub fn task(&self) -> TaskId {
         match self {
-            Event::Started { task }
+            Event::Started { task, .. }
             | Event::Token { task, .. }
             | Event::Generated { task, .. }
             | Event::Embedded { task, .. }

@@ -190,6 +190,16 @@ impl Embedder {
         Ok(Ready::Ids { ids: fitted.ids, cut: fitted.cut })
     }
 
+    /// The tokens of an input, and how many are cut off.
+    pub(crate) fn ids(&self, input: &Prompt) -> Result<(Vec<u32>, usize)> {
+        match self.ready(input)? {
+            Ready::Ids { ids, cut } => Ok((ids, cut)),
+            Ready::Embeds(_) => {
+                Err(Error::new(ErrorKind::Prompt, "expected a text or token ids, found embeddings"))
+            }
+        }
+    }
+
     /// Runs inputs as one batch.
     async fn run(&self, inputs: &[Ready<'_>], cancel: &CancelToken) -> Result<Vec<Embedding>> {
         let sequences = inputs.iter().map(|input| Sequence {

@@ -90,6 +90,9 @@ macro_rules! options {
         }
 
         impl GenerationConfig {
+            /// The names of all options.
+            pub const NAMES: &[&str] = &[$(stringify!($name)),*];
+
             $(setter!($(#[$doc])* $name, $type $(, $argument, $value, $convert)?);)*
 
             /// These options where they are set, and those of `base` where they are not.

@@ -115,6 +115,18 @@ pub struct Settings {
     pub keep_logits: bool,
 }
 
+impl Settings {
+    /// How many sequences grow side by side at most, each with a cache of its own.
+    pub fn branches(&self) -> usize {
+        match self.method {
+            Method::Single => self.num_return_sequences,
+            Method::Beam { beams } | Method::GroupBeam { beams, .. } => beams,
+            Method::Contrastive { k, .. } => k,
+            Method::Assisted { .. } | Method::PromptLookup { .. } => 1,
+        }
+    }
+}
+
 impl GenerationConfig {
     /// New tokens where neither `max_new_tokens` nor `max_length` is given.
     pub const DEFAULT_NEW_TOKENS: usize = 20;

@@ -1,0 +1,152 @@
+//! From a request to tasks, off the threads that serve others.
+
+use super::{
+    penalty::Penalties,
+    request::{Format, Input, Wanted},
+    stop::StopAt,
+};
+use crate::error::ApiError;
+use axum::http::StatusCode;
+use opt_core::{CacheDType, Opt, Request, batching::Task, tokenizer::Bos};
+
+/// A prompt as it is run.
+pub(super) struct Ready {
+    pub(super) ids: Vec<u32>,
+    /// What `echo` repeats.
+    pub(super) text: String,
+    /// Tokens in front that are no part of that text.
+    pub(super) front: usize,
+    /// Whether special tokens behind those are part of that text.
+    pub(super) literal: bool,
+}
+
+/// All of a request that runs.
+pub(super) struct Prepared {
+    pub(super) prompts: Vec<Ready>,
+    /// One for each prompt, or none.
+    pub(super) scores: Vec<Task>,
+    /// One for each prompt, or none.
+    pub(super) runs: Vec<Task>,
+}
+
+/// Tasks that a request needs for each of its prompts: to score it, to continue it.
+pub(super) fn needs(wanted: &Wanted) -> (bool, bool) {
+    (wanted.echo && wanted.logprobs.is_some(), wanted.new_tokens() > 0)
+}
+
+pub(super) fn prepare(opt: &Opt, wanted: &Wanted, cache: CacheDType) -> Result<Prepared, ApiError> {
+    let (scores, runs) = needs(wanted);
+    let form = wanted.format.as_ref().map(|format| Form::new(opt, format)).transpose()?;
+    if !wanted.stop.is_empty() {
+        opt.require_tokenizer().map_err(|error| ApiError::from(error).param("stop"))?;
+    }
+    let mut prepared = Prepared { prompts: Vec::new(), scores: Vec::new(), runs: Vec::new() };
+    for (place, input) in wanted.inputs.iter().enumerate() {
+        let at = |error: ApiError| error.at_prompt(place, wanted.inputs.len());
+        let prompt = ready(opt, input, wanted.add_special_tokens).map_err(at)?;
+        fits(opt, &prompt.ids, wanted).map_err(at)?;
+        if scores {
+            prepared.scores.push(
+                Task::score(opt, prompt.ids.clone(), wanted.logprobs.unwrap_or(0)).map_err(ApiError::from)?,
+            );
+        }
+        if runs {
+            let request = request(opt, &prompt.ids, wanted, form.as_ref()).cache_dtype(cache);
+            prepared.runs.push(Task::generate(opt, request).map_err(ApiError::from).map_err(at)?);
+        }
+        prepared.prompts.push(prompt);
+    }
+    Ok(prepared)
+}
+
+/// The tokens of an input.
+fn ready(opt: &Opt, input: &Input, special: bool) -> Result<Ready, ApiError> {
+    match input {
+        Input::Text(text) => {
+            let tokenizer = opt.require_tokenizer().map_err(|error| ApiError::from(error).param("prompt"))?;
+            let bos = if special { Bos::Model } else { Bos::Never };
+            let ids = tokenizer.encode(text, bos)?;
+            let front = usize::from(special && tokenizer.adds_bos()).min(ids.len());
+            Ok(Ready { ids, text: text.clone(), front, literal: true })
+        }
+        Input::Ids(ids) => {
+            let text = opt.tokenizer().map(|tokenizer| tokenizer.decode(ids, true)).transpose()?;
+            Ok(Ready { ids: ids.clone(), text: text.unwrap_or_default(), front: 0, literal: false })
+        }
+    }
+}
+
+fn fits(opt: &Opt, ids: &[u32], wanted: &Wanted) -> Result<(), ApiError> {
+    check_ids(opt, ids, "prompt")?;
+    let (context, found) = (opt.context(), ids.len());
+    // The last token of an answer is not run, so that it may stand behind the context.
+    let asked = wanted.max_tokens.unwrap_or(0);
+    if found.saturating_add(asked) > context + 1 {
+        let message = format!(
+            "max_tokens: expected at most {} behind a prompt of {found} tokens (the context is {context}), found {asked}",
+            context + 1 - found
+        );
+        let code = Some("context_length_exceeded");
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, code, message).param("max_tokens"));
+    }
+    Ok(())
+}
+
+/// 400 for ids that cannot be run.
+pub(crate) fn check_ids(opt: &Opt, ids: &[u32], name: &str) -> Result<(), ApiError> {
+    let (context, vocab_size) = (opt.context(), opt.config().vocab_size);
+    if ids.is_empty() {
+        return Err(ApiError::invalid(name, format!("{name}: expected at least one token, found none")));
+    }
+    if ids.len() > context {
+        let message = format!("{name}: expected at most {context} tokens (the context), found {}", ids.len());
+        let code = Some("context_length_exceeded");
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, code, message).param(name));
+    }
+    match ids.iter().find(|id| **id as usize >= vocab_size) {
+        Some(id) => {
+            let message =
+                format!("{name}: expected token ids below the vocabulary of {vocab_size}, found {id}");
+            Err(ApiError::invalid(name, message))
+        }
+        None => Ok(()),
+    }
+}
+
+fn request(opt: &Opt, ids: &[u32], wanted: &Wanted, form: Option<&Form>) -> Request {
+    let room = (opt.context() + 1).saturating_sub(ids.len());
+    let config = wanted.config.clone().max_new_tokens(wanted.new_tokens().min(room));
+    let mut request = Request::new(ids).config(config);
+    if let Some(top) = wanted.logprobs {
+        request = request.top_alternatives(top);
+    }
+    if let Some(tokenizer) = opt.tokenizer().filter(|_| !wanted.stop.is_empty()) {
+        request = request.stop_when(StopAt::new(&wanted.stop, tokenizer.clone()));
+    }
+    if wanted.presence != 0.0 || wanted.frequency != 0.0 {
+        let (presence, frequency) = (wanted.presence, wanted.frequency);
+        request = request.processor(Penalties { presence, frequency, prompt_len: ids.len() });
+    }
+    match form {
+        Some(form) => form.constrain(request),
+        None => request,
+    }
+}
+
+/// What all answers to a request are held to.
+// The place of opt_core::constraint (json_object, json_schema and regex, by `Request::constrain`).
+enum Form {}
+
+impl Form {
+    fn new(_opt: &Opt, format: &Format) -> Result<Self, ApiError> {
+        let name = match format {
+            Format::Regex(_) => "regex",
+            Format::Json | Format::Schema(_) => "response_format",
+        };
+        Err(ApiError::unsupported(name, format!("{name}: this build holds answers to no form")))
+    }
+
+    fn constrain(&self, _request: Request) -> Request {
+        match *self {}
+    }
+}
