@@ -68,6 +68,21 @@ fn custom_processor() {
 }
 
 #[test]
+fn constrained() {
+    let text = output("constrained");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    for line in &lines[..3] {
+        let person: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert!(
+            person["name"].is_string() && (18..=90).contains(&person["age"].as_u64().expect("an age")),
+            "{line}"
+        );
+    }
+    assert!(lines[3].contains(" o'clock in the "), "{text}");
+}
+
+#[test]
 fn async_tokio() {
     let text = output("async_tokio");
     assert!(text.starts_with("The river") && text.contains("\nThe house"), "{text}");

@@ -85,6 +85,7 @@ impl Generate {
             None => None,
         };
         let config = self.settings.texts(&opt, config)?;
+        let constraint = self.settings.constraint(&opt)?;
         let returns = config.clone().over(opt.generation_config()).num_return_sequences.unwrap_or(1);
         let shown: Vec<String> =
             prompts.iter().map(|prompt| as_text(&opt, prompt)).collect::<Result<_, _>>()?;
@@ -97,6 +98,9 @@ impl Generate {
                 .cache_dtype(self.run.kv_dtype.into())
                 .cancel(console.cancel.clone());
             request.assistant = assistant.clone();
+            if let Some(constraint) = &constraint {
+                request = request.constrain(constraint);
+            }
             request
         });
         let mut clock = Clock::start();

@@ -4,6 +4,7 @@ use crate::out::Failure;
 use clap::{Args, ValueEnum};
 use opt_core::{
     Opt,
+    constraint::Constraint,
     generation::{EarlyStopping, GenerationConfig},
     tokenizer::Bos,
 };
@@ -104,6 +105,13 @@ pub(crate) struct Settings {
     /// Make one of these the last token when the maximal length is reached.
     #[arg(long, value_name = "ID,...", value_delimiter = ',', help_heading = "Constraints")]
     forced_eos_token_id: Option<Vec<u32>>,
+
+    /// Make JSON that is valid under the schema in this file. Texts that were not cut at the maximal length are whole.
+    #[arg(long, value_name = "FILE.json", conflicts_with = "regex", help_heading = "Constraints")]
+    json_schema: Option<PathBuf>,
+    /// Make text that matches this pattern as a whole; it begins right behind the prompt, mostly with a space.
+    #[arg(long, value_name = "PATTERN", allow_hyphen_values = true, help_heading = "Constraints")]
+    regex: Option<String>,
 
     /// Contrastive search: weigh likeness to earlier tokens with X, 0 to 1; --top-k is the number of candidates.
     #[arg(long, value_name = "X", allow_hyphen_values = true, help_heading = "Other ways of generating")]
@@ -224,6 +232,23 @@ impl Settings {
             config = config.sequence_bias(biases.collect::<Result<BTreeMap<_, _>, _>>()?);
         }
         Ok(config)
+    }
+}
+
+impl Settings {
+    /// The form that `--json-schema` or `--regex` asks for.
+    pub(crate) fn constraint(&self, opt: &Opt) -> Result<Option<Constraint>, Failure> {
+        if let Some(path) = &self.json_schema {
+            let place = format!("--json-schema {}", path.display());
+            let text = std::fs::read_to_string(path)
+                .map_err(|e| Failure::failed(format!("{place}: cannot be read: {e}")))?;
+            let schema = serde_json::from_str(&text)
+                .map_err(|e| Failure::failed(format!("{place}: expected JSON: {e}")))?;
+            return Ok(Some(Constraint::json_schema(opt, &schema).map_err(|e| e.at(&place))?));
+        }
+        let regex =
+            self.regex.as_ref().map(|pattern| Constraint::regex(opt, pattern).map_err(|e| e.at("--regex")));
+        Ok(regex.transpose()?)
     }
 }
 

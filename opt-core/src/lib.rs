@@ -42,6 +42,8 @@ pub mod backends;
 pub mod batching;
 pub mod checkpoint;
 pub mod config;
+#[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+pub mod constraint;
 pub mod embedding;
 pub mod engine;
 pub mod generation;

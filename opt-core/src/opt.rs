@@ -49,6 +49,8 @@ pub struct Opt {
     /// What requests wear that do not say.
     adapter: Option<LoadedAdapter>,
     token_bytes: Arc<OnceLock<Arc<Vec<Vec<u8>>>>>,
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    vocabulary: Arc<OnceLock<Arc<crate::constraint::Vocabulary>>>,
 }
 
 // Everywhere but on wasm32, these are Send and Sync.
@@ -282,6 +284,8 @@ impl Opt {
             weights: weights.into(),
             adapter: None,
             token_bytes: Arc::default(),
+            #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+            vocabulary: Arc::default(),
         })
     }
 
@@ -553,6 +557,10 @@ impl Opt {
             [] => None,
             strings => Some(StopStrings::new(strings, self.token_bytes()?)),
         };
+        #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+        if let Some(constraint) = &hooks.constraint {
+            constraint.check(self.require_tokenizer()?, &settings)?;
+        }
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
         let stopping = Stopping::new(&settings, stop, &hooks);
         let head = Head {
@@ -609,6 +617,16 @@ impl Opt {
         let bytes = |id| strings.get(id).unwrap_or_default().to_vec();
         let make = || Arc::new((0..strings.len() as u32).map(bytes).collect());
         Ok(Arc::clone(self.token_bytes.get_or_init(make)))
+    }
+
+    /// The tokens as a trie, made once for all constraints.
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    pub(crate) fn vocabulary(&self) -> Result<Arc<crate::constraint::Vocabulary>> {
+        if let Some(made) = self.vocabulary.get() {
+            return Ok(Arc::clone(made));
+        }
+        let made = Arc::new(crate::constraint::Vocabulary::new(self.require_tokenizer()?)?);
+        Ok(Arc::clone(self.vocabulary.get_or_init(|| made)))
     }
 
     fn check_assistant(&self, assistant: &Opt, embeds_len: usize, max_length: usize) -> Result<()> {

@@ -149,6 +149,14 @@ impl Request {
         self
     }
 
+    /// Holds the text to a form: a JSON schema, a regular expression, a grammar.
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    #[must_use]
+    pub fn constrain(mut self, constraint: &crate::constraint::Constraint) -> Self {
+        self.hooks.constraint = Some(constraint.clone());
+        self
+    }
+
     /// Lets a smaller model propose tokens. The result stays that of the target model.
     #[must_use]
     pub fn assistant(mut self, assistant: Opt) -> Self {

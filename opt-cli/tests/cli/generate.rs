@@ -384,3 +384,22 @@ fn time_can_run_out() {
     assert!(ids(&sequence["ids"]).len() < 50);
     assert_eq!(sequence["finish_reason"], "length");
 }
+
+#[test]
+fn texts_keep_their_form() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("schema.json");
+    let schema =
+        json!({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4});
+    std::fs::write(&file, schema.to_string()).expect("it can be written");
+    let mut command = opt();
+    command.args(["generate", "--json", "--do-sample", "--seed", "3", "--num-return-sequences", "4"]);
+    command.args(["--max-new-tokens", "40", "Numbers: ", "--json-schema"]).arg(&file);
+    for sequence in run(&mut command).json()[0]["sequences"].as_array().expect("sequences") {
+        let list: Vec<u8> = serde_json::from_str(sequence["text"].as_str().expect("a text")).expect("JSON");
+        assert!(list.len() < 5 && list.iter().all(|n| *n < 100), "{list:?}");
+        assert_eq!(sequence["finish_reason"], "eos");
+    }
+    let prose = run(opt().args(["generate", "--regex", " (sea|river)\\.", "He saw the"])).done().stdout;
+    assert!(prose == "He saw the sea.\n" || prose == "He saw the river.\n", "{prose:?}");
+}

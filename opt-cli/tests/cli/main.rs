@@ -14,6 +14,7 @@ mod generate;
 mod quantize;
 mod refusals;
 mod score;
+mod serve;
 mod tasks;
 mod tune;
 

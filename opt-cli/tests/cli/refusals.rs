@@ -154,3 +154,19 @@ fn damaged_models_are_told() {
     std::fs::write(at("config.json"), "{\"model_type\": \"gpt2\"}").expect("a file");
     on_it().refused(1, &["gpt2"]);
 }
+
+#[test]
+fn forms_that_cannot_be_meant() {
+    generate(&["--regex", "(", "The river"]).refused(2, &["--regex", "unclosed group"]);
+    generate(&["--json-schema", "no-such-file", "The river"]).refused(1, &["no-such-file"]);
+    generate(&["--json-schema", "a", "--regex", "b", "The river"]).refused(2, &["--json-schema"]);
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("schema.json");
+    for (text, code, part) in
+        [("{", 1, "JSON"), (r#"{"not": {}}"#, 2, "not"), (r#"{"type": "odd"}"#, 2, "odd")]
+    {
+        std::fs::write(&file, text).expect("it can be written");
+        generate(&["--json-schema", file.to_str().expect("a name"), "The river"])
+            .refused(code, &["schema.json", part]);
+    }
+}

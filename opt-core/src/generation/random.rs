@@ -1,4 +1,4 @@
-use super::math::{argmax, exp, maximum};
+use super::math::{argmax, exp, maximum, sum_exp};
 
 /// Random numbers that depend on seed, stream and position alone: Philox4x32-10.
 ///
@@ -65,7 +65,7 @@ impl Random {
     /// Where no score is above negative infinity there is nothing to draw from, and it is [`argmax`]'s index.
     pub fn sample(&mut self, scores: &[f32]) -> usize {
         let draw = self.uniform();
-        pick(scores, draw, |_| false).unwrap_or_else(|| argmax(scores).unwrap_or(0))
+        pick(scores, draw, &[]).unwrap_or_else(|| argmax(scores).unwrap_or(0))
     }
 
     /// Draws `n` different indices in turn, each from the softmax of those not drawn yet, with one uniform number each.
@@ -76,16 +76,15 @@ impl Random {
         let mut drawn: Vec<usize> = Vec::with_capacity(n);
         while drawn.len() < n {
             let draw = self.uniform();
-            let next = pick(scores, draw, |i| drawn.contains(&i))
-                .or_else(|| (0..scores.len()).find(|i| !drawn.contains(i)));
+            let next = pick(scores, draw, &drawn).or_else(|| (0..scores.len()).find(|i| !drawn.contains(i)));
             drawn.extend(next);
         }
         drawn
     }
 }
 
-/// The index at which the running sum of probabilities, without the `skip`ped, passes `draw` of the whole.
-fn pick(scores: &[f32], draw: f64, skip: impl Fn(usize) -> bool) -> Option<usize> {
+/// The index at which the running sum of probabilities, without the `skipped`, passes `draw` of the whole.
+fn pick(scores: &[f32], draw: f64, skipped: &[usize]) -> Option<usize> {
     const BLOCK: usize = 256;
     let max = maximum(scores);
     if !max.is_finite() {
@@ -93,12 +92,16 @@ fn pick(scores: &[f32], draw: f64, skip: impl Fn(usize) -> bool) -> Option<usize
     }
     let weight = |i: usize| match scores.get(i) {
         // Most scores are negative infinity after filtering, and few indices are skipped.
-        Some(&s) if s > f32::NEG_INFINITY && !skip(i) => f64::from(exp(s - max)),
+        Some(&s) if s > f32::NEG_INFINITY && !skipped.contains(&i) => f64::from(exp(s - max)),
         _ => 0.0,
     };
     // Sums of blocks first, so that exponentials are taken once, and again only in the block that is hit.
     let block = |b: usize| b * BLOCK..((b + 1) * BLOCK).min(scores.len());
-    let sums: Vec<f64> = (0..scores.len().div_ceil(BLOCK)).map(|b| block(b).map(weight).sum()).collect();
+    let of_block = |b: usize| match scores.get(block(b)) {
+        Some(scores) if skipped.is_empty() => sum_exp(scores, max),
+        _ => block(b).map(weight).sum(),
+    };
+    let sums: Vec<f64> = (0..scores.len().div_ceil(BLOCK)).map(of_block).collect();
     let target = draw * sums.iter().sum::<f64>();
     let (mut before, mut last) = (0.0, None);
     for (b, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {

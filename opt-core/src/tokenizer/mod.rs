@@ -191,6 +191,12 @@ impl Tokenizer {
         self.0.hf.id_to_token(id)
     }
 
+    /// Whether `other` is a clone of this one.
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The number of tokens, added ones included. A model's table may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.0.hf.get_vocab_size(true)

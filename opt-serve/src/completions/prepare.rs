@@ -7,7 +7,7 @@ use super::{
 };
 use crate::error::ApiError;
 use axum::http::StatusCode;
-use opt_core::{CacheDType, Opt, Request, batching::Task, tokenizer::Bos};
+use opt_core::{CacheDType, Opt, Request, batching::Task, constraint::Constraint, tokenizer::Bos};
 
 /// A prompt as it is run.
 pub(super) struct Ready {
@@ -36,7 +36,7 @@ pub(super) fn needs(wanted: &Wanted) -> (bool, bool) {
 
 pub(super) fn prepare(opt: &Opt, wanted: &Wanted, cache: CacheDType) -> Result<Prepared, ApiError> {
     let (scores, runs) = needs(wanted);
-    let form = wanted.format.as_ref().map(|format| Form::new(opt, format)).transpose()?;
+    let form = wanted.format.as_ref().map(|format| constraint(opt, format)).transpose()?;
     if !wanted.stop.is_empty() {
         opt.require_tokenizer().map_err(|error| ApiError::from(error).param("stop"))?;
     }
@@ -113,7 +113,7 @@ pub(crate) fn check_ids(opt: &Opt, ids: &[u32], name: &str) -> Result<(), ApiErr
     }
 }
 
-fn request(opt: &Opt, ids: &[u32], wanted: &Wanted, form: Option<&Form>) -> Request {
+fn request(opt: &Opt, ids: &[u32], wanted: &Wanted, form: Option<&Constraint>) -> Request {
     let room = (opt.context() + 1).saturating_sub(ids.len());
     let config = wanted.config.clone().max_new_tokens(wanted.new_tokens().min(room));
     let mut request = Request::new(ids).config(config);
@@ -128,25 +128,17 @@ fn request(opt: &Opt, ids: &[u32], wanted: &Wanted, form: Option<&Form>) -> Requ
         request = request.processor(Penalties { presence, frequency, prompt_len: ids.len() });
     }
     match form {
-        Some(form) => form.constrain(request),
+        Some(form) => request.constrain(form),
         None => request,
     }
 }
 
 /// What all answers to a request are held to.
-// The place of opt_core::constraint (json_object, json_schema and regex, by `Request::constrain`).
-enum Form {}
-
-impl Form {
-    fn new(_opt: &Opt, format: &Format) -> Result<Self, ApiError> {
-        let name = match format {
-            Format::Regex(_) => "regex",
-            Format::Json | Format::Schema(_) => "response_format",
-        };
-        Err(ApiError::unsupported(name, format!("{name}: this build holds answers to no form")))
-    }
-
-    fn constrain(&self, _request: Request) -> Request {
-        match *self {}
-    }
+fn constraint(opt: &Opt, format: &Format) -> Result<Constraint, ApiError> {
+    let (name, made) = match format {
+        Format::Json => ("response_format", Constraint::json_object(opt)),
+        Format::Schema(schema) => ("response_format", Constraint::json_schema(opt, schema)),
+        Format::Regex(pattern) => ("regex", Constraint::regex(opt, pattern)),
+    };
+    made.map_err(|error| ApiError::from(error).param(name))
 }

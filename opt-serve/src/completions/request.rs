@@ -293,7 +293,9 @@ fn config(
     let chooses = config.num_beams.is_some_and(|beams| beams > 1)
         || config.num_beam_groups.is_some_and(|groups| groups > 1)
         || config.penalty_alpha.is_some_and(|alpha| alpha > 0.0);
-    let sample = config.do_sample.unwrap_or(!chooses) && temperature != Some(0.0);
+    // Divided by less than this, logits are no numbers any more.
+    let cold = temperature.is_some_and(|temperature| temperature < 1e-6);
+    let sample = config.do_sample.unwrap_or(!chooses) && !cold;
     config.do_sample = Some(sample);
     // What is left open would be taken from the model's generation_config.json, which knows nothing of this API.
     if sample {

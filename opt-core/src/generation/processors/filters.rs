@@ -5,7 +5,7 @@
 use super::LogitsProcessor;
 use crate::{
     Result,
-    generation::math::{exp, maximum, top_k},
+    generation::math::{exp, maximum, sum_exp, top_k},
 };
 
 /// The denominator of softmax, from which each probability follows.
@@ -22,7 +22,7 @@ impl Softmax {
         if !max.is_finite() {
             return None;
         }
-        let sum = scores.iter().map(|&s| f64::from(exp(s - max))).sum::<f64>() as f32;
+        let sum = sum_exp(scores, max) as f32;
         sum.is_finite().then(|| Self { max, sum, log_sum: sum.ln() })
     }
 

@@ -57,6 +57,9 @@ pub struct Hooks {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
     /// Restricts each next token.
     pub prefix_allowed_tokens: Option<PrefixFn>,
+    /// The form that the text is held to; stands where `prefix_allowed_tokens` does.
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    pub constraint: Option<crate::constraint::Constraint>,
     /// Further reasons to stop.
     pub criteria: Vec<Arc<dyn StoppingCriterion>>,
 }
@@ -90,7 +93,8 @@ impl Hooks {
 /// A request's processors in transformers' order.
 ///
 /// The built-in ones bear the names of their options: `sequence_bias`, `repetition_penalty`, `no_repeat_ngram_size`,
-/// `bad_words_ids`, `min_length`, `min_new_tokens`, `prefix_allowed_tokens_fn`, `forced_bos_token_id`,
+/// `bad_words_ids`, `min_length`, `min_new_tokens`, `prefix_allowed_tokens_fn` (the callback, and behind it a constraint),
+/// `forced_bos_token_id`,
 /// `forced_eos_token_id`, `remove_invalid_values`, `exponential_decay_length_penalty`, `suppress_tokens`,
 /// `begin_suppress_tokens`; then the caller's, of which one with the name of an earlier one stands in its place; then
 /// when sampling `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`; at last
@@ -211,6 +215,10 @@ fn processors(
     }
     if let Some(allowed) = &hooks.prefix_allowed_tokens {
         list.push(Arc::new(PrefixConstraint(allowed.clone())));
+    }
+    #[cfg(all(feature = "constraint", not(target_arch = "wasm32")))]
+    if let Some(constraint) = &hooks.constraint {
+        list.push(Arc::new(crate::constraint::Constrained::new(constraint, settings)));
     }
     if let Some(id) = config.forced_bos_token_id {
         list.push(force("forced_bos_token_id", 1, vec![id]));

@@ -44,8 +44,10 @@ pub(super) fn keys(map: &Map<String, Value>) -> String {
     if map.is_empty() {
         return "no keys".to_owned();
     }
-    // A line may have any number of them.
-    let shown: Vec<String> = map.keys().take(8).map(|key| format!("{key:?}")).collect();
+    // In one order, whether or not some crate makes maps keep the file's. A line may have any number of them.
+    let mut all: Vec<&String> = map.keys().collect();
+    all.sort_unstable();
+    let shown: Vec<String> = all.iter().take(8).map(|key| format!("{key:?}")).collect();
     format!("the keys {}{}", shown.join(", "), if map.len() > 8 { ", ..." } else { "" })
 }
 
