@@ -67,8 +67,8 @@ class Piece {
     word.textContent = text.trimStart() || text;
     this.element.append(text.slice(0, text.length - word.textContent.length), word);
     if (tokens.length === 0) return;
-    // No line above one half, the full line below one in sixty.
-    this.element.style.setProperty("--surprise", Math.min(1, Math.max(0, (-this.logprob - 0.7) / 3.4)).toFixed(2));
+    // No line above one third, the full line below one in three hundred.
+    this.element.style.setProperty("--surprise", Math.min(1, Math.max(0, (-this.logprob - 1.1) / 4.6)).toFixed(2));
   }
 
   /** What could have stood here, the likeliest first, whatever was chosen among it. */
