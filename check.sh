@@ -169,6 +169,8 @@ else
 fi
 step "browsers: wasm32, and opt-novels on WebGPU in Chromium"
 script wasm wasm
+step "the server: its page in Chromium, and OpenAI's clients"
+script serve serve
 
 step "packaging"
 # All crates, since opt-core names them all. What was packed is then compiled as a workspace of its own, where the

@@ -8,7 +8,7 @@ use async_openai::{
     error::OpenAIError,
     types::{
         chat::{ChatCompletionStreamOptions, StopConfiguration},
-        completions::{CreateCompletionRequestArgs, Prompt},
+        completions::CreateCompletionRequestArgs,
         embeddings::{CreateEmbeddingRequestArgs, EncodingFormat},
     },
 };
@@ -64,7 +64,7 @@ async fn a_client_that_others_wrote() {
 
     let asked = CreateCompletionRequestArgs::default()
         .model("opt-novels")
-        .prompt(Prompt::ArrayOfIntegerArray(vec![vec![2, 100], vec![2, 101, 102]]))
+        .prompt(vec![vec![2_u32, 100], vec![2, 101, 102]])
         .max_tokens(2u32)
         .n(2)
         .seed(5)
