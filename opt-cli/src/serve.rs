@@ -187,7 +187,7 @@ impl Serve {
     }
 
     fn load(&self, console: &Console) -> Result<Opt, Failure> {
-        let adapters = self.adapter.iter().map(|dir| Adapter::open(dir)).collect::<Result<Vec<_>, _>>()?;
+        let adapters = self.adapter.iter().map(Adapter::open).collect::<Result<Vec<_>, _>>()?;
         self.place.load(self.place.model.as_deref(), self.dtype, self.quantize, adapters, console)
     }
 
