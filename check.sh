@@ -133,10 +133,10 @@ passed() {
 expected=$(passed "$log/tests")
 [ "$expected" -gt 50 ] || { echo "expected the suite's tests among those that ran, found $expected" >&2; exit 1; }
 declare -A ran=([cpu]=$expected)
-cargo build --quiet "${workspace[@]}" --bin opt
 for backend in tch candle wgpu; do
   step "the suite on $backend"
-  # The command knows whether a backend is usable here, and why not.
+  # The command, which the tests have built, knows whether a backend is usable here, and why not. (Built by itself, without
+  # what only tests need, half of all would be compiled again with other features.)
   found=$(target/debug/opt backends --json | grep "\"name\":\"$backend\"" || true)
   case $found in
     '') skip "$backend is not part of this build"; continue ;;

@@ -38,6 +38,7 @@ if ! command -v python3 >/dev/null; then
   echo "skipped: the server's page and clients (no python3)"
   exit 0
 fi
+# Here check.sh has built it.
 [ -x "$OPT" ] || quietly cargo build -p opt-cli --bin opt
 
 echo "the page in Chromium"

@@ -113,11 +113,12 @@ macro_rules! options {
             }
 
             fn write(&self) -> Map<String, Value> {
-                let mut map = Map::new();
+                // By name, also where another crate lets serde_json's maps keep the order of insertion.
+                let mut map = BTreeMap::new();
                 $(if let Some(value) = &self.$name {
                     map.insert(stringify!($name).to_owned(), value.write());
                 })*
-                map
+                map.into_iter().collect()
             }
         }
     };

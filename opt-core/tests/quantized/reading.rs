@@ -15,7 +15,7 @@ use opt_core::{
     checkpoint::{Checkpoint, ConvertOptions, convert, inspect},
 };
 use serde_json::Value;
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
 fn expected(name: &str) -> Value {
     serde_json::from_str(&fs::read_to_string(fixture(name).join("expected.json")).unwrap()).unwrap()
@@ -26,7 +26,8 @@ fn weights_are_bit_equal_to_the_packer_s() {
     for name in FIXTURES {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         assert_eq!(checkpoint.validate().unwrap(), [], "{name}");
-        let expected = expected(name)["weights"].as_object().unwrap().clone();
+        let expected: BTreeMap<String, Value> =
+            expected(name)["weights"].as_object().unwrap().clone().into_iter().collect();
         let found = weights(&checkpoint);
         assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name}");
         for (weight, expected) in found.values().zip(expected.values()) {

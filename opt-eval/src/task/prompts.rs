@@ -333,7 +333,8 @@ impl Writer<'_> {
             };
             let missing: Vec<&str> =
                 nearest.has.iter().filter(|name| !has(name)).map(String::as_str).collect();
-            let found: Vec<&str> = row.keys().map(String::as_str).collect();
+            let mut found: Vec<&str> = row.keys().map(String::as_str).collect();
+            found.sort_unstable();
             let found = if found.is_empty() { "none".to_owned() } else { found.join(", ") };
             return fail(format!("expected the column {}, found {found}", missing.join(", ")));
         };
