@@ -132,19 +132,20 @@ def ours(args):
                     "--queue", "4096", "--quiet", *args.serve])
 
 
-def prompts_of(args, count, length):
-    source = random.Random(7)
+def prompts_of(count, length, seed):
+    # Another seed for each purpose: what begins alike would be run once only.
+    source = random.Random(seed)
     return [[2, *(source.randrange(4, 50265) for _ in range(length - 1))] for _ in range(count)]
 
 
 def measure_ours(args, streams):
-    prompts = prompts_of(args, streams * args.turns, args.prompt_tokens)
+    prompts = prompts_of(streams * args.turns, args.prompt_tokens, 1)
     with ours(args) as server:
         async def all_of_it():
-            await stream(server.port, body(prompts_of(args, 1, 8)[0], 8))
-            long = prompts_of(args, 3, 448)
+            await stream(server.port, body(prompts_of(1, 8, 2)[0], 8))
+            long = prompts_of(3, 448, 3)
             spent = [(await stream(server.port, body(prompt, 1)))[0][0] for prompt in long]
-            times, _ = await stream(server.port, body(prompts_of(args, 2, 32)[1], 32, min_new_tokens=32))
+            times, _ = await stream(server.port, body(prompts_of(1, 32, 4)[0], 32, min_new_tokens=32))
             found = await load(server.port, prompts, streams, args.turns, args.new_tokens, min_new_tokens=args.new_tokens)
             return found | {"prefill": 448 / statistics.median(spent), "step": (times[-1] - times[0]) / (len(times) - 1)}
 
@@ -157,7 +158,7 @@ def measure_ours(args, streams):
 def measure_transformers(args, streams):
     # A request at a time takes as long whatever the number of clients: one turn says as much as several.
     turns = 1 if streams > 1 else args.turns
-    prompts = prompts_of(args, streams * turns, args.prompt_tokens)
+    prompts = prompts_of(streams * turns, args.prompt_tokens, 1)
     command = [args.directory / "bin/python", ROOT / "benches/serving_transformers.py", args.directory / "opt-125m-random", 8765]
     with Process(command, port=8765) as server:
         async def all_of_it():
@@ -173,7 +174,7 @@ def measure_ctranslate2(args, streams):
         convert = [args.directory / "bin/ct2-transformers-converter", "--model", args.directory / "opt-125m-random"]
         subprocess.run([*convert, "--output_dir", copy, "--quantization", "int8"], check=True, stdout=subprocess.DEVNULL)
     names = json.loads((copy / "vocabulary.json").read_text())
-    prompts = [[names[token] for token in prompt] for prompt in prompts_of(args, streams * args.turns, args.prompt_tokens)]
+    prompts = [[names[token] for token in prompt] for prompt in prompts_of(streams * args.turns, args.prompt_tokens, 1)]
     path = args.directory / "serving-prompts.json"
     path.write_text(json.dumps(prompts))
     numbers = [str(number) for number in (streams, args.turns, args.new_tokens, args.threads)]
