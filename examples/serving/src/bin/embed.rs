@@ -1,8 +1,10 @@
 //! The API below a path of a program's own server, with the program's own users in front of it.
 //!
-//!     cargo run --release -p opt-serving --bin embed
-//!     curl http://127.0.0.1:8000/
-//!     curl -H 'x-user: ann' -H 'x-pass: sesame' http://127.0.0.1:8000/llm/v1/models
+//! ```text
+//! cargo run --release -p opt-serving --bin embed
+//! curl http://127.0.0.1:8000/
+//! curl -H 'x-user: ann' -H 'x-pass: sesame' http://127.0.0.1:8000/llm/v1/models
+//! ```
 //!
 //! The server has no keys here: who may use it is decided by a layer around its router, as for any other part of the
 //! program.
