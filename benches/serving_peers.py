@@ -13,7 +13,7 @@ is as long as the others. Tokens per second are all new tokens over the time fro
 time to first token is that of the first wave, in which all clients ask at once. Beside it is what the schedule allows: the
 rows of the prompts in order of arrival, at the speed at which this server ran a prompt of 448 tokens, and one step.
 """
-import argparse, asyncio, json, os, random, re, signal, statistics, subprocess, sys, time, urllib.request
+import argparse, asyncio, json, os, random, re, shlex, signal, statistics, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ class Process:
 
 def ours(args):
     return Process([args.opt, "serve", "--model", args.directory / "opt-125m-random", "--quantize", "int8", "--port", "0",
-                    "--queue", "4096", "--quiet", *args.serve])
+                    "--queue", "4096", "--quiet", *shlex.split(args.serve)])
 
 
 def prompts_of(count, length, seed):
@@ -251,7 +251,7 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CTranslate2's")
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out")
-    parser.add_argument("--serve", nargs="*", default=[], help="further flags of opt serve")
+    parser.add_argument("--serve", default="", help="further flags of opt serve, in one string: '--serve=--compute int8'")
     parser.add_argument("--soak", type=int, metavar="THOUSANDS")
     args = parser.parse_args()
     soak(args) if args.soak else compare(args)

@@ -176,7 +176,7 @@ impl Batch {
                 self.waiting.push_front((id, task));
                 break;
             }
-            self.prefixes.shrink(self.options.cache_bytes - bytes);
+            self.prefixes.shrink((self.options.cache_bytes - bytes).min(self.options.prefix_bytes));
             self.lanes.push(Lane::new(id, task));
         }
     }
@@ -302,7 +302,7 @@ impl Batch {
             }
         }
         let free = self.options.cache_bytes.saturating_sub(self.reserved());
-        self.prefixes.shrink(free);
+        self.prefixes.shrink(free.min(self.options.prefix_bytes));
         Ok(())
     }
 

@@ -56,11 +56,13 @@ pub struct BatchOptions {
     pub cache_bytes: u64,
     /// Whether prompts start from what earlier prompts that began alike have computed.
     pub share_prefixes: bool,
+    /// How many of [`BatchOptions::cache_bytes`] may be kept for that when nothing else needs them.
+    pub prefix_bytes: u64,
 }
 
 impl Default for BatchOptions {
     fn default() -> Self {
-        Self { rows: 128, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true }
+        Self { rows: 128, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true, prefix_bytes: 512 << 20 }
     }
 }
 
@@ -81,6 +83,12 @@ impl BatchOptions {
     #[must_use]
     pub fn cache_bytes(self, cache_bytes: u64) -> Self {
         Self { cache_bytes, ..self }
+    }
+
+    /// Sets [`BatchOptions::prefix_bytes`].
+    #[must_use]
+    pub fn prefix_bytes(self, prefix_bytes: u64) -> Self {
+        Self { prefix_bytes, ..self }
     }
 
     /// Sets [`BatchOptions::share_prefixes`].

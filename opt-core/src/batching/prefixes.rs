@@ -7,6 +7,9 @@ use std::sync::Arc;
 /// Shorter beginnings are not worth a fork: running them costs as little.
 pub(super) const WORTH: usize = 16;
 
+/// Most that are kept: finding the right one is to cost nothing beside a step.
+const MOST: usize = 256;
+
 /// What keys and values depend on besides the tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Kind {
@@ -75,9 +78,9 @@ impl Prefixes {
         Ok(())
     }
 
-    /// Drops what was of use longest ago until no more than `bytes` are left.
+    /// Drops what was of use longest ago until no more than `bytes`, and not too many, are left.
     pub(super) fn shrink(&mut self, bytes: u64) {
-        while self.bytes() > bytes {
+        while self.bytes() > bytes || self.entries.len() > MOST {
             let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
             let Some((oldest, _)) = oldest else { return };
             self.entries.swap_remove(oldest);
