@@ -193,8 +193,15 @@ impl Serve {
 
     fn keys(&self) -> Result<Vec<String>, Failure> {
         let mut keys = Vec::new();
-        if let Ok(list) = std::env::var("OPT_API_KEYS") {
+        if let Some(list) = std::env::var_os("OPT_API_KEYS") {
+            let list = list.to_str().unwrap_or_default();
             keys.extend(list.split(',').map(str::trim).filter(|key| !key.is_empty()).map(str::to_owned));
+            if keys.is_empty() {
+                // A variable that another one was to fill does not mean that everybody may come in.
+                let message =
+                    "OPT_API_KEYS: expected keys with commas between them, found none: unset it to need none";
+                return Err(Failure::failed(message.to_owned()));
+            }
         }
         if let Some(file) = &self.api_key_file {
             let fail = |what: &dyn std::fmt::Display| Failure::failed(format!("{}: {what}", file.display()));

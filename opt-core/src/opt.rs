@@ -571,6 +571,7 @@ impl Opt {
             longest: settings.max_length,
             branches: settings.branches(),
             returned: settings.num_return_sequences,
+            sees_prompt: matches!(settings.method, Method::Contrastive { .. }),
             virtual_tokens: self.config().max_position_embeddings - context,
         };
         let max_time = settings.max_time;

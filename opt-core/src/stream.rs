@@ -58,6 +58,8 @@ pub(crate) struct Head {
     pub(crate) branches: usize,
     /// Sequences that are handed out.
     pub(crate) returned: usize,
+    /// Whether the method looks at the hidden states of the whole prompt.
+    pub(crate) sees_prompt: bool,
     /// Positions of the adapter in front.
     pub(crate) virtual_tokens: usize,
 }

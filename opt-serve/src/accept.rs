@@ -1,6 +1,6 @@
 //! Accepting connections, and ending them.
 
-use crate::{engine::State, options::ServeOptions};
+use crate::{engine::State, options::ServeOptions, patience::Patience};
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -65,7 +65,10 @@ pub(crate) async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(options.read_timeout)
             .max_buf_size(HEAD_BYTES)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+            .serve_connection(
+                TokioIo::new(Patience::new(stream, options.read_timeout)),
+                TowerToHyperService::new(router.clone()),
+            );
         let connection = graceful.watch(connection);
         connections.spawn(async move {
             if let Err(error) = connection.await {

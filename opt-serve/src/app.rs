@@ -22,16 +22,22 @@ use std::{
     },
     time::{SystemTime, UNIX_EPOCH},
 };
+use tokio::sync::Semaphore;
 use tower_http::{
     catch_panic::CatchPanicLayer,
-    cors::{AllowOrigin, CorsLayer},
+    cors::{AllowHeaders, AllowOrigin, CorsLayer},
 };
+
+/// Forms for answers that are compiled at once.
+const FORMS: usize = 2;
 
 /// What all handlers share.
 pub(crate) struct App {
     pub(crate) engine: Engine,
     pub(crate) options: ServeOptions,
     pub(crate) started: u64,
+    /// Who may compile a form for answers, which can take seconds of a core.
+    pub(crate) forms: Arc<Semaphore>,
     salt: u64,
     count: AtomicU64,
 }
@@ -45,7 +51,14 @@ impl App {
     pub(crate) fn new(engine: Engine, options: ServeOptions) -> Self {
         // Two servers behind one address are not to give the same ids.
         let salt = RandomState::new().build_hasher().finish();
-        Self { engine, options, started: now(), salt, count: AtomicU64::new(0) }
+        Self {
+            engine,
+            options,
+            started: now(),
+            forms: Arc::new(Semaphore::new(FORMS)),
+            salt,
+            count: AtomicU64::new(0),
+        }
     }
 
     /// A name for an answer.
@@ -125,8 +138,9 @@ impl App {
             // What cannot be a header cannot be an origin.
             AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse::<HeaderValue>().ok()))
         };
-        let headers = [header::AUTHORIZATION, header::CONTENT_TYPE];
-        let cors = CorsLayer::new().allow_origin(allowed).allow_headers(headers);
+        // OpenAI's own client for browsers sends headers of many names.
+        let cors = CorsLayer::new().allow_origin(allowed).allow_headers(AllowHeaders::mirror_request());
+        let cors = cors.expose_headers([HeaderName::from_static("x-request-id"), header::RETRY_AFTER]);
         (!origins.is_empty()).then(|| cors.allow_methods([Method::GET, Method::POST]))
     }
 }
@@ -164,7 +178,10 @@ async fn count(app: Arc<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let known =
         ["/v1/completions", "/v1/embeddings", "/v1/models", "/metrics", "/health", "/ready", "/openapi.json"];
-    let endpoint = known.into_iter().find(|known| path.starts_with(known)).unwrap_or("other");
+    let endpoint = known
+        .into_iter()
+        .find(|known| path == *known || path.starts_with(&format!("{known}/")))
+        .unwrap_or("other");
     let endpoint = endpoint.trim_start_matches("/v1").trim_start_matches('/');
     let id = app.new_id("req");
     let since = std::time::Instant::now();

@@ -1,6 +1,6 @@
 //! Reading a request's body.
 
-use crate::{error::ApiError, options::ServeOptions};
+use crate::{error::ApiError, gather::blocking, options::ServeOptions};
 use axum::{
     body::to_bytes,
     extract::Request,
@@ -8,11 +8,22 @@ use axum::{
 };
 use serde_json::Value;
 
-/// The JSON of a body.
+/// Bodies of more bytes are read on a thread of their own: those that serve others are not to wait for it.
+const LONG: usize = 64 << 10;
+
+/// Does work on something of so many bytes of JSON where it holds up nobody.
+pub(crate) async fn where_it_fits<T: Send + 'static>(
+    size: usize,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if size > LONG { blocking(work).await } else { work() }
+}
+
+/// The JSON of a body, and how many bytes it had.
 ///
 /// # Errors
 /// 415 for another content type, 413 for a body over the limit, 408 for one that does not come, 400 for no JSON.
-pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Result<Value, ApiError> {
+pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Result<(Value, usize), ApiError> {
     let limit = options.body_bytes;
     let too_large = || {
         let message = format!("body: expected at most {limit} bytes");
@@ -54,10 +65,14 @@ pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Resul
         }
         Ok(Ok(bytes)) => bytes,
     };
-    serde_json::from_slice(&bytes).map_err(|error| {
-        let message = format!("body: expected JSON: {error}");
-        ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_json"), message)
-    })
+    let size = bytes.len();
+    let parse = move || {
+        serde_json::from_slice(&bytes).map_err(|error| {
+            let message = format!("body: expected JSON: {error}");
+            ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_json"), message)
+        })
+    };
+    Ok((where_it_fits(size, parse).await?, size))
 }
 
 /// `application/json`, `application/vnd.api+json`, with or without parameters.

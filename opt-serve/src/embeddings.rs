@@ -167,8 +167,9 @@ pub(crate) async fn embeddings(
     request: Request,
 ) -> Result<Json<EmbeddingList>, ApiError> {
     let since = Instant::now();
-    let body = body::read_json(request, &app.options).await?;
-    let wanted = Wanted::read(body, &app.options)?;
+    let (body, size) = body::read_json(request, &app.options).await?;
+    let for_app = Arc::clone(&app);
+    let wanted = body::where_it_fits(size, move || Wanted::read(body, &for_app.options)).await?;
     let state = &app.engine.state;
     let _timer = Timer::new(state, "embeddings", since);
     let deadline = Deadline::new(since, app.options.timeout);

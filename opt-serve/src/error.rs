@@ -1,11 +1,12 @@
 //! Failures as OpenAI's API tells them.
 
+use crate::completions::request::FIELDS;
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use opt_core::ErrorKind;
+use opt_core::{ErrorKind, generation::GenerationConfig};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -110,12 +111,12 @@ impl From<opt_core::Error> for ApiError {
             ErrorKind::Option | ErrorKind::Config | ErrorKind::Tokenizer | ErrorKind::Unsupported => {
                 // Options tell their name in front.
                 let name = message.split_once(':').map(|(name, _)| name.to_owned());
-                let known = name.filter(|name| {
-                    !name.is_empty()
-                        && name.bytes().all(|b| b.is_ascii_lowercase() || b"_0123456789".contains(&b))
-                });
+                let known = name
+                    .filter(|name| FIELDS.contains(&&**name) || GenerationConfig::NAMES.contains(&&**name));
                 let error = Self::new(StatusCode::BAD_REQUEST, Some("invalid_value"), message);
                 match known {
+                    // What is n here is num_return_sequences there.
+                    Some(name) if name == "num_return_sequences" => error.param("n"),
                     Some(name) => error.param(name),
                     None => error,
                 }

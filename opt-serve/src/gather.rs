@@ -7,40 +7,41 @@ use crate::{
 };
 use opt_core::batching::Task;
 use std::time::Instant;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// Tasks that were sent; dropping it ends them.
+/// What is told of tasks.
+pub(crate) type Updates = UnboundedReceiver<(usize, Update)>;
+
+/// A request on its way to the engine.
 pub(crate) struct Sent<'a> {
     engine: &'a Engine,
     epoch: u64,
     since: Instant,
-    reply: UnboundedSender<(usize, Update)>,
-    receiver: UnboundedReceiver<(usize, Update)>,
+    /// Its tasks are told from those of others, so that none of many requests waits for all tasks of another.
+    group: u64,
 }
 
 impl<'a> Sent<'a> {
     pub(crate) fn new(engine: &'a Engine, epoch: u64, since: Instant) -> Self {
-        let (reply, receiver) = unbounded_channel();
-        Self { engine, epoch, since, reply, receiver }
+        Self { engine, epoch, since, group: engine.state.new_group() }
     }
 
+    fn send(&self, tasks: Vec<Task>, places: Vec<Place>, tokens: bool) -> Result<Updates, ApiError> {
+        let (reply, receiver) = unbounded_channel();
+        for (index, (task, place)) in tasks.into_iter().zip(places).enumerate() {
+            let (reply, epoch, since, group) = (reply.clone(), self.epoch, self.since, self.group);
+            self.engine.submit(Job { index, task, tokens, reply, place, since, epoch, group })?;
+        }
+        Ok(receiver)
+    }
+
+    /// Sends tasks, and gives what tells of them token by token; its end comes when none of them is left, and they end
+    /// when it is dropped.
+    ///
     /// # Errors
     /// 500 if there is no engine.
-    pub(crate) fn send(
-        &mut self,
-        tasks: Vec<Task>,
-        places: Vec<Place>,
-        tokens: bool,
-    ) -> Result<(), ApiError> {
-        tasks.into_iter().zip(places).enumerate().try_for_each(|(index, (task, place))| {
-            let (reply, epoch, since) = (self.reply.clone(), self.epoch, self.since);
-            self.engine.submit(Job { index, task, tokens, reply, place, since, epoch })
-        })
-    }
-
-    /// What tells of the tasks; its end comes when none of them is left.
-    pub(crate) fn into_receiver(self) -> UnboundedReceiver<(usize, Update)> {
-        self.receiver
+    pub(crate) fn stream(&self, tasks: Vec<Task>, places: Vec<Place>) -> Result<Updates, ApiError> {
+        self.send(tasks, places, true)
     }
 
     /// The results of all tasks, in order.
@@ -48,16 +49,16 @@ impl<'a> Sent<'a> {
     /// # Errors
     /// That of the first task that fails, and the deadline's; the others are then ended.
     pub(crate) async fn gather(
-        &mut self,
+        &self,
         tasks: Vec<Task>,
         places: Vec<Place>,
         deadline: &Deadline,
     ) -> Result<Vec<Update>, ApiError> {
         let count = tasks.len();
-        self.send(tasks, places, false)?;
+        let mut receiver = self.send(tasks, places, false)?;
         let mut results: Vec<Option<Update>> = (0..count).map(|_| None).collect();
         for _ in 0..count {
-            match deadline.within(self.receiver.recv()).await? {
+            match deadline.within(receiver.recv()).await? {
                 Some((_, Update::Failed(error))) => return Err(error),
                 Some((index, update)) => {
                     if let Some(result) = results.get_mut(index) {

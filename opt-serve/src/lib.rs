@@ -33,6 +33,7 @@ mod models;
 mod openapi;
 mod options;
 mod page;
+mod patience;
 mod server;
 mod status;
 mod timing;

@@ -6,7 +6,7 @@ use crate::{
 };
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
 };
 use serde::Serialize;
 use std::sync::Arc;
@@ -72,8 +72,9 @@ pub(crate) async fn models(State(app): State<Arc<App>>) -> Json<ModelList> {
 )]
 pub(crate) async fn model(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
+    let Path(name) = name.map_err(|error| ApiError::invalid("model", error.body_text()))?;
     let found = list(&app).into_iter().find(|model| model.id == name);
     found.map(Json).ok_or_else(|| unknown_model(&name, "model"))
 }

@@ -36,7 +36,8 @@ pub struct ServeOptions {
     pub body_bytes: usize,
     /// How long a request may take altogether, waiting included.
     pub timeout: Duration,
-    /// How long a client may take to send the head of a request, and then its body.
+    /// How long a client may take to send the head of a request, and then its body; and how long it may read nothing of
+    /// an answer before its connection is closed ([`crate::Server::serve`] only).
     pub read_timeout: Duration,
     /// Most connections at once ([`crate::Server::serve`] only).
     pub connections: usize,
@@ -152,6 +153,15 @@ impl ServeOptions {
         }
         if self.model.is_empty() {
             return fail("model", "a name", &"an empty one");
+        }
+        let is_origin = |origin: &&String| {
+            *origin == "*"
+                || origin.split_once("://").is_some_and(|(scheme, host)| {
+                    !scheme.is_empty() && !host.is_empty() && !host.contains(['/', ' ', '?', '#'])
+                })
+        };
+        if let Some(bad) = self.cors_origins.iter().find(|origin| !is_origin(origin)) {
+            return fail("cors_origins", "origins as https://example.org, or *", &format!("{bad:?}"));
         }
         // An empty key would let everybody in who sends an empty one.
         if self.api_keys.iter().any(String::is_empty) {

@@ -5,7 +5,11 @@ use super::{
     task::position_bytes,
 };
 use crate::{Error, ErrorKind, Opt, Result, driver::run_pieces, engine::KvCache};
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 use web_time::Instant;
 
 /// Tasks that are advanced together. See the [module](super).
@@ -13,7 +17,7 @@ pub struct Batch {
     opt: Opt,
     options: BatchOptions,
     next: u64,
-    waiting: VecDeque<(TaskId, Task)>,
+    waiting: VecDeque<(TaskId, u64, Task)>,
     /// In the order in which they came.
     lanes: Vec<Lane>,
     prefixes: Prefixes,
@@ -83,10 +87,20 @@ impl Batch {
     /// # Errors
     /// [`ErrorKind::Option`] for a task of another model, and for one that needs more than the whole batch may have.
     pub fn add(&mut self, task: Task) -> Result<TaskId> {
+        // Of no group but its own; other numbers are the caller's.
+        self.add_of(u64::MAX - self.next, task)
+    }
+
+    /// [`Batch::add`] for one of a group of tasks, such as those of one request or one user: as long as not all can
+    /// run, the next to begin is the first that waits of the group of which the fewest sequences run.
+    ///
+    /// # Errors
+    /// Those of [`Batch::add`].
+    pub fn add_of(&mut self, group: u64, task: Task) -> Result<TaskId> {
         self.check(&task)?;
         let id = TaskId(self.next);
         self.next += 1;
-        self.waiting.push_back((id, task));
+        self.waiting.push_back((id, group, task));
         Ok(id)
     }
 
@@ -105,9 +119,9 @@ impl Batch {
     /// Ends a task, whether it waits or runs: the next step says that it has failed as cancelled, and its place is free
     /// in that step. Nothing happens if it is not there any more.
     pub fn cancel(&mut self, task: TaskId) {
-        let waits = self.waiting.iter().any(|(id, _)| *id == task);
+        let waits = self.waiting.iter().any(|(id, ..)| *id == task);
         if waits || self.lanes.iter().any(|lane| lane.id == task) {
-            self.waiting.retain(|(id, _)| *id != task);
+            self.waiting.retain(|(id, ..)| *id != task);
             self.lanes.retain(|lane| lane.id != task);
             self.cancelled.push(task);
         }
@@ -163,21 +177,26 @@ impl Batch {
         Ok(events)
     }
 
-    /// Lets tasks in, in their order, as long as there is room for the next.
+    /// Lets tasks in, as long as there is room for the next. That one is never passed over for want of room, so that
+    /// large ones get their turn.
     fn admit(&mut self, events: &mut Vec<Event>) {
-        while let Some((id, task)) = self.waiting.pop_front() {
-            if task.active.cancel.is_cancelled() {
-                events.push(cancelled(id));
-                continue;
-            }
-            let sequences: usize = self.lanes.iter().map(|lane| lane.branches).sum();
+        let gone = |(_, _, task): &(TaskId, u64, Task)| task.active.cancel.is_cancelled();
+        events.extend(self.waiting.iter().filter(|entry| gone(entry)).map(|(id, ..)| cancelled(*id)));
+        self.waiting.retain(|entry| !gone(entry));
+        loop {
+            let mut running: HashMap<u64, usize> = HashMap::new();
+            self.lanes.iter().for_each(|lane| *running.entry(lane.group).or_default() += lane.branches);
+            let of =
+                |(_, (_, group, _)): &(usize, &(TaskId, u64, Task))| running.get(group).copied().unwrap_or(0);
+            let Some((at, (_, _, task))) = self.waiting.iter().enumerate().min_by_key(of) else { return };
+            let sequences: usize = running.values().sum();
             let bytes = self.reserved().saturating_add(task.cache_bytes);
             if sequences + task.branches > self.options.sequences || bytes > self.options.cache_bytes {
-                self.waiting.push_front((id, task));
-                break;
+                return;
             }
+            let Some((id, group, task)) = self.waiting.remove(at) else { return };
             self.prefixes.shrink((self.options.cache_bytes - bytes).min(self.options.prefix_bytes));
-            self.lanes.push(Lane::new(id, task));
+            self.lanes.push(Lane::new(id, group, task));
         }
     }
 

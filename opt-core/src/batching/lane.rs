@@ -16,6 +16,8 @@ const LONG: usize = 32;
 
 pub(super) struct Lane {
     pub(super) id: TaskId,
+    /// Whose it is.
+    pub(super) group: u64,
     active: Active,
     goal: Goal,
     texts: Texts,
@@ -31,18 +33,21 @@ pub(super) struct Lane {
     /// Tokens of the prompt that did not have to be run.
     cached: usize,
     pub(super) branches: usize,
+    /// Whether its way of generating looks at every token of the prompt.
+    sees_prompt: bool,
     pub(super) cache_bytes: u64,
 }
 
 impl Lane {
-    pub(super) fn new(id: TaskId, task: Task) -> Self {
-        let Task { active, goal, prompt, branches, cache_bytes, .. } = task;
+    pub(super) fn new(id: TaskId, group: u64, task: Task) -> Self {
+        let Task { active, goal, prompt, branches, cache_bytes, sees_prompt, .. } = task;
         let tokenizer = match &goal {
             Goal::Generate { tokenizer, .. } => tokenizer.clone(),
             Goal::Embed { .. } | Goal::Score => None,
         };
         Self {
             id,
+            group,
             active,
             goal,
             texts: Texts::new(tokenizer),
@@ -53,6 +58,7 @@ impl Lane {
             seen: false,
             announced: false,
             cached: 0,
+            sees_prompt,
             branches,
             cache_bytes,
         }
@@ -86,7 +92,7 @@ impl Lane {
     /// must be run for what follows it.
     pub(super) fn wants_prefix(&self) -> Option<&[u32]> {
         // What is to be known of every token of a prompt must be run.
-        let sees_prompt = self.active.embed.is_some() || self.active.score.is_some();
+        let sees_prompt = self.active.embed.is_some() || self.active.score.is_some() || self.sees_prompt;
         let usable = self.active.use_cache && self.active.embeds.is_none() && !sees_prompt;
         self.prompt.split_last().map(|(_, before)| before).filter(|_| usable)
     }

@@ -1,5 +1,6 @@
 //! Keys and values of prompts that were run, for prompts that begin alike.
 
+use super::task::BLOCK;
 use crate::{Result, engine::KvCache};
 use opt_backend::CacheDType;
 use std::sync::Arc;
@@ -73,7 +74,7 @@ impl Prefixes {
             return Ok(());
         }
         self.entries.retain(|entry| entry.kind != *kind || !ids.starts_with(&entry.ids));
-        let (bytes, used) = (len as u64 * position, self.clock);
+        let (bytes, used) = (len.next_multiple_of(BLOCK) as u64 * position, self.clock);
         self.entries.push(Entry { ids: ids.to_vec(), kind: kind.clone(), cache: cache.fork()?, bytes, used });
         Ok(())
     }

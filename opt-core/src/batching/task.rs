@@ -29,6 +29,7 @@ pub struct Task {
     /// Bytes of keys and values that they take at most.
     pub(super) cache_bytes: u64,
     most_tokens: usize,
+    pub(super) sees_prompt: bool,
 }
 
 /// What a task is for.
@@ -49,8 +50,9 @@ impl Task {
         let most_tokens = longest.saturating_sub(head.prompt_ids.len()).saturating_mul(head.returned);
         let prompt = Arc::from(&head.prompt_ids[..]);
         let positions = longest + active.embeds.as_ref().map_or(0, |rows| rows.nrows()) + head.virtual_tokens;
+        let sees_prompt = head.sees_prompt;
         let goal = Goal::Generate { head, tokenizer: opt.tokenizer().cloned() };
-        Ok(Self { most_tokens, ..Self::new(opt, active, goal, prompt, positions, branches) })
+        Ok(Self { most_tokens, sees_prompt, ..Self::new(opt, active, goal, prompt, positions, branches) })
     }
 
     /// A task to make a vector of a text, or of token ids.
@@ -110,9 +112,10 @@ impl Task {
         branches: usize,
     ) -> Self {
         let bytes = position_bytes(opt, active.cache_dtype);
-        let cache_bytes = (positions as u64).saturating_mul(branches as u64).saturating_mul(bytes);
+        let cache_bytes =
+            (positions.next_multiple_of(BLOCK) as u64).saturating_mul(branches as u64).saturating_mul(bytes);
         let engine = Arc::clone(opt.engine());
-        Self { engine, active, goal, prompt, branches, cache_bytes, most_tokens: 0 }
+        Self { engine, active, goal, prompt, branches, cache_bytes, most_tokens: 0, sees_prompt: false }
     }
 
     /// The prompt as it will be run.
@@ -148,6 +151,9 @@ impl Task {
 fn reading(opt: &Opt, ids: &[u32]) -> Active {
     Active::new(Box::new(Reading::new(ids)) as Box<dyn Strategy>, opt.worn())
 }
+
+/// Caches grow by as many positions at once (those of the CPU backend; others by about as many).
+pub(super) const BLOCK: usize = 32;
 
 /// Bytes of keys and values of one position of one sequence.
 pub(super) fn position_bytes(opt: &Opt, dtype: CacheDType) -> u64 {

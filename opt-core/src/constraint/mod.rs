@@ -220,7 +220,10 @@ impl Constraint {
         let (fresh, shared) = (Mutex::new(fresh), Mutex::new(shared));
         let constraint = Self(Arc::new(Compiled { vocabulary, fresh, shared, warnings, what }));
         // A form that no text has shows here, before anything is generated.
-        constraint.follow(&mut first, &[]).map_err(|_| wrong(&"no text has this form"))?;
+        constraint.follow(&mut first, &[]).map_err(|error| {
+            let none = error.to_string().contains("can follow, and the text may not end here");
+            if none { wrong(&"no text has this form") } else { error }
+        })?;
         Ok(constraint)
     }
 

@@ -65,12 +65,11 @@ impl Constrained {
             let (before, rest) = ids.split_at_checked(len)?;
             Some((places.matcher(before)?, rest))
         });
-        if let Some(place) = known.and_then(|(matcher, rest)| self.read(matcher, rest).ok()) {
-            return Ok(place);
-        }
-        // Nothing known; or what is known is spent, as the automaton that all share is after too many states.
-        match self.read(self.constraint.matcher(), ids) {
+        // From there, or from the start.
+        let (matcher, rest) = known.unwrap_or_else(|| (self.constraint.matcher(), ids));
+        match self.read(matcher, rest) {
             Ok(place) => Ok(place),
+            // Perhaps the automaton that all share is spent, as it is after too many states: once more with a new one.
             Err(_) => {
                 places.places.clear();
                 self.read(self.constraint.renewed(), ids)

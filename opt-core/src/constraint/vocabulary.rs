@@ -45,7 +45,10 @@ impl Vocabulary {
             let env: TokEnv = Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words)));
             let mut factory = ParserFactory::new_simple(&env)?;
             factory.quiet();
-            factory.limits_mut().verbose_errors = false;
+            let limits = factory.limits_mut();
+            limits.verbose_errors = false;
+            // A fifth of the default, which took 200 MB and ten seconds to reach: forms that people write have hundreds.
+            limits.max_lexer_states = 50_000;
             Ok(factory)
         }))
         .map_err(|e| Error::new(ErrorKind::Tokenizer, super::line("constraint: the vocabulary", &e)))?;

@@ -29,6 +29,17 @@ impl Logprobs {
         self.text_offset.truncate(keep);
     }
 
+    /// Takes off the tokens that begin at `offset` or behind it.
+    pub(crate) fn split_off(&mut self, offset: usize) -> Logprobs {
+        let keep = self.text_offset.iter().take_while(|at| **at < offset).count();
+        Logprobs {
+            tokens: self.tokens.split_off(keep),
+            token_logprobs: self.token_logprobs.split_off(keep),
+            top_logprobs: self.top_logprobs.split_off(keep),
+            text_offset: self.text_offset.split_off(keep),
+        }
+    }
+
     pub(crate) fn extend(&mut self, other: Logprobs) {
         self.tokens.extend(other.tokens);
         self.token_logprobs.extend(other.token_logprobs);

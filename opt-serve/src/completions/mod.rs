@@ -46,8 +46,10 @@ use stream::Streaming;
 )]
 pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let since = Instant::now();
-    let body = body::read_json(request, &app.options).await?;
-    let wanted = Arc::new(Wanted::read(body, &app.options)?);
+    let (body, size) = body::read_json(request, &app.options).await?;
+    let for_app = Arc::clone(&app);
+    let read = move || Wanted::read(body, &for_app.options);
+    let wanted = Arc::new(body::where_it_fits(size, read).await?);
     let state = &app.engine.state;
     let timer = Timer::new(state, "completions", since);
     let deadline = Deadline::new(since, app.options.timeout);
@@ -55,12 +57,21 @@ pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -
     let (opt, model) = app.choose(opt, wanted.model.as_deref(), wanted.adapter.as_deref())?;
     let (scores, runs) = prepare::needs(&wanted);
     let count = wanted.inputs.len();
-    let mut places = state.admit(count * (usize::from(scores) + usize::from(runs)))?;
-    let (for_opt, for_wanted, cache) = (opt.clone(), Arc::clone(&wanted), app.options.cache_dtype);
-    let prepared = blocking(move || prepare::prepare(&for_opt, &for_wanted, cache));
-    let Prepared { prompts, scores, runs } = deadline.within(prepared).await??;
+    let places = state.admit(count * (usize::from(scores) + usize::from(runs)))?;
+    let permit = match wanted.format {
+        Some(_) => deadline.within(Arc::clone(&app.forms).acquire_owned()).await?.ok(),
+        None => None,
+    };
+    let (for_app, for_opt, for_wanted) = (Arc::clone(&app), opt.clone(), Arc::clone(&wanted));
+    // Whoever goes away meanwhile gives place and permit back when the work is done, not before.
+    let prepared = blocking(move || {
+        let prepared = prepare::prepare(&for_opt, &for_wanted, &for_app.options);
+        drop(permit);
+        Ok((prepared?, places))
+    });
+    let (Prepared { prompts, scores, runs }, mut places) = deadline.within(prepared).await??;
 
-    let mut sent = Sent::new(&app.engine, epoch, since);
+    let sent = Sent::new(&app.engine, epoch, since);
     let places_of_scores: Vec<Place> = places.drain(..scores.len().min(places.len())).collect();
     let scores = sent.gather(scores, places_of_scores, &deadline).await?;
     let scores: Vec<PromptScores> = scores.into_iter().filter_map(scored).collect();
@@ -78,10 +89,8 @@ pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -
     }
     if wanted.stream {
         let running = runs.len();
-        let mut sent = Sent::new(&app.engine, epoch, since);
-        sent.send(runs, places, true)?;
-        let receiver = sent.into_receiver();
-        let ends = (deadline, timer);
+        let receiver = sent.stream(runs, places)?;
+        let ends = (deadline, timer, app.engine.clone());
         let stream = Streaming::new(&opt, head, wanted, prompts, &scores, receiver, running, ends)?;
         let keep_alive = KeepAlive::new().interval(app.options.keep_alive);
         let stream = futures_util::stream::unfold(stream, Streaming::next);

@@ -5,9 +5,9 @@ use super::{
     request::{Format, Input, Wanted},
     stop::StopAt,
 };
-use crate::error::ApiError;
+use crate::{error::ApiError, options::ServeOptions};
 use axum::http::StatusCode;
-use opt_core::{CacheDType, Opt, Request, batching::Task, constraint::Constraint, tokenizer::Bos};
+use opt_core::{Opt, Request, batching::Task, constraint::Constraint, tokenizer::Bos};
 
 /// A prompt as it is run.
 pub(super) struct Ready {
@@ -34,7 +34,7 @@ pub(super) fn needs(wanted: &Wanted) -> (bool, bool) {
     (wanted.echo && wanted.logprobs.is_some(), wanted.new_tokens() > 0)
 }
 
-pub(super) fn prepare(opt: &Opt, wanted: &Wanted, cache: CacheDType) -> Result<Prepared, ApiError> {
+pub(super) fn prepare(opt: &Opt, wanted: &Wanted, options: &ServeOptions) -> Result<Prepared, ApiError> {
     let (scores, runs) = needs(wanted);
     let form = wanted.format.as_ref().map(|format| constraint(opt, format)).transpose()?;
     if !wanted.stop.is_empty() {
@@ -57,8 +57,13 @@ pub(super) fn prepare(opt: &Opt, wanted: &Wanted, cache: CacheDType) -> Result<P
             );
         }
         if runs {
-            let request = request(opt, &prompt.ids, wanted, form.as_ref()).cache_dtype(cache);
-            prepared.runs.push(Task::generate(opt, request).map_err(ApiError::from).map_err(at)?);
+            let request = request(opt, &prompt.ids, wanted, form.as_ref()).cache_dtype(options.cache_dtype);
+            let task = Task::generate(opt, request).map_err(ApiError::from).map_err(at)?;
+            options.batch.check(&task).map_err(|error| {
+                let beams = wanted.config.num_beams.is_some_and(|beams| beams > 1);
+                ApiError::from(error).param(if beams { "num_beams" } else { "n" })
+            })?;
+            prepared.runs.push(task);
         }
         prepared.prompts.push(prompt);
     }

@@ -38,6 +38,8 @@ pub(crate) const FIELDS: &[&str] = &[
 /// Those that mean nothing here and do no harm.
 pub(crate) const IGNORED: &[&str] =
     &["user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"];
+/// Most entries of a list of tokens or strings, each of which costs something in every step.
+const LONGEST_LIST: usize = 1024;
 /// Longest stop string, in bytes.
 const LONGEST_STOP: usize = 4096;
 
@@ -138,7 +140,7 @@ impl Wanted {
         };
         let bias = logit_bias(&mut fields)?;
         let biased = bias.keys().flatten().copied().collect();
-        let (config, max_tokens) = config(&mut fields, bias, wanted.n, wanted.best_of)?;
+        let (config, max_tokens) = config(&mut fields, bias, wanted.n, wanted.best_of, options)?;
         if let Some((most, found)) = options.max_tokens.zip(max_tokens).filter(|(most, found)| found > most) {
             let message = format!("max_tokens: expected at most {most}, found {found}");
             return Err(ApiError::invalid("max_tokens", message));
@@ -261,6 +263,7 @@ fn config(
     bias: BTreeMap<Vec<u32>, f32>,
     n: usize,
     best_of: usize,
+    options: &ServeOptions,
 ) -> Result<(GenerationConfig, Option<usize>), ApiError> {
     let max_tokens = fields.whole("max_tokens", 0..=usize::MAX)?;
     let temperature = fields.number("temperature", 0.0..=f64::INFINITY)?;
@@ -274,8 +277,18 @@ fn config(
         },
     };
     let said: Map<String, Value> = fields.take_all(GenerationConfig::NAMES);
+    let lists = said.iter().filter_map(|(name, value)| Some((name, value.as_array()?.len())));
+    if let Some((name, found)) = lists.max_by_key(|(_, len)| *len).filter(|(_, len)| *len > LONGEST_LIST) {
+        let message = format!("{name}: expected at most {LONGEST_LIST} entries, found {found}");
+        return Err(ApiError::invalid(name, message));
+    }
     let mut config: GenerationConfig =
         serde_json::from_value(Value::Object(said)).map_err(|error| named(&error.to_string()))?;
+    if let Some(strings) = config.stop_strings.as_ref().filter(|strings| strings.len() > options.stops) {
+        let (most, found) = (options.stops, strings.len());
+        let message = format!("stop_strings: expected at most {most} of them, found {found}");
+        return Err(ApiError::invalid("stop_strings", message));
+    }
     if config.num_return_sequences.is_some() {
         return Err(ApiError::unsupported(
             "num_return_sequences",

@@ -9,7 +9,7 @@ use super::{
     whole,
 };
 use crate::{
-    engine::Update,
+    engine::{Engine, Update},
     error::ApiError,
     timing::{Deadline, Timer},
 };
@@ -26,6 +26,8 @@ pub(super) struct Streaming {
     pub(super) deadline: Deadline,
     /// Measures until the stream is dropped.
     _timer: Timer,
+    /// Lives as long as what it makes is read, whatever becomes of the server.
+    _engine: Engine,
     prompts: Vec<Ready>,
     choices: Vec<Growing>,
     /// Prompts that are not done.
@@ -58,13 +60,14 @@ impl Streaming {
         scores: &[PromptScores],
         receiver: UnboundedReceiver<(usize, Update)>,
         running: usize,
-        (deadline, timer): (Deadline, Timer),
+        (deadline, timer, engine): (Deadline, Timer, Engine),
     ) -> Result<Self, ApiError> {
         let mut stream = Self {
             head,
             receiver,
             deadline,
             _timer: timer,
+            _engine: engine,
             choices: Vec::new(),
             open: running,
             completion_tokens: 0,
@@ -229,6 +232,9 @@ impl Streaming {
         let mut logprobs = std::mem::take(&mut choice.held);
         if choice.filter.stopped() {
             logprobs.cut(choice.length);
+        } else if reason.is_none() {
+            // Tokens whose text is held back, since it may become a stop string, wait with it.
+            choice.held = logprobs.split_off(choice.length);
         }
         let ids = std::mem::take(&mut choice.held_ids);
         let piece = Choice {

@@ -16,7 +16,7 @@ use opt_core::{
 use std::{
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
     thread,
@@ -50,6 +50,8 @@ pub(crate) struct Job {
     pub(crate) since: Instant,
     /// The model that it was made with.
     pub(crate) epoch: u64,
+    /// The request that it is of.
+    pub(crate) group: u64,
 }
 
 /// One of the places that [`ServeOptions::queue`] counts; dropping it gives it back.
@@ -71,6 +73,7 @@ pub(crate) struct State {
     cut: AtomicBool,
     pending: AtomicUsize,
     queue: usize,
+    groups: AtomicU64,
     /// Told when the engine comes back, or the server begins to end.
     pub(crate) changed: Notify,
     pub(crate) metrics: Metrics,
@@ -100,6 +103,11 @@ impl State {
 
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// A number for a request.
+    pub(crate) fn new_group(&self) -> u64 {
+        self.groups.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(crate) fn pending(&self) -> usize {
@@ -178,6 +186,7 @@ impl Engine {
             cut: AtomicBool::new(false),
             pending: AtomicUsize::new(0),
             queue: options.queue,
+            groups: AtomicU64::new(0),
             changed: Notify::new(),
             metrics: Metrics::new(),
         });

@@ -1,5 +1,4 @@
 use super::{Job, Place, State, Update, closing, restarting};
-use crate::error::ApiError;
 use opt_core::{
     Error, ErrorKind, Opt, Result,
     batching::{Batch, BatchOptions, BatchStats, Event, TaskId},
@@ -122,17 +121,17 @@ impl Turn {
                 match self.receiver.try_recv() {
                     Ok(job) => job,
                     Err(TryRecvError::Empty) => return true,
-                    // Nobody can be waiting for what still runs.
+                    // Nobody is waiting: whoever reads what still runs holds a sender.
                     Err(TryRecvError::Disconnected) => return false,
                 }
             };
-            let Job { index, task, tokens, reply, place, since, epoch: made } = job;
+            let Job { index, task, tokens, reply, place, since, epoch: made, group } = job;
             if self.state.cut.load(Ordering::Acquire) {
                 let _ = reply.send((index, Update::Failed(closing())));
             } else if made != epoch {
                 let _ = reply.send((index, Update::Failed(restarting())));
             } else if !reply.is_closed() {
-                match batch.add(task) {
+                match batch.add_of(group, task) {
                     Ok(id) => {
                         let last = HashMap::new();
                         let waiting =
@@ -189,7 +188,7 @@ impl Turn {
             }
             Event::Embedded { embedding, .. } => waiting.tell(Update::Embedded(embedding)),
             Event::Scored { scores, .. } => waiting.tell(Update::Scored(scores)),
-            Event::Failed { error, .. } => waiting.tell(Update::Failed(failed(error))),
+            Event::Failed { error, .. } => waiting.tell(Update::Failed(error.into())),
             _ => {}
         }
         if last {
@@ -230,10 +229,6 @@ impl Turn {
             return true;
         }
     }
-}
-
-fn failed(error: Error) -> ApiError {
-    error.into()
 }
 
 /// What a panic said.
