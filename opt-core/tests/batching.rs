@@ -251,10 +251,10 @@ fn what_prompts_have_in_common_is_run_once() {
 
 #[test]
 fn caches_stay_within_the_budget() {
-    // 512 bytes a position: room for three tasks of 50 positions.
-    let options = BatchOptions::default().cache_bytes(3 * 50 * 512 + 100);
+    // 512 bytes a position: room for three tasks of 50 positions, in blocks of 32.
+    let options = BatchOptions::default().cache_bytes(3 * 64 * 512 + 100);
     let mut batch = Batch::new(&TINY, options).unwrap();
-    let error = batch.add(generate(&TINY, &random_ids(1, 80, 61), greedy(16).num_beams(2))).unwrap_err();
+    let error = batch.add(generate(&TINY, &random_ids(1, 80, 61), greedy(16).num_beams(3))).unwrap_err();
     let expected = "keys and values: expected a request that needs at most 1 MiB, found one that needs 1 MiB";
     assert!(error.kind() == ErrorKind::Option && error.to_string().starts_with(expected), "{error}");
     for i in 0..8 {
@@ -267,10 +267,27 @@ fn caches_stay_within_the_budget() {
         ended += events.iter().filter(|event| matches!(event, Event::Generated { .. })).count();
         let stats = batch.stats();
         most = most.max(stats.running);
-        assert!(stats.cache_reserved + stats.cache_kept <= 3 * 50 * 512 + 100, "{stats:?}");
+        assert!(stats.cache_reserved + stats.cache_kept <= 3 * 64 * 512 + 100, "{stats:?}");
     }
     assert_eq!((most, ended), (3, 8));
     assert!(batch.stats().cache_kept > 0, "{:?}", batch.stats());
+}
+
+#[test]
+fn groups_take_turns() {
+    let mut batch = Batch::new(&TINY, BatchOptions::default().sequences(2)).unwrap();
+    for i in 0..8 {
+        batch.add_of(1, generate(&TINY, &random_ids(i, 5, 61), greedy(10))).unwrap();
+    }
+    batch.step().unwrap();
+    // Six of the first group wait; a second one does not wait behind them.
+    let other = batch.add_of(2, generate(&TINY, &random_ids(9, 5, 61), greedy(2))).unwrap();
+    let mut order = Vec::new();
+    while !batch.is_idle() {
+        let ends = batch.step().unwrap().into_iter().filter(Event::is_last);
+        order.extend(ends.map(|event| event.task() == other));
+    }
+    assert_eq!((order.len(), order.iter().position(|of_other| *of_other)), (9, Some(2)), "{order:?}");
 }
 
 #[test]

@@ -186,6 +186,56 @@ fn streams_say_what_whole_answers_say() {
     }
 }
 
+#[test]
+fn tokens_whose_text_is_held_back_wait_with_it() {
+    // Each end of what has been produced may become a stop string that overlaps itself.
+    for stop in [json!(["aab"]), json!(["aaab", "ab"]), json!(["aaz"])] {
+        let body = json!({
+            "prompt": "The", "temperature": 0, "max_tokens": 40, "logprobs": 1, "stop": stop,
+            "regex": " (x|aaaaaab|aaaaaac)aaaaaaaabzz",
+        });
+        let whole = server().complete(&body);
+        let mut body = body;
+        body["stream"] = true.into();
+        let pieces = stream(&body);
+        assert_eq!(joined(&pieces, 0).0, text(&whole, 0));
+        let (mut length, mut told) = (0, Vec::new());
+        for piece in &pieces {
+            let choice = &piece["choices"][0];
+            length += choice["text"].as_str().unwrap().chars().count() as u64;
+            let offsets = choice["logprobs"]["text_offset"].as_array().unwrap();
+            // The end of a text has no text of its own.
+            let end = u64::from(!choice["finish_reason"].is_null());
+            assert!(offsets.iter().all(|at| at.as_u64().unwrap() < length + end), "{piece}");
+            told.extend(choice["logprobs"]["tokens"].as_array().unwrap().clone());
+        }
+        assert_eq!(Value::from(told), whole["choices"][0]["logprobs"]["tokens"], "{stop}");
+    }
+}
+
+#[test]
+fn answers_keep_the_form_they_are_held_to() {
+    let schema = json!({
+        "type": "object", "required": ["name", "age"], "additionalProperties": false,
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "captain", "schema": schema}});
+    let answers = server().complete(&json!({
+        "prompt": "The captain: ", "max_tokens": 60, "n": 4, "seed": 3, "response_format": format,
+    }));
+    for i in 0..4 {
+        let made: Value = serde_json::from_str(&text(&answers, i)).unwrap();
+        assert!(made["name"].as_str().unwrap().chars().count() <= 12, "{made}");
+        assert!((1..=99).contains(&made["age"].as_i64().unwrap()), "{made}");
+        assert_eq!(answers["choices"][i]["finish_reason"], "stop");
+    }
+    let asked = json!({"prompt": "He was", "max_tokens": 20, "temperature": 0, "regex": " [0-9]{3} years"});
+    let answer = server().complete(&asked);
+    let made = text(&answer, 0);
+    let digits = made.strip_prefix(' ').and_then(|made| made.strip_suffix(" years")).unwrap();
+    assert!(digits.len() == 3 && digits.bytes().all(|digit| digit.is_ascii_digit()), "{made}");
+}
+
 /// Equal but for the last bits of numbers.
 fn close(a: &Value, b: &Value, what: &str) {
     match (a, b) {
@@ -345,6 +395,7 @@ fn models_health_metrics_page_and_description() {
     assert_eq!(list["data"][0]["object"], "model");
     assert_eq!(server().get("/v1/models/opt-novels").json()["id"], "opt-novels");
     assert_eq!(server().get("/v1/models/a/b").error().1, "model_not_found");
+    assert_eq!(server().get("/v1/models/%ff").error(), (400, "invalid_value".into(), Some("model".into())));
     assert_eq!(server().get("/health").json()["status"], "ok");
     assert_eq!(server().get("/ready").status, 200);
     let page = server().get("/");
@@ -426,6 +477,16 @@ fn bad_requests_are_refused_by_name() {
         (json!({"prompt": "a", "temperatur": 1}), "unknown_parameter", "temperatur"),
         (json!({"prompt": "a", "num_return_sequences": 2}), "unsupported_parameter", "num_return_sequences"),
         (json!({"prompt": "a", "response_format": {"type": "xml"}}), "invalid_value", "response_format"),
+        (json!({"prompt": "a", "num_beams": 65, "stream": true}), "invalid_value", "num_beams"),
+        (json!({"prompt": "a", "num_beams": 2, "n": 4}), "invalid_value", "n"),
+        (json!({"prompt": "a", "stop_strings": vec!["x"; 10_000]}), "invalid_value", "stop_strings"),
+        (json!({"prompt": "a", "bad_words_ids": vec![[5]; 10_000]}), "invalid_value", "bad_words_ids"),
+        (
+            json!({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "enum": []}}}}),
+            "invalid_value",
+            "response_format",
+        ),
+        (json!({"prompt": "a", "regex": "(a"}), "invalid_value", "regex"),
         (json!({"prompt": "a", "adapter": "none"}), "model_not_found", "adapter"),
     ];
     for (body, code, param) in cases {
