@@ -5,6 +5,7 @@
 Beside serving_peers.py, which starts it. POST /v1/completions with prompt (token ids), max_tokens, min_tokens and stream.
 """
 import asyncio, json, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch, uvicorn
@@ -16,6 +17,12 @@ path, port = sys.argv[1], int(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = OPTForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 app, turn = FastAPI(), threading.Lock()
+# Two for each client: asyncio's own few would all wait for each other.
+threads = ThreadPoolExecutor(256)
+
+
+def beside(work, *arguments):
+    return asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
 def generate(body, **options):
@@ -30,14 +37,14 @@ def generate(body, **options):
 @app.post("/v1/completions")
 async def completions(body: dict):
     if not body.get("stream"):
-        made = await asyncio.to_thread(generate, body)
+        made = await beside(generate, body)
         return {"choices": [{"text": tokenizer.decode(made)}], "usage": {"completion_tokens": len(made)}}
 
     async def events():
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-        work = asyncio.create_task(asyncio.to_thread(partial(generate, body, streamer=streamer)))
+        work = beside(partial(generate, body, streamer=streamer))
         texts = iter(streamer)
-        while (text := await asyncio.to_thread(next, texts, None)) is not None:
+        while (text := await beside(next, texts, None)) is not None:
             yield f"data: {json.dumps({'choices': [{'text': text}]})}\n\n"
         yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': len(await work)}})}\n\n"
         yield "data: [DONE]\n\n"

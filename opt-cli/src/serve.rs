@@ -102,6 +102,10 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "N", default_value = "256", help_heading = "Limits")]
     max_rows: NonZeroUsize,
 
+    /// Run what prompts begin with in common once for each of them: answers then say nothing of what others have sent.
+    #[arg(long, help_heading = "Limits")]
+    no_shared_prefixes: bool,
+
     /// Take at most N MiB for keys and values.
     #[arg(long, value_name = "N", default_value = "2048", help_heading = "Limits")]
     cache_mib: NonZeroUsize,
@@ -223,7 +227,8 @@ impl Serve {
         let batch = BatchOptions::default()
             .rows(self.max_rows.get())
             .sequences(self.max_sequences.get())
-            .cache_bytes((self.cache_mib.get() as u64) << 20);
+            .cache_bytes((self.cache_mib.get() as u64) << 20)
+            .share_prefixes(!self.no_shared_prefixes);
         Ok(ServeOptions::default()
             .model(name)
             .batch(batch)
