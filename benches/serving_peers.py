@@ -223,7 +223,8 @@ def soak(args):
         async def client(left):
             while left:
                 left.pop()
-                prompt = [2, *(source.randrange(4, 50265) for _ in range(source.randrange(1, 12)))]
+                # Of any length up to where what is kept of beginnings is full after a while.
+                prompt = [2, *(source.randrange(4, 50265) for _ in range(source.randrange(1, 80)))]
                 _, tokens = await stream(server.port, body(prompt, source.randrange(1, 5)))
                 if not 0 < tokens < 5:
                     raise RuntimeError(f"{tokens} tokens")

@@ -224,7 +224,7 @@ fn answers_keep_the_form_they_are_held_to() {
         "prompt": "The captain: ", "max_tokens": 60, "n": 4, "seed": 3, "response_format": format,
     }));
     for i in 0..4 {
-        let made: Value = serde_json::from_str(&text(&answers, i)).unwrap();
+        let made: Value = serde_json::from_str(text(&answers, i)).unwrap();
         assert!(made["name"].as_str().unwrap().chars().count() <= 12, "{made}");
         assert!((1..=99).contains(&made["age"].as_i64().unwrap()), "{made}");
         assert_eq!(answers["choices"][i]["finish_reason"], "stop");
