@@ -38,7 +38,6 @@ mod stream;
 
 pub mod adapter;
 pub mod backends;
-#[cfg(not(target_arch = "wasm32"))]
 pub mod batching;
 pub mod checkpoint;
 pub mod config;
