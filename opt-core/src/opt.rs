@@ -563,6 +563,10 @@ impl Opt {
         }
         let chain = ProcessorChain::new(&config, &settings, &hooks)?;
         let stopping = Stopping::new(&settings, stop, &hooks);
+        // Contrastive search looks at the hidden states of the whole prompt, and so may an embedding, so that a kept
+        // cache does not help them.
+        let sees_prompt = matches!(settings.method, Method::Contrastive { .. })
+            || matches!(request.embed, Some((_, EmbedPart::Whole)));
         let head = Head {
             prompt_ids: ids.clone(),
             cut,
@@ -571,15 +575,11 @@ impl Opt {
             longest: settings.max_length,
             branches: settings.branches(),
             returned: settings.num_return_sequences,
-            sees_prompt: matches!(settings.method, Method::Contrastive { .. }),
+            sees_prompt,
             virtual_tokens: self.config().max_position_embeddings - context,
         };
         let max_time = settings.max_time;
-        // Contrastive search looks at the hidden states of the whole prompt, and so may an embedding, so that a kept
-        // cache does not help them.
         // Behind a cut every token stands at another position.
-        let sees_prompt = matches!(settings.method, Method::Contrastive { .. })
-            || matches!(request.embed, Some((_, EmbedPart::Whole)));
         let start = start.filter(|_| cut == 0 && !sees_prompt);
         let embed = match request.embed {
             Some((options, part)) => {

@@ -58,7 +58,7 @@ pub(crate) struct Head {
     pub(crate) branches: usize,
     /// Sequences that are handed out.
     pub(crate) returned: usize,
-    /// Whether the method looks at the hidden states of the whole prompt.
+    /// Whether something is to be known of every token of the prompt, so that all must be run.
     pub(crate) sees_prompt: bool,
     /// Positions of the adapter in front.
     pub(crate) virtual_tokens: usize,

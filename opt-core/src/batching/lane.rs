@@ -33,7 +33,7 @@ pub(super) struct Lane {
     /// Tokens of the prompt that did not have to be run.
     cached: usize,
     pub(super) branches: usize,
-    /// Whether its way of generating looks at every token of the prompt.
+    /// Whether something is to be known of every token of the prompt, so that all must be run.
     sees_prompt: bool,
     pub(super) cache_bytes: u64,
 }
@@ -91,9 +91,7 @@ impl Lane {
     /// The tokens whose keys and values would be of use to it from elsewhere, if it can use any: all but the last, which
     /// must be run for what follows it.
     pub(super) fn wants_prefix(&self) -> Option<&[u32]> {
-        // What is to be known of every token of a prompt must be run.
-        let sees_prompt = self.active.embed.is_some() || self.active.score.is_some() || self.sees_prompt;
-        let usable = self.active.use_cache && self.active.embeds.is_none() && !sees_prompt;
+        let usable = self.active.use_cache && self.active.embeds.is_none() && !self.sees_prompt;
         self.prompt.split_last().map(|(_, before)| before).filter(|_| usable)
     }
 

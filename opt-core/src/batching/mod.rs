@@ -62,7 +62,7 @@ pub struct BatchOptions {
 
 impl Default for BatchOptions {
     fn default() -> Self {
-        Self { rows: 128, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true, prefix_bytes: 512 << 20 }
+        Self { rows: 256, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true, prefix_bytes: 512 << 20 }
     }
 }
 

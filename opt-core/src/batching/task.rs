@@ -100,7 +100,7 @@ impl Task {
 
     fn reading(opt: &Opt, active: Active, goal: Goal, ids: Vec<u32>) -> Self {
         let positions = ids.len() + opt.config().max_position_embeddings - opt.context();
-        Self::new(opt, active, goal, ids.into(), positions, 1)
+        Self { sees_prompt: true, ..Self::new(opt, active, goal, ids.into(), positions, 1) }
     }
 
     fn new(

@@ -20,15 +20,6 @@ pub(crate) struct Logprobs {
 }
 
 impl Logprobs {
-    /// Leaves out tokens that begin at `offset` or behind it, since their text was left out.
-    pub(crate) fn cut(&mut self, offset: usize) {
-        let keep = self.text_offset.iter().take_while(|at| **at < offset).count();
-        self.tokens.truncate(keep);
-        self.token_logprobs.truncate(keep);
-        self.top_logprobs.truncate(keep);
-        self.text_offset.truncate(keep);
-    }
-
     /// Takes off the tokens that begin at `offset` or behind it.
     pub(crate) fn split_off(&mut self, offset: usize) -> Logprobs {
         let keep = self.text_offset.iter().take_while(|at| **at < offset).count();

@@ -231,7 +231,7 @@ impl Streaming {
         choice.length += text.chars().count();
         let mut logprobs = std::mem::take(&mut choice.held);
         if choice.filter.stopped() {
-            logprobs.cut(choice.length);
+            logprobs.split_off(choice.length);
         } else if reason.is_none() {
             // Tokens whose text is held back, since it may become a stop string, wait with it.
             choice.held = logprobs.split_off(choice.length);

@@ -70,7 +70,7 @@ fn choice(
         if let Some(at) = stop::find(&produced, &wanted.stop) {
             produced.truncate(at);
             finish_reason = "stop";
-            new.cut(start + produced.chars().count());
+            new.split_off(start + produced.chars().count());
         }
         text.push_str(&produced);
         logprobs.extend(new);
