@@ -13,7 +13,7 @@ use common::{
 use opt_core::{
     CancelToken, ErrorKind, Generated, Load, Opt, Request, ScoreInput, StreamToken,
     batching::{Batch, BatchOptions, Event, Task, TaskId},
-    embedding::{EmbedOptions, Embedder},
+    embedding::{EmbedOptions, EmbedPart, Embedder},
     generation::{GenerationConfig, LogitsProcessor},
 };
 use proptest::{collection::vec, prelude::*};
@@ -61,7 +61,13 @@ impl Arrival {
     }
 
     fn request(&self) -> Request {
-        request(&(self.prompt(), self.call.1.clone()))
+        let request = request(&(self.prompt(), self.call.1.clone()));
+        // Vectors of what is generated, whose prompt may begin with another's or must be run.
+        match self.goal {
+            2 => request.embed(EmbedOptions::default().layer(1), EmbedPart::Produced),
+            3 => request.embed(EmbedOptions::default().layer(1), EmbedPart::Whole),
+            _ => request,
+        }
     }
 
     fn task(&self) -> Task {
