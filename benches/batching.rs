@@ -2,15 +2,18 @@
 //! model's, and the time to the first token when all come at once.
 //!
 //! ```text
-//! cargo run --release -p opt-benches --bin batching [int8|f32] [NEW_TOKENS]
+//! cargo run --release -p opt-benches --bin batching [int8|int8-f16|int8-fast|f32] [NEW_TOKENS] [WAY] [STREAMS]
 //! ```
+//!
+//! `int8-f16` keeps keys and values in f16, `int8-fast` also rounds activations to one byte (`--compute int8`).
 
 use opt_benches::{ids, machine, opt_125m, random};
 use opt_core::{
-    Load, Opt, Request,
+    CacheDType, Load, Opt, Request,
+    backends::{Compute, Cpu},
     batching::{Batch, BatchOptions, Event, Task, TaskId},
     generation::GenerationConfig,
-    quantize::{QuantFormat, QuantSpec},
+    quantize::QuantSpec,
 };
 use std::{collections::HashMap, error::Error, time::Instant};
 
@@ -28,13 +31,19 @@ struct Run {
     rows: usize,
 }
 
-fn run(opt: &Opt, streams: usize, settings: &GenerationConfig, alternatives: usize) -> opt_core::Result<Run> {
+fn run(
+    opt: &Opt,
+    streams: usize,
+    settings: &GenerationConfig,
+    alternatives: usize,
+    dtype: CacheDType,
+) -> opt_core::Result<Run> {
     let mut batch = Batch::new(opt, BatchOptions::default().share_prefixes(false))?;
     let mut arrived: HashMap<TaskId, usize> = HashMap::new();
     for stream in 0..streams {
         let prompt = ids(PROMPT + stream, opt.config()).split_off(stream);
         let request = Request::new(prompt).config(settings.clone().seed(stream as u64));
-        let task = Task::generate(opt, request.top_alternatives(alternatives))?;
+        let task = Task::generate(opt, request.top_alternatives(alternatives).cache_dtype(dtype))?;
         arrived.insert(batch.add(task)?, stream);
     }
     let mut first = vec![0.0; streams];
@@ -73,11 +82,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let format = args.next().unwrap_or_else(|| "int8".to_owned());
     let new: usize = args.next().map_or(Ok(64), |text| text.parse())?;
-    let load = match &*format {
-        "int8" => Load::default().quantize(QuantSpec::new(QuantFormat::Int8)),
-        "f32" => Load::default(),
-        other => return Err(format!("format: expected int8 or f32, found {other}").into()),
+    let only = args.next();
+    let streams: Vec<usize> = match args.next() {
+        Some(text) => vec![text.parse()?],
+        None => vec![1, 8, 32],
     };
+    let load = match &*format {
+        "int8" | "int8-f16" => Load::default().quantize(QuantSpec::int8()),
+        "int8-fast" => {
+            let cpu = Cpu::builder().compute(Compute::Int8).build()?;
+            Load::on(cpu).quantize(QuantSpec::int8())
+        }
+        "f32" => Load::default(),
+        other => {
+            return Err(format!("format: expected int8, int8-f16, int8-fast or f32, found {other}").into());
+        }
+    };
+    let dtype = if format.contains('-') { CacheDType::F16 } else { CacheDType::F32 };
     let opt = Opt::assemble(&random(&opt_125m()?)?, None, None, load)?;
     println!(
         "{}; OPT-125m's shape, {}, prompts of {PROMPT} tokens, {new} new ones\n",
@@ -95,10 +116,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Random weights are as hard as can be for top-p: nearly all tokens are about as probable.
     let ways = [("greedy", &greedy, 0), ("sampling", &sampled, 0), ("top-p 0.9, 5 log-probs", &filtered, 5)];
     for (name, settings, alternatives) in ways {
+        if only.as_ref().is_some_and(|only| !name.starts_with(only.as_str())) {
+            continue;
+        }
         let mut one = None;
-        for streams in [1, 8, 32] {
-            run(&opt, streams, &settings.clone().max_new_tokens(4), alternatives)?;
-            let Run { tokens, seconds, model, first, rows } = run(&opt, streams, settings, alternatives)?;
+        for &streams in &streams {
+            run(&opt, streams, &settings.clone().max_new_tokens(4), alternatives, dtype)?;
+            let Run { tokens, seconds, model, first, rows } =
+                run(&opt, streams, settings, alternatives, dtype)?;
             let speed = tokens as f64 / seconds;
             let one = *one.get_or_insert(speed);
             // The ideal: all prompts' rows one after the other, as fast as a long prompt runs alone.

@@ -441,9 +441,9 @@ impl Backend for Cpu {
                     cache.check("attend", attend.layer, width)?;
                     check::heads("attend", attend, cache.shape.heads)?;
                 }
-                for (span, cache) in attend.spans.iter().zip(caches.iter_mut()) {
-                    self.append("attend", cache, attend.layer, &k, &v, span.rows())?;
-                }
+                Cache::for_each(&self.pool, caches, |i, cache| {
+                    self.append("attend", cache, attend.layer, &k, &v, attend.spans[i].rows())
+                })?;
                 for (span, cache) in attend.spans.iter().zip(caches.iter()) {
                     sequences.push((*span, cache.shape, &cache.layers[attend.layer]));
                 }

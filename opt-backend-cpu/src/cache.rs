@@ -5,10 +5,16 @@
 //! references: a fork copies the list, and an append copies the last block if another cache still refers to it.
 //! Positions past the length hold anything.
 
-use half::f16;
+use half::{f16, slice::HalfFloatSliceExt};
 use opt_backend::{CacheDType, CacheLayer, CacheSpec, Error, ErrorKind, Result, ndarray::Array2};
-use opt_kernels::memory::{Aligned, Guards, reserve};
-use std::{ops::Range, sync::Arc};
+use opt_kernels::{
+    memory::{Aligned, Guards, Shared, reserve},
+    pool::Pool,
+};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 /// Positions of a block: two vectors of the widest instruction set. Small, because a short sequence holds one block
 /// a layer, and because that is what an append after a fork copies.
@@ -39,6 +45,50 @@ pub(crate) struct Layer {
 pub(crate) struct Block {
     keys: Elements,
     values: Elements,
+}
+
+/// Keys or values.
+#[derive(Clone, Copy)]
+pub(crate) enum Part {
+    Keys,
+    Values,
+}
+
+/// The keys or values of one head in a block, as they lie.
+#[derive(Clone, Copy)]
+pub(crate) enum Chunk<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    /// With a scale for each position: a column of keys, a row of values.
+    Int8 {
+        codes: &'a [i8],
+        scales: &'a [f32],
+        part: Part,
+    },
+}
+
+impl<'a> Chunk<'a> {
+    /// The elements in place or, if they are no f32, widened into `wide`, which has as many.
+    pub(crate) fn in_f32(self, wide: &'a mut [f32]) -> &'a [f32] {
+        match self {
+            Chunk::F32(data) => return data,
+            Chunk::F16(data) => data.convert_to_f32_slice(wide),
+            Chunk::Int8 { codes, scales, part: Part::Keys } => {
+                for (wide, codes) in wide.chunks_exact_mut(BLOCK).zip(codes.chunks_exact(BLOCK)) {
+                    let codes = codes.iter().zip(scales);
+                    wide.iter_mut().zip(codes).for_each(|(x, (&q, scale))| *x = f32::from(q) * scale);
+                }
+            }
+            Chunk::Int8 { codes, scales, part: Part::Values } => {
+                let depth = codes.len() / BLOCK;
+                let rows = wide.chunks_exact_mut(depth).zip(codes.chunks_exact(depth));
+                for ((wide, codes), scale) in rows.zip(scales) {
+                    wide.iter_mut().zip(codes).for_each(|(x, &q)| *x = f32::from(q) * scale);
+                }
+            }
+        }
+        wide
+    }
 }
 
 enum Elements {
@@ -87,6 +137,22 @@ impl Cache {
             return Err(Error::shape(op, format_args!("expected a layer below {count}, found {layer}")));
         }
         opt_backend::check::width(op, width, self.shape.width())
+    }
+
+    /// Calls `body` with each cache and its number, in one parallel region; the error is one of the first met.
+    pub(crate) fn for_each(
+        pool: &Pool,
+        caches: &mut [&mut Cache],
+        body: impl Fn(usize, &mut Cache) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let (each, failed) = (Shared(caches.as_mut_ptr()), OnceLock::new());
+        pool.run(caches.len(), &|i| {
+            // SAFETY: there is a cache `i`, and it belongs to this task alone.
+            if let Err(e) = body(i, unsafe { &mut **each.at(i) }) {
+                _ = failed.set(e);
+            }
+        })?;
+        failed.into_inner().map_or(Ok(()), Err)
     }
 
     pub(crate) fn fork(&self) -> Self {
@@ -184,9 +250,24 @@ impl Block {
         k: &'a mut [f32],
         v: &'a mut [f32],
     ) -> (&'a [f32], &'a [f32]) {
-        let keys = self.keys.head(head, shape.head_dim * BLOCK, k, |i| i % BLOCK);
-        let stride = shape.value_stride();
-        (keys, self.values.head(head, stride * BLOCK, v, |i| i / stride))
+        (self.chunk(shape, Part::Keys, head).in_f32(k), self.chunk(shape, Part::Values, head).in_f32(v))
+    }
+
+    /// The same one by one and as they lie.
+    #[inline(always)]
+    pub(crate) fn chunk(&self, shape: Shape, part: Part, head: usize) -> Chunk<'_> {
+        let (elements, depth) = match part {
+            Part::Keys => (&self.keys, shape.head_dim),
+            Part::Values => (&self.values, shape.value_stride()),
+        };
+        let of = head * depth * BLOCK..(head + 1) * depth * BLOCK;
+        match elements {
+            Elements::F32(data) => Chunk::F32(&data.as_slice()[of]),
+            Elements::F16(data) => Chunk::F16(&data.as_slice()[of]),
+            Elements::Int8(data, scales) => {
+                Chunk::Int8 { codes: &data[of], scales: &scales[head * BLOCK..(head + 1) * BLOCK], part }
+            }
+        }
     }
 }
 
@@ -264,29 +345,6 @@ impl Elements {
                 }
             }
         }
-    }
-
-    /// The `len` elements of one head; `position` tells the position of each.
-    fn head<'a>(
-        &'a self,
-        head: usize,
-        len: usize,
-        wide: &'a mut [f32],
-        position: impl Fn(usize) -> usize,
-    ) -> &'a [f32] {
-        let part = head * len..(head + 1) * len;
-        match self {
-            Elements::F32(data) => return &data.as_slice()[part],
-            Elements::F16(data) => {
-                wide.iter_mut().zip(&data.as_slice()[part]).for_each(|(x, h)| *x = h.to_f32());
-            }
-            Elements::Int8(data, scales) => {
-                let scales = &scales[head * BLOCK..(head + 1) * BLOCK];
-                let elements = wide.iter_mut().zip(&data[part]).enumerate();
-                elements.for_each(|(i, (x, &q))| *x = f32::from(q) * scales[position(i)]);
-            }
-        }
-        wide
     }
 }
 

@@ -4,18 +4,29 @@
 //! it sees, softmax row by row, then the weighted sum of values, block of positions after block. Scores of a tile fit
 //! the second cache at any context length OPT has, so a two-pass softmax is both simpler and more exact than an online
 //! one. The order of every sum is fixed by absolute positions: prefill in chunks equals prefill at once, bit by bit.
+//! A row that comes alone has its own way through memory ([`row`]) to the same bits.
+
+mod row;
 
 use crate::cache::{BLOCK, Layer, Shape};
 use opt_backend::{Result, Span};
 use opt_kernels::{
     memory::Shared,
     pool::Pool,
-    simd::{Kernel, Simd, SimdLevel, math},
+    simd::{Kernel, Simd, SimdLevel, Weight, math},
     tile::{Apart, At, tile},
 };
 
 /// Query rows of a task: enough that widening a head's cache for it does not weigh.
 const TASK_ROWS: usize = 64;
+/// Tasks a thread should get, that none waits long for the last.
+const TASKS: usize = 4;
+
+/// What a thread does at a time.
+enum Task<'a> {
+    Rows(Heads<'a>),
+    Row(row::Row<'a>),
+}
 
 /// Attention of the rows of `spans`, each the last positions of its layer.
 ///
@@ -31,19 +42,40 @@ pub(crate) unsafe fn attend(
 ) -> Result<()> {
     let mut tasks = Vec::new();
     let mut work = 0;
+    // Many rows alone are tasks enough; few are shared by heads.
+    let parts = (pool.threads() * TASKS).div_ceil(sequences.len().max(1));
     for &(span, shape, layer) in sequences {
         work += span.len * layer.len * shape.width();
+        if span.len == 1 {
+            let share = shape.heads.div_ceil(parts);
+            for start in (0..shape.heads).step_by(share) {
+                let heads = start..shape.heads.min(start + share);
+                tasks.push(Task::Row(row::Row {
+                    q,
+                    shape,
+                    layer,
+                    heads,
+                    row: span.start,
+                    seen: layer.len,
+                    out,
+                }));
+            }
+            continue;
+        }
         for head in 0..shape.heads {
             for start in (0..span.len).step_by(TASK_ROWS) {
                 let rows = span.start + start..span.start + span.len.min(start + TASK_ROWS);
                 let first = layer.len - span.len + start;
-                tasks.push(Heads { q, shape, layer, head, rows, first, out });
+                tasks.push(Task::Rows(Heads { q, shape, layer, head, rows, first, out }));
             }
         }
     }
     // The last rows see the most; begin with them, so that threads finish together.
     tasks.reverse();
-    let body = |i: usize| level.run(&tasks[i]);
+    let body = |i: usize| match &tasks[i] {
+        Task::Rows(task) => level.run(task),
+        Task::Row(task) => level.run(task),
+    };
     if work < 1 << 15 {
         (0..tasks.len()).for_each(body);
         return Ok(());
@@ -82,13 +114,12 @@ impl Kernel for &Heads<'_> {
             views.push(block.head(self.shape, self.head, k, v));
         }
         let stride = blocks * BLOCK;
-        let tile_rows = if self.rows.len() == 1 { 1 } else { S::FEW };
+        let tile_rows = S::FEW;
         let mut scores = vec![0.0_f32; tile_rows * stride];
         let mut mixed = vec![0.0_f32; tile_rows * self.shape.value_stride()];
         for start in self.rows.clone().step_by(tile_rows) {
             let rows = start..self.rows.end.min(start + tile_rows);
             match tile_rows {
-                1 => self.tile::<S, 1>(s, rows, &views, &mut scores, &mut mixed),
                 4 => self.tile::<S, 4>(s, rows, &views, &mut scores, &mut mixed),
                 _ => self.tile::<S, 8>(s, rows, &views, &mut scores, &mut mixed),
             }
@@ -119,23 +150,21 @@ impl Heads<'_> {
             // [M, stride].
             unsafe {
                 let a = Apart::<_, M>::new(queries.as_ptr(), width, rows.len());
-                let b = At { start: keys.as_ptr(), stride: BLOCK };
                 let out = At { start: scores.as_mut_ptr().add(i * BLOCK), stride };
-                product(s, [head_dim, BLOCK], a, b, out, false);
+                product(s, [head_dim, BLOCK], a, keys, out, false, 0);
             }
         }
         let mut sums = [1.0_f32; M];
         for (r, sum) in sums.iter_mut().enumerate().take(rows.len()) {
-            *sum = self.softmax(s, &mut scores[r * stride..][..blocks.len() * BLOCK], first + r + 1);
+            *sum = softmax(s, self.shape, &mut scores[r * stride..][..blocks.len() * BLOCK], first + r + 1);
         }
         for (i, (_, values)) in blocks.iter().enumerate() {
             let depth = BLOCK.min(seen - i * BLOCK);
             // SAFETY: scores are [M, stride], values [BLOCK, value_stride], mixed [M, value_stride].
             unsafe {
                 let a = Apart::<_, M>::new(scores.as_ptr().add(i * BLOCK), stride, M);
-                let b = At { start: values.as_ptr(), stride: value_stride };
                 let out = At { start: mixed.as_mut_ptr(), stride: value_stride };
-                product(s, [depth, value_stride], a, b, out, i > 0);
+                product(s, [depth, value_stride], a, values, out, i > 0, 0);
             }
         }
         for (r, row) in rows.enumerate() {
@@ -146,68 +175,69 @@ impl Heads<'_> {
             }
         }
     }
-
-    /// Turns scores into exp((score - max) / √head_dim), zero from `seen` on, and returns their sum.
-    #[inline(always)]
-    fn softmax<S: Simd>(&self, s: S, scores: &mut [f32], seen: usize) -> f32 {
-        let end = seen.next_multiple_of(S::LANES).min(scores.len());
-        for score in &mut scores[seen..end] {
-            *score = f32::NEG_INFINITY;
-        }
-        for weight in &mut scores[end..] {
-            *weight = 0.0;
-        }
-        let scores = scores.as_mut_ptr();
-        let mut max = s.splat(f32::NEG_INFINITY);
-        for i in (0..end).step_by(S::LANES) {
-            // SAFETY: end is a multiple of LANES and at most the length, itself a multiple of LANES.
-            max = s.max(max, unsafe { s.load(scores.add(i)) });
-        }
-        let max = s.splat(s.largest(max));
-        let scale = s.splat(1.0 / (self.shape.head_dim as f32).sqrt());
-        let mut sum = s.splat(0.0);
-        for i in (0..end).step_by(S::LANES) {
-            // SAFETY: as above.
-            unsafe {
-                let weight = math::exp(s, s.mul(s.sub(s.load(scores.add(i)), max), scale));
-                s.store(scores.add(i), weight);
-                sum = s.add(sum, weight);
-            }
-        }
-        s.sum(sum)
-    }
 }
 
-/// `M` rows times all `columns`, a multiple of LANES.
+/// Turns scores into exp((score - max) / √head_dim), zero from `seen` on, and returns their sum.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, shape: Shape, scores: &mut [f32], seen: usize) -> f32 {
+    let end = seen.next_multiple_of(S::LANES).min(scores.len());
+    for score in &mut scores[seen..end] {
+        *score = f32::NEG_INFINITY;
+    }
+    for weight in &mut scores[end..] {
+        *weight = 0.0;
+    }
+    let scores = scores.as_mut_ptr();
+    let mut max = s.splat(f32::NEG_INFINITY);
+    for i in (0..end).step_by(S::LANES) {
+        // SAFETY: end is a multiple of LANES and at most the length, itself a multiple of LANES.
+        max = s.max(max, unsafe { s.load(scores.add(i)) });
+    }
+    let max = s.splat(s.largest(max));
+    let scale = s.splat(1.0 / (shape.head_dim as f32).sqrt());
+    let mut sum = s.splat(0.0);
+    for i in (0..end).step_by(S::LANES) {
+        // SAFETY: as above.
+        unsafe {
+            let weight = math::exp(s, s.mul(s.sub(s.load(scores.add(i)), max), scale));
+            s.store(scores.add(i), weight);
+            sum = s.add(sum, weight);
+        }
+    }
+    s.sum(sum)
+}
+
+/// `M` rows times all `columns`, a multiple of LANES; what lies `ahead` elements further is asked for, unless that is 0.
 ///
 /// # Safety
 /// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `columns`.
 #[inline(always)]
-unsafe fn product<S: Simd, const M: usize>(
+unsafe fn product<S: Simd, W: Weight<Operand = f32>, const M: usize>(
     s: S,
     [depth, columns]: [usize; 2],
     a: Apart<f32, M>,
-    b: At<*const f32>,
+    b: &[W],
     out: At<*mut f32>,
     add: bool,
+    ahead: usize,
 ) {
     let mut column = 0;
     while column < columns {
         let left = (columns - column) / S::LANES;
         // SAFETY: the caller's promise; a tile is no wider than what is left.
         unsafe {
-            let b = At { start: b.start.add(column), stride: b.stride };
+            let b = At { start: b.as_ptr().add(column), stride: columns };
             let out = At { start: out.start.add(column), stride: out.stride };
             // One row has few sums under way at a time: more columns make up for it.
             column += S::LANES
                 * if M == 1 && left >= 4 {
-                    tile::<S, f32, _, M, 4>(s, depth, a, b, out, add, 0);
+                    tile::<S, W, _, M, 4>(s, depth, a, b, out, add, ahead);
                     4
                 } else if left >= 2 {
-                    tile::<S, f32, _, M, 2>(s, depth, a, b, out, add, 0);
+                    tile::<S, W, _, M, 2>(s, depth, a, b, out, add, ahead);
                     2
                 } else {
-                    tile::<S, f32, _, M, 1>(s, depth, a, b, out, add, 0);
+                    tile::<S, W, _, M, 1>(s, depth, a, b, out, add, ahead);
                     1
                 };
         }
