@@ -1,6 +1,6 @@
 use super::{
     BatchOptions, Event, Task, TaskId,
-    lane::Lane,
+    lane::{Lane, choose},
     prefixes::{Prefixes, WORTH, common},
     task::position_bytes,
 };
@@ -296,7 +296,9 @@ impl Batch {
     /// Ends the turns that have been run and lays out the next ones.
     async fn end(&mut self, events: &mut Vec<Event>) -> Result<()> {
         let engine = Arc::clone(self.opt.engine());
-        for mut lane in std::mem::take(&mut self.lanes) {
+        let mut lanes = std::mem::take(&mut self.lanes);
+        choose(&mut lanes);
+        for mut lane in lanes {
             events.extend(lane.announce());
             let before = events.len();
             let ended = lane.end(&*engine, events).await;

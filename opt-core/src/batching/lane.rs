@@ -3,16 +3,24 @@
 use super::{Event, PromptScores, Task, TaskId, prefixes::Kind, task::Goal};
 use crate::{
     Error, ErrorKind, Result,
-    driver::{Active, Job, Turn, finish_one, run_rests},
+    driver::{Active, Job, Rest, Turn, finish_one, run_rests},
     embedding::Embedding,
     engine::{Engine, KvCache},
     stream::Texts,
 };
 use std::{slice, sync::Arc};
+#[cfg(not(target_arch = "wasm32"))]
+use std::{
+    sync::{LazyLock, Mutex, PoisonError},
+    thread,
+};
 use web_time::Instant;
 
 /// A run of more rows than these is run in pieces, in the room that is left, as prompts are.
 const LONG: usize = 32;
+/// Lanes for which it is worth to start a thread.
+#[cfg(not(target_arch = "wasm32"))]
+const LANES_OF_A_THREAD: usize = 4;
 
 pub(super) struct Lane {
     pub(super) id: TaskId,
@@ -24,6 +32,8 @@ pub(super) struct Lane {
     prompt: Arc<[u32]>,
     /// What it is running; none before its first turn.
     turn: Option<Turn>,
+    /// What is still to be run for a turn whose tokens have been chosen.
+    rests: Option<Result<Vec<Rest>>>,
     started: Instant,
     /// Whether the prompt has been run.
     prefilled: bool,
@@ -36,6 +46,33 @@ pub(super) struct Lane {
     /// Whether something is to be known of every token of the prompt, so that all must be run.
     sees_prompt: bool,
     pub(super) cache_bytes: u64,
+}
+
+/// Chooses tokens for the turns that have been run. Draws and filters look at all the vocabulary: where many lanes do,
+/// threads share them.
+pub(super) fn choose(lanes: &mut [Lane]) {
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        static CORES: LazyLock<usize> =
+            LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
+        let heavy =
+            lanes.iter().filter(|lane| lane.turn.as_ref().is_some_and(|t| t.is_run() && t.has_rows()));
+        let threads = (heavy.count() / LANES_OF_A_THREAD).min(*CORES);
+        if threads > 1 {
+            let queue = Mutex::new(lanes.iter_mut());
+            let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let work = || std::iter::from_fn(next).for_each(Lane::choose);
+            thread::scope(|scope| {
+                for _ in 1..threads {
+                    // Where there is no thread to be had, this one does it all.
+                    _ = thread::Builder::new().name("opt-choose".to_owned()).spawn_scoped(scope, work);
+                }
+                work();
+            });
+            return;
+        }
+    }
+    lanes.iter_mut().for_each(Lane::choose);
 }
 
 impl Lane {
@@ -53,6 +90,7 @@ impl Lane {
             texts: Texts::new(tokenizer),
             prompt,
             turn: None,
+            rests: None,
             started: Instant::now(),
             prefilled: false,
             seen: false,
@@ -160,14 +198,20 @@ impl Lane {
         now.then_some(Event::Started { task: self.id, cached: self.cached })
     }
 
-    /// Ends its turn if all of it has been run, and hands out what is certain now. Whether there was one to end, and
-    /// whether it was the first.
+    /// Chooses tokens if all of its turn has been run.
+    fn choose(&mut self) {
+        if let Some(turn) = self.turn.take_if(|turn| turn.is_run()) {
+            // Its place is not that of a fresh one.
+            self.turn = Some(Turn::default());
+            self.rests = Some(self.active.end(turn, 0));
+        }
+    }
+
+    /// Hands out what has been chosen and is certain now. Whether a turn has ended, and whether it was the first.
     pub(super) async fn end(&mut self, engine: &dyn Engine, events: &mut Vec<Event>) -> Result<Option<bool>> {
-        let Some(turn) = self.turn.take_if(|turn| turn.is_run()) else { return Ok(None) };
+        let Some(rests) = self.rests.take() else { return Ok(None) };
         let first = !std::mem::replace(&mut self.prefilled, true);
-        // Its place is not that of a fresh one.
-        self.turn = Some(Turn::default());
-        let rests = self.active.end(turn, 0)?;
+        let rests = rests?;
         self.active.keep_time(self.started.elapsed());
         run_rests(engine, slice::from_mut(&mut self.active), rests).await?;
         for event in self.active.strategy.take_events() {

@@ -163,6 +163,12 @@ impl Job {
         (len, Sequence { cache, hidden, adapter, ..Sequence::new(input).want(want) })
     }
 
+    /// Whether whole rows of logits are asked for.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn has_rows(&self) -> bool {
+        matches!(self.need.scores, ScoreNeed::Full)
+    }
+
     /// What came of a piece of `len` rows.
     pub(crate) fn take(&mut self, len: usize, output: Output) -> Result<()> {
         let from = self.done;

@@ -84,6 +84,12 @@ impl Turn {
     pub(crate) fn is_run(&self) -> bool {
         self.jobs.iter().all(|job| job.left() == 0)
     }
+
+    /// Whether whole rows of logits come of it, so that it takes time to choose from them.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn has_rows(&self) -> bool {
+        self.jobs.iter().any(Job::has_rows)
+    }
 }
 
 impl Active {

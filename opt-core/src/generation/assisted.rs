@@ -161,7 +161,7 @@ impl Speculative {
                     |probabilities: &[f32]| probabilities.get(id as usize).copied().map_or(0.0, f64::from);
                 let accepted = self.random.uniform() * at(q) < at(&p);
                 let id = if accepted { id } else { self.replacement(&scores, &p, q) };
-                let goes_on = self.push(row.token(id, keep.then(|| scores.into()), 0));
+                let goes_on = self.push(row.token(id, keep.then(|| scores.as_ref().into()), 0));
                 if !accepted || !goes_on {
                     return Ok(i + usize::from(accepted));
                 }

@@ -80,7 +80,10 @@ impl Contrastive {
             let possible =
                 best.filter(|(id, _)| scores.get(*id as usize).is_some_and(|s| *s > f32::NEG_INFINITY));
             let possible: Vec<_> = possible.collect();
-            possible.into_iter().map(candidate(request.settings.keep_scores.then(|| scores.into()))).collect()
+            possible
+                .into_iter()
+                .map(candidate(request.settings.keep_scores.then(|| scores.as_ref().into())))
+                .collect()
         } else {
             let known = row.top(self.k).filter(|(_, log_prob)| !log_prob.is_nan());
             known.map(|(id, log_prob)| (id, log_prob.exp())).map(candidate(None)).collect()

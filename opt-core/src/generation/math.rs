@@ -8,24 +8,54 @@ pub fn argmax(values: &[f32]) -> Option<usize> {
 
 /// The largest value; negative infinity for an empty row. NaN is passed over.
 pub(crate) fn maximum(values: &[f32]) -> f32 {
-    // Several maxima side by side, since a single one would make each step wait for the one before.
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = if v > *lane { v } else { *lane };
+    struct Largest<'a>(&'a [f32]);
+    impl pulp::NullaryFnOnce for Largest<'_> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn call(self) -> f32 {
+            // Several maxima side by side, since a single one would make each step wait for the one before.
+            let mut lanes = [f32::NEG_INFINITY; 64];
+            let (chunks, rest) = self.0.as_chunks::<64>();
+            for chunk in chunks {
+                for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                    *lane = if v > *lane { v } else { *lane };
+                }
+            }
+            rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
         }
     }
-    rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+    pulp::Arch::new().dispatch(Largest(values))
 }
 
 /// ln Σ e^v, summed in f64 with the largest value taken out. Negative infinity if every value is.
 pub fn log_sum_exp(values: &[f32]) -> f64 {
-    let max = maximum(values);
-    if !max.is_finite() {
-        return f64::from(max);
+    Exponentials::of(values).log_sum_exp()
+}
+
+/// The exponentials of a row with its largest value taken out, as sums: what log-probabilities and draws rest on.
+#[derive(Debug, Clone)]
+pub(crate) struct Exponentials {
+    pub(crate) max: f32,
+    /// Those of [`Exponentials::BLOCK`] values each; none if the largest value is not finite.
+    pub(crate) blocks: Vec<f64>,
+}
+
+impl Exponentials {
+    pub(crate) const BLOCK: usize = 256;
+
+    pub(crate) fn of(values: &[f32]) -> Self {
+        let max = maximum(values);
+        let values = if max.is_finite() { values } else { &[] };
+        Self { max, blocks: values.chunks(Self::BLOCK).map(|block| sum_exp(block, max)).collect() }
     }
-    f64::from(max) + sum_exp(values, max).ln()
+
+    pub(crate) fn log_sum_exp(&self) -> f64 {
+        if !self.max.is_finite() {
+            return f64::from(self.max);
+        }
+        f64::from(self.max) + self.blocks.iter().sum::<f64>().ln()
+    }
 }
 
 /// Σ e^(v - max), in f64. `max` is the largest value, and finite.

@@ -1,4 +1,5 @@
-use super::math::{argmax, exp, maximum, sum_exp};
+use super::math::{Exponentials, argmax, exp};
+use std::borrow::Cow;
 
 /// Random numbers that depend on seed, stream and position alone: Philox4x32-10.
 ///
@@ -64,8 +65,13 @@ impl Random {
     ///
     /// Where no score is above negative infinity there is nothing to draw from, and it is [`argmax`]'s index.
     pub fn sample(&mut self, scores: &[f32]) -> usize {
+        self.sample_by(scores, &Exponentials::of(scores))
+    }
+
+    /// [`Random::sample`] where the exponentials are known.
+    pub(super) fn sample_by(&mut self, scores: &[f32], exponentials: &Exponentials) -> usize {
         let draw = self.uniform();
-        pick(scores, draw, &[]).unwrap_or_else(|| argmax(scores).unwrap_or(0))
+        pick(scores, exponentials, draw, &[]).unwrap_or_else(|| argmax(scores).unwrap_or(0))
     }
 
     /// Draws `n` different indices in turn, each from the softmax of those not drawn yet, with one uniform number each.
@@ -74,9 +80,11 @@ impl Random {
     pub fn sample_without_replacement(&mut self, scores: &[f32], n: usize) -> Vec<usize> {
         let n = n.min(scores.len());
         let mut drawn: Vec<usize> = Vec::with_capacity(n);
+        let exponentials = Exponentials::of(scores);
         while drawn.len() < n {
             let draw = self.uniform();
-            let next = pick(scores, draw, &drawn).or_else(|| (0..scores.len()).find(|i| !drawn.contains(i)));
+            let next = pick(scores, &exponentials, draw, &drawn)
+                .or_else(|| (0..scores.len()).find(|i| !drawn.contains(i)));
             drawn.extend(next);
         }
         drawn
@@ -84,24 +92,22 @@ impl Random {
 }
 
 /// The index at which the running sum of probabilities, without the `skipped`, passes `draw` of the whole.
-fn pick(scores: &[f32], draw: f64, skipped: &[usize]) -> Option<usize> {
-    const BLOCK: usize = 256;
-    let max = maximum(scores);
-    if !max.is_finite() {
-        return None;
-    }
+fn pick(scores: &[f32], exponentials: &Exponentials, draw: f64, skipped: &[usize]) -> Option<usize> {
+    const BLOCK: usize = Exponentials::BLOCK;
+    let max = exponentials.max;
     let weight = |i: usize| match scores.get(i) {
         // Most scores are negative infinity after filtering, and few indices are skipped.
         Some(&s) if s > f32::NEG_INFINITY && !skipped.contains(&i) => f64::from(exp(s - max)),
         _ => 0.0,
     };
-    // Sums of blocks first, so that exponentials are taken once, and again only in the block that is hit.
+    // Exponentials have been taken once, and are again only in the block that is hit and those with skipped indices.
     let block = |b: usize| b * BLOCK..((b + 1) * BLOCK).min(scores.len());
-    let of_block = |b: usize| match scores.get(block(b)) {
-        Some(scores) if skipped.is_empty() => sum_exp(scores, max),
-        _ => block(b).map(weight).sum(),
-    };
-    let sums: Vec<f64> = (0..scores.len().div_ceil(BLOCK)).map(of_block).collect();
+    let mut sums = Cow::Borrowed(&exponentials.blocks);
+    for b in skipped.iter().map(|i| i / BLOCK) {
+        if let Some(sum) = sums.to_mut().get_mut(b) {
+            *sum = block(b).map(weight).sum();
+        }
+    }
     let target = draw * sums.iter().sum::<f64>();
     let (mut before, mut last) = (0.0, None);
     for (b, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {

@@ -3,10 +3,10 @@
 use super::{
     Alternative, CacheOp, FinishReason, ModelRole, Need, Random, Reply, Request, RowScores, Run, ScoreNeed,
     SequenceOutput, Settings, Stopping, TokenEvent,
-    math::{argmax, log_softmax_in_place, log_sum_exp, top_k},
+    math::{Exponentials, argmax, log_softmax_in_place, top_k},
 };
 use crate::{Error, ErrorKind, Result};
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 /// A chosen token and what was asked to be known of the choice.
 #[derive(Debug, Clone)]
@@ -113,6 +113,8 @@ impl Token {
 #[derive(Debug, Clone)]
 pub(super) struct Row {
     raw: RowScores,
+    /// Known of a whole row.
+    exponentials: Option<Exponentials>,
     log_sum_exp: f64,
     alternatives: Arc<[Alternative]>,
     logits: Option<Arc<[f32]>>,
@@ -122,6 +124,7 @@ impl Row {
     /// # Errors
     /// If the row is not as wide as the vocabulary.
     pub(super) fn new(raw: RowScores, settings: &Settings) -> Result<Self> {
+        let mut exponentials = None;
         let (log_sum_exp, logits) = match &raw {
             RowScores::TopK(top) if top.ids.is_empty() || top.ids.len() != top.logits.len() => {
                 return Err(broken("at least one logit for each row", "none"));
@@ -134,10 +137,11 @@ impl Row {
                 ));
             }
             RowScores::Full(row) => {
-                (log_sum_exp(row), settings.keep_logits.then(|| Arc::from(row.as_slice())))
+                let known = exponentials.insert(Exponentials::of(row));
+                (known.log_sum_exp(), settings.keep_logits.then(|| Arc::from(row.as_slice())))
             }
         };
-        let mut row = Self { raw, log_sum_exp, alternatives: Arc::from([]), logits };
+        let mut row = Self { raw, exponentials, log_sum_exp, alternatives: Arc::from([]), logits };
         if settings.top_alternatives > 0 {
             row.alternatives = row
                 .top(settings.top_alternatives)
@@ -161,10 +165,8 @@ impl Row {
     ///
     /// # Errors
     /// Those of the processors; and if the row is not whole.
-    pub(super) fn processed(&self, request: &Request, ids: &[u32]) -> Result<Vec<f32>> {
-        let mut scores = self.full()?.to_vec();
-        request.chain.apply(ids, &mut scores)?;
-        Ok(scores)
+    pub(super) fn processed(&self, request: &Request, ids: &[u32]) -> Result<Cow<'_, [f32]>> {
+        request.chain.applied(ids, self.full()?)
     }
 
     /// Log-probabilities, `[vocab]`, before any processor.
@@ -214,13 +216,17 @@ impl Row {
             };
         }
         let scores = self.processed(request, ids)?;
-        let id = match (argmax(&scores), random) {
-            (Some(best), _) if scores.get(best).is_none_or(|s| s.is_nan() || *s == f32::NEG_INFINITY) => None,
-            (_, Some(random)) => Some(random.sample(&scores)),
-            (best, None) => best,
+        let id = match (random, &self.exponentials) {
+            // The scores are the row's own.
+            (Some(random), Some(known)) if matches!(scores, Cow::Borrowed(_)) => {
+                Some(random.sample_by(&scores, known))
+            }
+            (Some(random), _) => Some(random.sample(&scores)),
+            (None, _) => argmax(&scores),
         };
+        let id = id.filter(|&id| scores.get(id).is_some_and(|&s| s > f32::NEG_INFINITY));
         let id = id.ok_or_else(|| no_token(ids.len() - request.prompt.len()))? as u32;
-        Ok(self.token(id, request.settings.keep_scores.then(|| scores.into()), 0))
+        Ok(self.token(id, request.settings.keep_scores.then(|| scores.as_ref().into()), 0))
     }
 }
 

@@ -57,20 +57,28 @@ impl Softmax {
 /// A list of values with indices whose front is sorted as far as it was looked at, since filters look at few of 50
 /// thousand. Smaller values come first, and among equals the smaller index.
 struct LazySort {
-    /// The value's bits, in an order that is the floats', above the index: integers sort several times faster.
+    /// Those of [`key`].
     keys: Vec<u64>,
     sorted: usize,
 }
 
+/// A value's bits, in an order that is the floats', above an index: integers sort several times faster.
+fn key(value: f32, index: u32) -> u64 {
+    // Adding zero makes -0 the equal of 0.
+    let bits = (value + 0.0).to_bits();
+    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(ordered) << 32 | u64::from(index)
+}
+
+/// The value of a [`key`].
+fn value(key: u64) -> f32 {
+    let ordered = (key >> 32) as u32;
+    f32::from_bits(if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered })
+}
+
 impl LazySort {
     fn new(items: impl Iterator<Item = (f32, u32)>) -> Self {
-        let key = |(value, index): (f32, u32)| {
-            // Adding zero makes -0 the equal of 0.
-            let bits = (value + 0.0).to_bits();
-            let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-            u64::from(ordered) << 32 | u64::from(index)
-        };
-        Self { keys: items.map(key).collect(), sorted: 0 }
+        Self { keys: items.map(|(value, index)| key(value, index)).collect(), sorted: 0 }
     }
 
     fn len(&self) -> usize {
@@ -90,9 +98,7 @@ impl LazySort {
             self.sorted = end;
         }
         let key = *self.keys.get(place)?;
-        let ordered = (key >> 32) as u32;
-        let bits = if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered };
-        Some((f32::from_bits(bits), key as u32))
+        Some((value(key), key as u32))
     }
 
     /// The indices at the first `count` places, which have been looked at.
@@ -165,20 +171,53 @@ impl LogitsProcessor for TopP {
             _ => f32::NEG_INFINITY,
         };
         // Largest first, and among equals the later token: the reference sums upwards in stable order.
+        let place = |s: f32, i: u32| key(-s, u32::MAX - i);
         let likely = finite(scores).filter(|(s, _)| *s >= least);
-        let mut items = LazySort::new(likely.map(|(s, i)| (-s, u32::MAX - i)));
-        // What this token and all less probable ones have.
-        let mut mass = 1.0f64;
-        let mut kept = 0;
-        while let Some((negative, _)) = items.get(kept) {
-            if mass as f32 <= self.rest && kept >= self.min_keep {
-                break;
+        let keys = likely.map(|(s, i)| place(s, i)).collect();
+        if let Some(last) = self.last(&softmax, keys) {
+            for (score, i) in scores.iter_mut().zip(0..) {
+                *score = if place(*score, i) > last { f32::NEG_INFINITY } else { *score };
             }
-            mass -= f64::from(softmax.probability(-negative));
+        }
+        Ok(())
+    }
+}
+
+impl TopP {
+    /// The largest key that stays; `None` where there are none.
+    ///
+    /// Halves are set apart by their keys until few are left to sort: where probabilities are flat, nearly all stay, and
+    /// sorting them would take longer than all else.
+    fn last(&self, softmax: &Softmax, mut keys: Vec<u64>) -> Option<u64> {
+        const FEW: usize = 512;
+        let (mut start, mut end) = (0, keys.len());
+        // What the token at `start` and all less probable ones have.
+        let mut mass = 1.0f64;
+        let mut half = Vec::new();
+        while end - start > FEW {
+            let middle = (end - start) / 2;
+            keys[start..end].select_nth_unstable(middle);
+            half.clear();
+            half.extend(keys[start..start + middle].iter().map(|&key| -value(key)));
+            let rest = mass - sum_exp(&half, softmax.max) / f64::from(softmax.sum);
+            if rest as f32 <= self.rest {
+                end = start + middle;
+            } else {
+                (start, mass) = (start + middle, rest);
+            }
+        }
+        keys[start..end].sort_unstable();
+        let mut kept = start;
+        while kept < end && mass as f32 > self.rest {
+            mass -= f64::from(softmax.probability(-value(keys[kept])));
             kept += 1;
         }
-        keep_only(scores, items.indices(kept).map(|i| u32::MAX - i));
-        Ok(())
+        if kept < self.min_keep.min(keys.len()) {
+            let more = self.min_keep.min(keys.len()) - kept;
+            keys[kept..].select_nth_unstable(more - 1);
+            kept += more;
+        }
+        keys.get(kept.checked_sub(1)?).copied()
     }
 }
 

@@ -12,7 +12,7 @@ use filters::{Epsilon, Eta, MinP, TopK, TopP, Typical};
 use numeric::{RemoveInvalid, Renormalize, Temperature};
 use opt_backend::{MaybeSend, MaybeSync};
 use repetition::{NoRepeatNgram, RepetitionPenalty};
-use std::{fmt, sync::Arc};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 /// A change to one row of scores.
 ///
@@ -158,6 +158,21 @@ impl ProcessorChain {
     /// Those of the processors, and [`ErrorKind::Option`] if a token is to be drawn and none is left.
     pub fn apply(&self, ids: &[u32], scores: &mut [f32]) -> Result<()> {
         self.processors.iter().try_for_each(|p| p.process(ids, scores))?;
+        self.check(ids, scores)
+    }
+
+    /// What [`ProcessorChain::apply`] makes of scores, which are copied only if there is something to do.
+    pub(crate) fn applied<'a>(&self, ids: &[u32], scores: &'a [f32]) -> Result<Cow<'a, [f32]>> {
+        let mut scores = Cow::Borrowed(scores);
+        if self.processors.is_empty() {
+            self.check(ids, &scores)?;
+        } else {
+            self.apply(ids, scores.to_mut())?;
+        }
+        Ok(scores)
+    }
+
+    fn check(&self, ids: &[u32], scores: &[f32]) -> Result<()> {
         if self.must_draw && !scores.iter().any(|s| s.is_finite()) {
             let message = format!("no token is left to draw after {} ids", ids.len());
             return Err(Error::new(ErrorKind::Option, format!("{message}, by {}", self.names().join(", "))));
