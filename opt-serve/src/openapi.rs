@@ -3,7 +3,13 @@
 use axum::Json;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
-use utoipa::{OpenApi, ToSchema};
+use utoipa::{
+    Modify, OpenApi, ToSchema,
+    openapi::{
+        self,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
 
 /// What `/v1/completions` takes. Besides these, every option of transformers' GenerationConfig may be given by its name
 /// (`top_k`, `min_p`, `repetition_penalty`, `num_beams`, ...).
@@ -129,11 +135,23 @@ pub(crate) struct EmbeddingRequest {
         crate::status::health,
         crate::status::ready,
         crate::status::metrics,
-    )
+    ),
+    modifiers(&Keys),
+    security((), ("key" = []))
 )]
 struct Description;
 
+/// The server may ask for keys.
+struct Keys;
+
+impl Modify for Keys {
+    fn modify(&self, api: &mut openapi::OpenApi) {
+        let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+        api.components.get_or_insert_default().add_security_scheme("key", scheme);
+    }
+}
+
 /// This description.
-pub(crate) async fn description() -> Json<utoipa::openapi::OpenApi> {
+pub(crate) async fn description() -> Json<openapi::OpenApi> {
     Json(Description::openapi())
 }

@@ -415,6 +415,9 @@ fn models_health_metrics_page_and_description() {
 
     // The description names exactly the fields that are taken.
     let description = server().get("/openapi.json").json();
+    assert_eq!(description["components"]["securitySchemes"]["key"]["scheme"], "bearer");
+    let answer = &description["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"];
+    assert!(answer["application/json"].is_object() && answer["text/event-stream"].is_object());
     let names = |schema: &str| -> Vec<String> {
         description["components"]["schemas"][schema]["properties"]
             .as_object()
@@ -465,6 +468,8 @@ fn bad_requests_are_refused_by_name() {
         (json!({"prompt": "a", "frequency_penalty": 3}), "invalid_value", "frequency_penalty"),
         (json!({"prompt": "a", "logit_bias": {"x": 1}}), "invalid_value", "logit_bias"),
         (json!({"prompt": "a", "logit_bias": {"1": 101}}), "invalid_value", "logit_bias"),
+        (json!({"prompt": "a", "logit_bias": {"+5": 1}}), "invalid_value", "logit_bias"),
+        (json!({"prompt": "a", "logit_bias": {"05": 1}}), "invalid_value", "logit_bias"),
         (json!({"prompt": "a", "logit_bias": {"99999": 1}}), "invalid_value", "logit_bias"),
         (json!({"prompt": "a", "stop": vec!["x"; 10_000]}), "invalid_value", "stop"),
         (json!({"prompt": "a", "stop": ""}), "invalid_value", "stop"),

@@ -39,7 +39,11 @@ use stream::Streaming;
     tag = "OpenAI",
     request_body = crate::openapi::CompletionRequest,
     responses(
-        (status = 200, description = "The continuations; with `stream` as events of pieces, the last one `[DONE]`", body = Completion),
+        (
+            status = 200,
+            description = "The continuations; with `stream` as events of pieces of the same form, the last one `[DONE]`",
+            content((Completion = "application/json"), (Completion = "text/event-stream")),
+        ),
         (status = "4XX", description = "The request cannot be answered", body = crate::error::ErrorBody),
         (status = "5XX", description = "The server cannot answer", body = crate::error::ErrorBody),
     ),

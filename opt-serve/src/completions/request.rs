@@ -348,8 +348,10 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<Vec<u32>, f32>, ApiError> 
     };
     let each = map.into_iter().map(|(id, bias)| {
         let bias_of = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        match (id.parse::<u32>(), bias_of) {
-            (Ok(id), Some(bias)) => Ok((vec![id], bias as f32)),
+        // One way to write an id, so that none is named twice.
+        let id = id.parse().ok().filter(|number: &u32| number.to_string() == id);
+        match (id, bias_of) {
+            (Some(id), Some(bias)) => Ok((vec![id], bias as f32)),
             _ => Err(wrong("logit_bias", expected, &bias)),
         }
     });
