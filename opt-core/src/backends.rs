@@ -1,6 +1,6 @@
 //! The backends of this build. The only place that names them.
 
-use crate::{Error, ErrorKind, Result, opt::MakeEngine};
+use crate::{Error, ErrorKind, Result, load::MakeEngine};
 use opt_backend::Info;
 pub use opt_backend::quant::Compute;
 
