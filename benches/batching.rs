@@ -5,7 +5,8 @@
 //! cargo run --release -p opt-benches --bin batching [int8|int8-f16|int8-fast|f32] [NEW_TOKENS] [WAY] [STREAMS]
 //! ```
 //!
-//! `int8-f16` keeps keys and values in f16, `int8-fast` also rounds activations to one byte (`--compute int8`).
+//! WAY is how tokens are chosen (greedy, sampling or top-p), STREAMS one number of streams: without them, all ways and 1, 8
+//! and 32 streams. `int8-f16` keeps keys and values in f16, `int8-fast` also rounds activations to one byte (`--compute int8`).
 
 use opt_benches::{ids, machine, opt_125m, random};
 use opt_core::{
@@ -101,7 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dtype = if format.contains('-') { CacheDType::F16 } else { CacheDType::F32 };
     let opt = Opt::assemble(&random(&opt_125m()?)?, None, None, load)?;
     println!(
-        "{}; OPT-125m's shape, {}, prompts of {PROMPT} tokens, {new} new ones\n",
+        "{}; OPT-125m's shape, {}, keys and values in {dtype:?}, prompts of {PROMPT} tokens, {new} new ones\n",
         machine(),
         opt.weights()
     );

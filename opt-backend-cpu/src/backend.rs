@@ -436,7 +436,7 @@ impl Backend for Cpu {
         match caches {
             Some(caches) => {
                 check::caches(attend, caches.len())?;
-                // All checks come before the first append: an error leaves every cache as it was.
+                // All checks come before the first append: a call that is refused leaves every cache as it was.
                 for cache in caches.iter() {
                     cache.check("attend", attend.layer, width)?;
                     check::heads("attend", attend, cache.shape.heads)?;

@@ -139,7 +139,7 @@ impl Cache {
         opt_backend::check::width(op, width, self.shape.width())
     }
 
-    /// Calls `body` with each cache and its number, in one parallel region; the error is one of the first met.
+    /// Calls `body` with each cache and its number, in one parallel region. If some fail, the error of one of them.
     pub(crate) fn for_each(
         pool: &Pool,
         caches: &mut [&mut Cache],
@@ -253,7 +253,7 @@ impl Block {
         (self.chunk(shape, Part::Keys, head).in_f32(k), self.chunk(shape, Part::Values, head).in_f32(v))
     }
 
-    /// The same one by one and as they lie.
+    /// The keys or the values of one head, as they lie.
     #[inline(always)]
     pub(crate) fn chunk(&self, shape: Shape, part: Part, head: usize) -> Chunk<'_> {
         let (elements, depth) = match part {

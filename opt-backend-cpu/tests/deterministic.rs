@@ -139,7 +139,7 @@ proptest! {
     fn prefill_in_chunks_equals_prefill_at_once(
         (level, threads) in machine(),
         lengths in chunks(200),
-        (heads, head_dim) in prop::sample::select(vec![(1_usize, 64_usize), (3, 7), (2, 80), (1, 1)]),
+        (heads, head_dim) in prop::sample::select(vec![(1_usize, 64_usize), (3, 7), (2, 80), (1, 1), (12, 16)]),
         dtype in prop::sample::select(vec![CacheDType::F32, CacheDType::F16, CacheDType::Int8]),
         seed in any::<u64>(),
     ) {
@@ -171,6 +171,51 @@ proptest! {
             let spans = [Span { start: 0, len: total }];
             let y = many.attend(q, k, v, Attend { heads, layer: 0, spans: &spans }, None).expect("it fits");
             prop_assert_eq!(&bits(&many.block_on(many.read_owned(y)).expect("it is ready")), &whole);
+        }
+    }
+
+    #[test]
+    fn rows_of_many_sequences_equal_rows_alone(
+        (level, threads) in machine(),
+        // As many as share the heads of a row among themselves, and fewer.
+        lengths in prop::collection::vec(0_usize..100, 1..30),
+        (heads, head_dim) in prop::sample::select(vec![(1_usize, 64_usize), (3, 7), (9, 5), (12, 16)]),
+        dtype in prop::sample::select(vec![CacheDType::F32, CacheDType::F16, CacheDType::Int8]),
+        seed in any::<u64>(),
+    ) {
+        let (one, many) = (build(level, 1), build(level, threads));
+        let (width, count) = (heads * head_dim, lengths.len());
+        let spec = CacheSpec { layers: 1, heads, head_dim, dtype, capacity_hint: 100 };
+        // All sequences begin with what the longest has: forks, some of which share a block that is not full.
+        let head = [1, 2, 3].map(|i| random(100, width, seed.wrapping_add(i)));
+        let step = [4, 5, 6].map(|i| random(count, width, seed.wrapping_add(i)) * 3.0);
+        let upload = |cpu: &Cpu, x: &Array2<f32>, rows: std::ops::Range<usize>| {
+            cpu.upload(x.slice(s![rows, ..])).expect("it fits")
+        };
+        let begin = |cpu: &Cpu| {
+            let mut cache = cpu.new_cache(spec).expect("it fits");
+            let [q, k, v] = head.each_ref().map(|x| upload(cpu, x, 0..100));
+            let spans = [Span { start: 0, len: 100 }];
+            cpu.attend(q, k, v, Attend { heads, layer: 0, spans: &spans }, Some(&mut [&mut cache])).expect("it fits");
+            let fork = |len: &usize| {
+                let mut fork = cpu.cache_fork(&cache).expect("it fits");
+                cpu.cache_truncate(&mut fork, *len).expect("it fits");
+                fork
+            };
+            lengths.iter().map(fork).collect::<Vec<_>>()
+        };
+        let mut caches = begin(&many);
+        let [q, k, v] = step.each_ref().map(|x| upload(&many, x, 0..count));
+        let spans: Vec<Span> = (0..count).map(|start| Span { start, len: 1 }).collect();
+        let attend = Attend { heads, layer: 0, spans: &spans };
+        let y = many.attend(q, k, v, attend, Some(&mut caches.iter_mut().collect::<Vec<_>>())).expect("it fits");
+        let together = many.block_on(many.read_owned(y)).expect("it is ready");
+        for (row, cache) in begin(&one).iter_mut().enumerate() {
+            let [q, k, v] = step.each_ref().map(|x| upload(&one, x, row..row + 1));
+            let spans = [Span { start: 0, len: 1 }];
+            let y = one.attend(q, k, v, Attend { heads, layer: 0, spans: &spans }, Some(&mut [cache])).expect("it fits");
+            let alone = one.block_on(one.read_owned(y)).expect("it is ready");
+            prop_assert_eq!(bits(&together.slice(s![row..row + 1, ..]).to_owned()), bits(&alone), "row {}", row);
         }
     }
 }

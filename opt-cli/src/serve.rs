@@ -228,7 +228,8 @@ impl Serve {
             .rows(self.max_rows.get())
             .sequences(self.max_sequences.get())
             .cache_bytes((self.cache_mib.get() as u64) << 20)
-            .share_prefixes(!self.no_shared_prefixes);
+            .share_prefixes(!self.no_shared_prefixes)
+            .threads(self.place.threads.map(NonZeroUsize::get));
         Ok(ServeOptions::default()
             .model(name)
             .batch(batch)

@@ -367,6 +367,70 @@ fn one_that_fails_leaves_the_others() {
 }
 
 #[test]
+fn many_that_draw_share_threads() {
+    let mut batch = Batch::new(&TINY, BatchOptions::default().threads(Some(3))).unwrap();
+    let config = |i: u64| greedy(8).do_sample(true).top_k(0).seed(i);
+    let prompt = |i: u64| vec![1 + i as u32, 2, 3];
+    let mut tasks = HashMap::new();
+    for i in 0..20 {
+        let mut request = Request::new(prompt(i)).config(config(i));
+        if i % 7 == 3 {
+            request = request.processor(Fails(5));
+        }
+        tasks.insert(batch.add(Task::generate(&TINY, request).unwrap()).unwrap(), i);
+    }
+    let mut ended = 0;
+    while !batch.is_idle() {
+        let events = batch.step().unwrap();
+        // In the order of the tasks, whichever thread was first.
+        let order = |event: &Event| match event {
+            Event::Token { task, .. } => Some(*task),
+            _ => None,
+        };
+        assert!(events.iter().filter_map(order).is_sorted());
+        for event in events {
+            match event {
+                Event::Generated { task, generated, .. } => {
+                    let i = tasks[&task];
+                    let alone = TINY.generate(&prompt(i)[..], &config(i)).unwrap();
+                    assert_eq!(generated.ids(), alone.ids());
+                    assert!(i % 7 != 3);
+                    ended += 1;
+                }
+                Event::Failed { task, .. } => {
+                    assert_eq!(tasks[&task] % 7, 3);
+                    ended += 1;
+                }
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(ended, 20);
+}
+
+#[test]
+fn a_panic_of_a_processor_says_what_it_said() {
+    struct Panics;
+    impl LogitsProcessor for Panics {
+        fn name(&self) -> &str {
+            "panics"
+        }
+
+        fn process(&self, _: &[u32], _: &mut [f32]) -> opt_core::Result<()> {
+            panic!("meant");
+        }
+    }
+    let mut batch = Batch::new(&TINY, BatchOptions::default().threads(Some(4))).unwrap();
+    for i in 0..16_u32 {
+        let request = Request::new(vec![1 + i, 2]).config(greedy(4).do_sample(true)).processor(Panics);
+        batch.add(Task::generate(&TINY, request).unwrap()).unwrap();
+    }
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| batch.step())).unwrap_err();
+    assert_eq!(panic.downcast_ref::<&str>(), Some(&"meant"));
+    assert!(batch.step().is_err(), "a batch that was left in the middle goes no further");
+}
+
+#[test]
 fn texts_of_a_trained_model() {
     let opt = Opt::load(novels(), Load::default()).unwrap();
     let opt = if deterministic() { opt } else { Opt::load(novels(), common::backend::load()).unwrap() };

@@ -67,7 +67,7 @@ pub struct At<P> {
 }
 
 /// `out = a b`, or `out += a b`, for `M` rows and `N` vectors of columns, over `depth`. Elements of `b` are asked for
-/// `ahead` elements early, unless that is 0.
+/// `ahead` elements early, unless that is 0; what lies before them is as far ahead as a negative number, wrapped.
 ///
 /// # Safety
 /// `a` has `M` rows of `depth`, `b` has `depth` rows and `out` has `M` rows, each of `N * LANES` elements.
@@ -97,7 +97,7 @@ pub unsafe fn tile<S: Simd, W: Weight, A: Rows<W::Operand, M>, const M: usize, c
             let mut columns = [s.splat(0.0); N];
             for (n, column) in columns.iter_mut().enumerate() {
                 if ahead > 0 {
-                    s.prefetch(row.wrapping_add(ahead + n * S::LANES));
+                    s.prefetch(row.wrapping_add(ahead).wrapping_add(n * S::LANES));
                 }
                 *column = W::load(s, row.add(n * S::LANES));
             }

@@ -72,7 +72,7 @@ impl Kernel for &Row<'_> {
 }
 
 impl Row<'_> {
-    /// Keys of a head in a block, or values: so many there are of each.
+    /// Chunks of keys, and as many of values.
     fn chunks(&self) -> usize {
         self.seen.div_ceil(BLOCK) * self.heads.len()
     }

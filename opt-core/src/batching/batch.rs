@@ -297,7 +297,7 @@ impl Batch {
     async fn end(&mut self, events: &mut Vec<Event>) -> Result<()> {
         let engine = Arc::clone(self.opt.engine());
         let mut lanes = std::mem::take(&mut self.lanes);
-        choose(&mut lanes);
+        choose(&mut lanes, self.options.threads);
         for mut lane in lanes {
             events.extend(lane.announce());
             let before = events.len();

@@ -49,25 +49,31 @@ pub(super) struct Lane {
 }
 
 /// Chooses tokens for the turns that have been run. Draws and filters look at all the vocabulary: where many lanes do,
-/// threads share them.
-pub(super) fn choose(lanes: &mut [Lane]) {
+/// up to `most` threads share them.
+pub(super) fn choose(lanes: &mut [Lane], most: Option<usize>) {
+    #[cfg(target_arch = "wasm32")]
+    let _ = most;
     #[cfg(not(target_arch = "wasm32"))]
     {
         static CORES: LazyLock<usize> =
             LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
         let heavy =
             lanes.iter().filter(|lane| lane.turn.as_ref().is_some_and(|t| t.is_run() && t.has_rows()));
-        let threads = (heavy.count() / LANES_OF_A_THREAD).min(*CORES);
+        let threads = (heavy.count() / LANES_OF_A_THREAD).min(most.unwrap_or_else(|| *CORES));
         if threads > 1 {
             let queue = Mutex::new(lanes.iter_mut());
             let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
             let work = || std::iter::from_fn(next).for_each(Lane::choose);
             thread::scope(|scope| {
-                for _ in 1..threads {
-                    // Where there is no thread to be had, this one does it all.
-                    _ = thread::Builder::new().name("opt-choose".to_owned()).spawn_scoped(scope, work);
-                }
+                // Where there is no thread to be had, this one does it all.
+                let spawn =
+                    |_| thread::Builder::new().name("opt-choose".to_owned()).spawn_scoped(scope, work);
+                let others: Vec<_> = (1..threads).map_while(|i| spawn(i).ok()).collect();
                 work();
+                for other in others {
+                    // A panic goes on here with what it said.
+                    other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                }
             });
             return;
         }

@@ -58,11 +58,21 @@ pub struct BatchOptions {
     pub share_prefixes: bool,
     /// How many of [`BatchOptions::cache_bytes`] may be kept for that when nothing else needs them.
     pub prefix_bytes: u64,
+    /// Most threads that choose tokens where that takes long, which is where many sequences draw; `None` for as many as
+    /// there are cores. Browsers have one.
+    pub threads: Option<usize>,
 }
 
 impl Default for BatchOptions {
     fn default() -> Self {
-        Self { rows: 256, sequences: 64, cache_bytes: 2 << 30, share_prefixes: true, prefix_bytes: 512 << 20 }
+        Self {
+            rows: 256,
+            sequences: 64,
+            cache_bytes: 2 << 30,
+            share_prefixes: true,
+            prefix_bytes: 512 << 20,
+            threads: None,
+        }
     }
 }
 
@@ -95,6 +105,12 @@ impl BatchOptions {
     #[must_use]
     pub fn share_prefixes(self, share_prefixes: bool) -> Self {
         Self { share_prefixes, ..self }
+    }
+
+    /// Sets [`BatchOptions::threads`].
+    #[must_use]
+    pub fn threads(self, threads: Option<usize>) -> Self {
+        Self { threads, ..self }
     }
 }
 

@@ -1,5 +1,5 @@
 use super::math::{Exponentials, argmax, exp};
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeSet};
 
 /// Random numbers that depend on seed, stream and position alone: Philox4x32-10.
 ///
@@ -103,7 +103,8 @@ fn pick(scores: &[f32], exponentials: &Exponentials, draw: f64, skipped: &[usize
     // Exponentials have been taken once, and are again only in the block that is hit and those with skipped indices.
     let block = |b: usize| b * BLOCK..((b + 1) * BLOCK).min(scores.len());
     let mut sums = Cow::Borrowed(&exponentials.blocks);
-    for b in skipped.iter().map(|i| i / BLOCK) {
+    let hit: BTreeSet<usize> = skipped.iter().map(|i| i / BLOCK).collect();
+    for b in hit {
         if let Some(sum) = sums.to_mut().get_mut(b) {
             *sum = block(b).map(weight).sum();
         }

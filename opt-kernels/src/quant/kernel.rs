@@ -77,7 +77,7 @@ pub(crate) unsafe fn multiply(
 }
 
 /// The tile for so many rows: the one that leaves the fewest of its rows empty, and of such the largest; but one of a
-/// row or two, which reads codes more often, only where others would leave a quarter empty.
+/// row or two, which reads codes more often, only where others would leave more than a quarter empty.
 fn tile_for(tiles: &[usize], rows: usize) -> usize {
     let cost = |tile: usize| rows.next_multiple_of(tile) * if tile < 3 { 4 } else { 3 };
     tiles.iter().rev().copied().min_by_key(|&tile| cost(tile)).unwrap_or(1)

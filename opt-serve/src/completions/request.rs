@@ -346,12 +346,13 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<Vec<u32>, f32>, ApiError> 
         Some(Value::Object(map)) => map,
         Some(other) => return Err(wrong("logit_bias", expected, &other)),
     };
-    let each = map.into_iter().map(|(id, bias)| {
+    let each = map.into_iter().map(|(name, bias)| {
         let bias_of = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        // One way to write an id, so that none is named twice.
-        let id = id.parse().ok().filter(|number: &u32| number.to_string() == id);
+        // One way to write an id, so that two spellings do not name one.
+        let id = name.parse().ok().filter(|id: &u32| id.to_string() == name);
         match (id, bias_of) {
             (Some(id), Some(bias)) => Ok((vec![id], bias as f32)),
+            (None, _) => Err(wrong("logit_bias", expected, &Value::String(name))),
             _ => Err(wrong("logit_bias", expected, &bias)),
         }
     });
