@@ -116,6 +116,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let filtered = sampled.clone().top_p(0.9).temperature(0.8);
     // Random weights are as hard as can be for top-p: nearly all tokens are about as probable.
     let ways = [("greedy", &greedy, 0), ("sampling", &sampled, 0), ("top-p 0.9, 5 log-probs", &filtered, 5)];
+    if let Some(only) = only.as_ref().filter(|only| !ways.iter().any(|way| way.0.starts_with(only.as_str())))
+    {
+        return Err(format!("way: expected greedy, sampling or top-p, found {only}").into());
+    }
     for (name, settings, alternatives) in ways {
         if only.as_ref().is_some_and(|only| !name.starts_with(only.as_str())) {
             continue;
