@@ -44,8 +44,8 @@ fn best(rounds: usize, mut round: impl FnMut() -> Result<()>) -> Result<Duration
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let threads = std::env::args().nth(1).map_or(Ok(1), |text| text.parse())?;
-    let counts = [1, 2, 4, 8, 12, 16, 31, 32, 64, 128];
-    for (shape, rounds) in [([3072, 768], 200), ([50272, 768], 12)] {
+    let counts = [1, 2, 4, 8, 12, 16, 31, 32, 64, 128, 256, 512];
+    for (shape, rounds) in [([3072, 768], 200), ([768, 3072], 200), ([50272, 768], 12)] {
         println!("{shape:?}, threads: {threads}, G/s\n");
         println!("| weights, bytes of an activation | {} |", counts.map(|n| format!("{n} rows")).join(" | "));
         println!("|---|{}", "---|".repeat(counts.len()));

@@ -1,8 +1,8 @@
 //! What all handlers share, and the routes to them.
 
 use crate::{
-    auth, completions, embeddings, engine::Engine, error::ApiError, models, openapi, options::ServeOptions,
-    page, status,
+    auth, body::Room, completions, embeddings, engine::Engine, error::ApiError, models, openapi,
+    options::ServeOptions, page, status,
 };
 use axum::{
     Router,
@@ -38,6 +38,7 @@ pub(crate) struct App {
     pub(crate) started: u64,
     /// Who may compile a form for answers, which can take seconds of a core.
     pub(crate) forms: Arc<Semaphore>,
+    pub(crate) bodies: Room,
     salt: u64,
     count: AtomicU64,
 }
@@ -53,6 +54,7 @@ impl App {
         let salt = RandomState::new().build_hasher().finish();
         Self {
             engine,
+            bodies: Room::new(&options),
             options,
             started: now(),
             forms: Arc::new(Semaphore::new(FORMS)),

@@ -2,11 +2,14 @@
 
 use crate::{error::ApiError, gather::blocking, options::ServeOptions};
 use axum::{
-    body::to_bytes,
+    body::{Body, Bytes},
     extract::Request,
     http::{StatusCode, header},
 };
+use futures_util::StreamExt;
 use serde_json::Value;
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bodies of more bytes are read on a thread of their own: those that serve others are not to wait for it.
 const LONG: usize = 64 << 10;
@@ -19,16 +22,73 @@ pub(crate) async fn where_it_fits<T: Send + 'static>(
     if size > LONG { blocking(work).await } else { work() }
 }
 
-/// The JSON of a body, and how many bytes it had.
+/// Room for the bodies of all requests that are being read.
+pub(crate) struct Room(Arc<Semaphore>);
+
+/// A body as JSON.
+pub(crate) struct Json {
+    pub(crate) value: Value,
+    /// How many bytes it had.
+    pub(crate) size: usize,
+    /// Its part of the room, given back once nobody needs the JSON any more.
+    pub(crate) held: Option<OwnedSemaphorePermit>,
+}
+
+impl Room {
+    pub(crate) fn new(options: &ServeOptions) -> Self {
+        // A single body is possible whatever the sum is.
+        let bytes = options.bodies_bytes.max(options.body_bytes);
+        Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
+    }
+
+    /// All of a body, each piece of which takes its room when it comes: announced alone is nothing held.
+    async fn read(
+        &self,
+        body: Body,
+        limit: usize,
+    ) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), ApiError> {
+        let mut pieces = body.into_data_stream();
+        let (mut bytes, mut held) = (Vec::new(), None::<OwnedSemaphorePermit>);
+        while let Some(piece) = pieces.next().await {
+            let piece: Bytes = piece.map_err(|error| {
+                let message = format!("body: cannot be read: {error}");
+                ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_body"), message)
+            })?;
+            if bytes.len() + piece.len() > limit {
+                return Err(too_large(limit));
+            }
+            let room = u32::try_from(piece.len()).ok();
+            let room = room.and_then(|count| Arc::clone(&self.0).try_acquire_many_owned(count).ok());
+            let Some(room) = room else {
+                let message = "the server is busy: the bodies of its requests leave no room for this one";
+                return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some("bodies_full"), message));
+            };
+            match &mut held {
+                Some(held) => held.merge(room),
+                None => held = Some(room),
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok((bytes, held))
+    }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("body: expected at most {limit} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large"), message)
+}
+
+/// The JSON of a body.
 ///
 /// # Errors
-/// 415 for another content type, 413 for a body over the limit, 408 for one that does not come, 400 for no JSON.
-pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Result<(Value, usize), ApiError> {
+/// 415 for another content type, 413 for a body over the limit, 429 where all bodies together are too much, 408 for one
+/// that does not come, 400 for no JSON.
+pub(crate) async fn read_json(
+    request: Request,
+    room: &Room,
+    options: &ServeOptions,
+) -> Result<Json, ApiError> {
     let limit = options.body_bytes;
-    let too_large = || {
-        let message = format!("body: expected at most {limit} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large"), message)
-    };
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     // Pages of other origins cannot send this type without being asked for permission first, others they can.
     if !content_type.is_some_and(is_json) {
@@ -42,29 +102,13 @@ pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Resul
     }
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     if announced.and_then(|length| length.parse::<u64>().ok()).is_some_and(|length| length > limit as u64) {
-        return Err(too_large());
+        return Err(too_large(limit));
     }
-    let body = tokio::time::timeout(options.read_timeout, to_bytes(request.into_body(), limit)).await;
-    let bytes = match body {
-        Err(_) => {
-            let seconds = options.read_timeout.as_secs_f32();
-            return Err(ApiError::timeout(format!("body: expected all of it within {seconds} s")));
-        }
-        Ok(Err(error)) => {
-            let mut cause: Option<&dyn std::error::Error> = Some(&error);
-            while let Some(at) = cause {
-                if at.is::<axum::extract::rejection::LengthLimitError>()
-                    || at.to_string().contains("length limit")
-                {
-                    return Err(too_large());
-                }
-                cause = at.source();
-            }
-            let message = format!("body: cannot be read: {error}");
-            return Err(ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_body"), message));
-        }
-        Ok(Ok(bytes)) => bytes,
-    };
+    let body = tokio::time::timeout(options.read_timeout, room.read(request.into_body(), limit)).await;
+    let (bytes, held) = body.map_err(|_| {
+        let seconds = options.read_timeout.as_secs_f32();
+        ApiError::timeout(format!("body: expected all of it within {seconds} s"))
+    })??;
     let size = bytes.len();
     let parse = move || {
         serde_json::from_slice(&bytes).map_err(|error| {
@@ -72,7 +116,7 @@ pub(crate) async fn read_json(request: Request, options: &ServeOptions) -> Resul
             ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_json"), message)
         })
     };
-    Ok((where_it_fits(size, parse).await?, size))
+    Ok(Json { value: where_it_fits(size, parse).await?, size, held })
 }
 
 /// `application/json`, `application/vnd.api+json`, with or without parameters.

@@ -167,9 +167,10 @@ pub(crate) async fn embeddings(
     request: Request,
 ) -> Result<Json<EmbeddingList>, ApiError> {
     let since = Instant::now();
-    let (body, size) = body::read_json(request, &app.options).await?;
+    let body = body::read_json(request, &app.bodies, &app.options).await?;
     let for_app = Arc::clone(&app);
-    let wanted = body::where_it_fits(size, move || Wanted::read(body, &for_app.options)).await?;
+    let wanted = body::where_it_fits(body.size, move || Wanted::read(body.value, &for_app.options)).await?;
+    drop(body.held);
     let state = &app.engine.state;
     let _timer = Timer::new(state, "embeddings", since);
     let deadline = Deadline::new(since, app.options.timeout);

@@ -34,8 +34,13 @@ pub struct ServeOptions {
     pub logprobs: usize,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
+    /// Most bytes of all bodies that are being read at once, at least those of one: what comes beyond is answered with 429.
+    pub bodies_bytes: usize,
     /// How long a request may take altogether, waiting included.
     pub timeout: Duration,
+    /// How long a single step of the engine may take before it counts as one that hangs: readiness is then off and new
+    /// requests are answered with 503, until it has ended.
+    pub stall: Duration,
     /// How long a client may take to send the head of a request, and then its body; and how long it may read nothing of
     /// an answer before its connection is closed ([`crate::Server::serve`] only).
     pub read_timeout: Duration,
@@ -68,7 +73,9 @@ impl Default for ServeOptions {
             stops: 4,
             logprobs: 5,
             body_bytes: 8 << 20,
+            bodies_bytes: 64 << 20,
             timeout: Duration::from_secs(600),
+            stall: Duration::from_secs(60),
             read_timeout: Duration::from_secs(30),
             connections: 1024,
             shutdown: Duration::from_secs(30),
@@ -102,7 +109,9 @@ impl ServeOptions {
         stops: usize,
         logprobs: usize,
         body_bytes: usize,
+        bodies_bytes: usize,
         timeout: Duration,
+        stall: Duration,
         read_timeout: Duration,
         connections: usize,
         shutdown: Duration,
@@ -146,8 +155,12 @@ impl ServeOptions {
         if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
             return fail(name, "at least 1", &0);
         }
-        let times =
-            [("timeout", self.timeout), ("read_timeout", self.read_timeout), ("keep_alive", self.keep_alive)];
+        let times = [
+            ("timeout", self.timeout),
+            ("stall", self.stall),
+            ("read_timeout", self.read_timeout),
+            ("keep_alive", self.keep_alive),
+        ];
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return fail(name, "more than no time", &"0 s");
         }

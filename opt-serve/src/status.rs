@@ -25,7 +25,7 @@ pub(crate) async fn health() -> Json<Health> {
     Json(Health { status: "ok", version: env!("CARGO_PKG_VERSION") })
 }
 
-/// Requests are taken; 503 while the engine restarts and while the server shuts down.
+/// Requests are taken; 503 while the engine restarts or hangs, and while the server shuts down.
 #[utoipa::path(
     get,
     path = "/ready",

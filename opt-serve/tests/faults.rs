@@ -126,6 +126,53 @@ fn a_lost_device_is_loaded_again_however_often_it_takes() {
 }
 
 #[test]
+fn an_engine_that_hangs_is_seen_and_may_come_back() {
+    let (server, orders) = start(ServeOptions::default().stall(Duration::from_millis(300)));
+    // A step that is only slow is none that hangs.
+    orders.pause(50);
+    goes_on(&server);
+    orders.pause(2000);
+    let mut waiting = http::connect(server.address);
+    let request = http::request("POST", "/v1/completions", &[JSON], greedy(1).to_string().as_bytes());
+    waiting.write_all(&request).unwrap();
+    soon("it hangs", || !server.handle.is_ready());
+    orders.pause(0);
+    assert_eq!(server.get("/ready").error(), (503, "engine_stalled".into(), None));
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.metric("opt_ready"), 0.0);
+    let begin = Instant::now();
+    assert_eq!(server.post("/v1/completions", &greedy(1)).error(), (503, "engine_stalled".into(), None));
+    assert!(begin.elapsed() < Duration::from_secs(1), "nobody waits for it");
+    // What it hung at comes to its end.
+    assert_eq!(http::read(&mut BufReader::new(waiting)).status, 200);
+    goes_on(&server);
+}
+
+#[test]
+fn bodies_have_a_common_bound() {
+    let options = ServeOptions::default().body_bytes(100_000).bodies_bytes(150_000);
+    let (server, _) = start(options);
+    let body = json!({"prompt": "x", "max_tokens": 1, "user": "y".repeat(90_000)}).to_string();
+    let request = http::request("POST", "/v1/completions", &[JSON], body.as_bytes());
+    // One that has sent nearly all of its body and stops there.
+    let mut half = http::connect(server.address);
+    half.write_all(&request[..request.len() - 10]).unwrap();
+    let send = || {
+        let mut stream = http::connect(server.address);
+        let _ = stream.write_all(&request);
+        http::read(&mut BufReader::new(stream))
+    };
+    soon("there is no room for another one", || send().status == 429);
+    let refused = send();
+    assert_eq!(refused.error(), (429, "bodies_full".into(), None));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    // Small ones still fit, and the room comes back.
+    goes_on(&server);
+    drop(half);
+    soon("there is room again", || send().status == 200);
+}
+
+#[test]
 fn a_full_queue_is_429_and_a_client_that_goes_frees_its_place() {
     let (server, orders) = start(ServeOptions::default().queue(2));
     orders.pause(5);

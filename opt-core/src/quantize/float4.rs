@@ -1,8 +1,11 @@
 //! nf4 and fp4, as bitsandbytes rounds to them.
 
-use super::{QuantFormat, QuantSpec, round::finite_row};
+use super::{
+    QuantFormat, QuantSpec,
+    rows::{Rounded, each_row},
+};
 use crate::Result;
-use ndarray::{Array2, s};
+use ndarray::Array2;
 use opt_backend::{
     HostMatrix,
     quant::{FP4, Groups, Levels, NF4, Quantized, Zeros},
@@ -13,23 +16,18 @@ const NESTED_BLOCK: usize = 256;
 
 /// Rounds a weight to the nearest levels. Ties go to the level below (for fp4: nearer to 0), as in bitsandbytes.
 pub(super) fn quantize(spec: &QuantSpec, weight: HostMatrix<'_>) -> Result<Quantized> {
-    let [out, inputs] = weight.shape();
-    let group = spec.groups(inputs)?;
+    let group = spec.groups(weight.shape()[1])?;
     let table = if spec.format == QuantFormat::Nf4 { NF4 } else { FP4 };
     let nearest = Nearest::new(&table);
-    let mut codes = Array2::<u8>::zeros((out, inputs));
-    let mut scales = Array2::<f32>::zeros((out, inputs.div_ceil(group)));
-    let mut row = vec![0.0; inputs];
-    for (o, mut scales) in scales.outer_iter_mut().enumerate() {
-        finite_row(&weight, o, &mut row)?;
-        for ((g, weights), scale) in row.chunks(group).enumerate().zip(&mut scales) {
+    let Rounded { codes, mut scales, .. } = each_row(&weight, group, |weights, row| {
+        let groups = weights.chunks(group).zip(row.codes.chunks_mut(group));
+        for ((weights, codes), scale) in groups.zip(row.scales) {
             *scale = weights.iter().fold(0.0_f32, |most, w| most.max(w.abs()));
             // The levels span -1..1, and so do weights over the largest of them.
             let divisor = if *scale == 0.0 { 1.0 } else { *scale };
-            let codes = codes.slice_mut(s![o, g * group..g * group + weights.len()]);
-            codes.into_iter().zip(weights).for_each(|(code, &w)| *code = nearest.code(w / divisor));
+            codes.iter_mut().zip(weights).for_each(|(code, &w)| *code = nearest.code(w / divisor));
         }
-    }
+    })?;
     if spec.double_quant {
         // Codes were chosen by the scales as they were, as bitsandbytes chooses them.
         double_quantize(&mut scales);

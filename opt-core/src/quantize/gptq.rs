@@ -2,8 +2,8 @@
 
 use super::{
     Gram, QuantSpec,
-    gram::in_parallel,
-    round::{Grid, Rule, finite_row},
+    round::{Grid, Rule},
+    rows::{finite_row, in_parallel},
 };
 use crate::{Error, ErrorKind, Result};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};

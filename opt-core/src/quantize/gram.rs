@@ -1,3 +1,4 @@
+use super::rows::in_parallel;
 use crate::{Error, ErrorKind, Result};
 use ndarray::{Array2, ArrayView2, linalg::general_mat_mul, s};
 
@@ -114,27 +115,4 @@ fn energy(gram: &Array2<f32>, weight: ArrayView2<'_, f32>) -> f64 {
     let product = weight.dot(gram);
     let both = product.iter().zip(weight);
     both.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>().max(0.0)
-}
-
-/// Does `work` to each item, on as many threads as there are cores where there are threads at all.
-#[cfg(not(target_arch = "wasm32"))]
-pub(super) fn in_parallel<T: Send>(items: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync) {
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let items = std::sync::Mutex::new(items);
-    let take = || items.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while let Some(item) = take() {
-                    work(item);
-                }
-            });
-        }
-    });
-}
-
-/// Does `work` to each item.
-#[cfg(target_arch = "wasm32")]
-pub(super) fn in_parallel<T>(items: impl Iterator<Item = T>, work: impl Fn(T)) {
-    items.for_each(work);
 }

@@ -14,6 +14,7 @@ mod gram;
 mod holding;
 mod model;
 mod round;
+mod rows;
 mod spec;
 mod walk;
 #[cfg(feature = "quantize")]

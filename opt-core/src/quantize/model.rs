@@ -6,7 +6,7 @@ use super::{
     walk::{LINEARS, Visitor, names},
     work::Work,
 };
-use super::{QuantSpec, QuantizedWeights, round::finite_row};
+use super::{QuantSpec, QuantizedWeights, rows::finite_row};
 use crate::{
     CancelToken, Error, ErrorKind, Progress, ProgressFn, Result,
     backends::{self, BackendOptions, Chosen},

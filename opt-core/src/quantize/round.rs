@@ -1,13 +1,16 @@
 //! Integers: the scale and zero point of a group, and rounding to nearest.
 
-use super::QuantSpec;
+use super::{
+    QuantSpec,
+    rows::{Rounded, each_row},
+};
 use crate::{Error, ErrorKind, Result};
 use half::f16;
-use ndarray::{Array2, s};
 use opt_backend::{
     HostMatrix,
     quant::{Groups, Levels, Quantized, Zeros},
 };
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How the scale of a group is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +58,10 @@ impl Grid {
             Rule::Best => {
                 let signed = if max > -min { max } else { min };
                 let scales = [signed / -middle, largest / (middle - 1.0), 2.0 * largest / most];
+                let [first, second, third] = scales.map(around_zero);
+                let grids = [first?, second?, third?];
                 let mut best: Option<(f32, Self)> = None;
-                for scale in scales {
-                    let grid = around_zero(scale)?;
-                    let error = grid.squared_error(weights);
+                for (error, grid) in squared_errors(&grids, weights).into_iter().zip(grids) {
                     if best.is_none_or(|(least, _)| error < least) {
                         best = Some((error, grid));
                     }
@@ -73,17 +76,39 @@ impl Grid {
         if self.scale == 0.0 {
             return self.zero;
         }
-        ((weight / self.scale).round_ties_even() + self.zero).clamp(0.0, self.most)
+        // A code has at most eight bits, so that this is cut off behind what counts, and rounded as the sum is.
+        let steps = (weight / self.scale).clamp(-1024.0, 1024.0);
+        ((steps + INTEGERS) - INTEGERS + self.zero).clamp(0.0, self.most)
     }
 
     /// What a code is worth.
     pub(super) fn value(&self, code: f32) -> f32 {
         self.scale * (code - self.zero)
     }
+}
 
-    fn squared_error(&self, weights: &[f32]) -> f32 {
-        weights.iter().map(|&w| (self.value(self.code(w)) - w).powi(2)).sum()
+/// Sums with this number have no bits behind the point, and are rounded to even: as [`f32::round_ties_even`], which
+/// without SSE4.1 is a call for each number.
+const INTEGERS: f32 = (3 << 22) as f32;
+
+/// The sums of squared errors of weights, each in their order.
+fn squared_errors<const N: usize>(grids: &[Grid; N], weights: &[f32]) -> [f32; N] {
+    const SOME: usize = 64;
+    let mut sums = [0.0; N];
+    for weights in weights.chunks(SOME) {
+        let mut squares = [[0.0; SOME]; N];
+        for (squares, grid) in squares.iter_mut().zip(grids) {
+            for (square, &w) in squares.iter_mut().zip(weights) {
+                *square = (grid.value(grid.code(w)) - w).powi(2);
+            }
+        }
+        for i in 0..weights.len() {
+            for (sum, squares) in sums.iter_mut().zip(&squares) {
+                *sum += squares[i];
+            }
+        }
     }
+    sums
 }
 
 /// The least scale that is held in f16: below the least normal number, but with 5 bits of precision yet. Weights that
@@ -99,19 +124,6 @@ fn held(scale: f32, half: bool) -> Option<f32> {
     rounded.is_finite().then(|| rounded.to_f32())
 }
 
-/// Copies row `row` of a weight, all of which must be finite.
-pub(super) fn finite_row(weight: &HostMatrix<'_>, row: usize, out: &mut [f32]) -> Result<()> {
-    weight.row_f32(row, out);
-    match out.iter().position(|w| !w.is_finite()) {
-        None => Ok(()),
-        Some(column) => {
-            let found = out.get(column).copied().unwrap_or(f32::NAN);
-            let message = format_args!("expected finite weights, found {found} at [{row}, {column}]");
-            Err(Error::new(ErrorKind::Checkpoint, message))
-        }
-    }
-}
-
 /// Rounds a weight to integers.
 pub(super) fn quantize(spec: &QuantSpec, weight: HostMatrix<'_>) -> Result<Quantized> {
     if let Some(quantized) = quantize_held(spec, weight, true)? {
@@ -123,31 +135,26 @@ pub(super) fn quantize(spec: &QuantSpec, weight: HostMatrix<'_>) -> Result<Quant
 
 /// [`quantize`] with scales in f16 or f32; nothing if they cannot be held so.
 fn quantize_held(spec: &QuantSpec, weight: HostMatrix<'_>, half: bool) -> Result<Option<Quantized>> {
-    let [out, inputs] = weight.shape();
-    let group = spec.groups(inputs)?;
+    let group = spec.groups(weight.shape()[1])?;
     let bits = spec.format.bits();
     let rule = match (spec.zero_points, bits) {
         (true, _) => Rule::MinMax,
         (false, 8) => Rule::AbsMax,
         (false, _) => Rule::Best,
     };
-    let shape = (out, inputs.div_ceil(group));
-    let (mut codes, mut scales) = (Array2::<u8>::zeros((out, inputs)), Array2::<f32>::zeros(shape));
-    let mut zeros = Array2::<u16>::zeros(if spec.zero_points { shape } else { (0, 0) });
-    let mut row = vec![0.0; inputs];
-    for o in 0..out {
-        finite_row(&weight, o, &mut row)?;
-        for (g, weights) in row.chunks(group).enumerate() {
-            let Some(grid) = Grid::fit(weights, bits, rule, half) else { return Ok(None) };
-            let codes = codes.slice_mut(s![o, g * group..g * group + weights.len()]);
-            codes.into_iter().zip(weights).for_each(|(code, &w)| *code = grid.code(w) as u8);
-            if let Some(scale) = scales.get_mut((o, g)) {
-                *scale = grid.scale;
-            }
-            if let Some(zero) = zeros.get_mut((o, g)) {
-                *zero = grid.zero as u16;
-            }
+    let fits = AtomicBool::new(true);
+    let Rounded { codes, scales, zeros } = each_row(&weight, group, |weights, row| {
+        let groups = weights.chunks(group).zip(row.codes.chunks_mut(group));
+        for ((weights, codes), (scale, zero)) in groups.zip(row.scales.iter_mut().zip(row.zeros)) {
+            let Some(grid) = Grid::fit(weights, bits, rule, half) else {
+                return fits.store(false, Ordering::Relaxed);
+            };
+            codes.iter_mut().zip(weights).for_each(|(code, &w)| *code = grid.code(w) as u8);
+            (*scale, *zero) = (grid.scale, grid.zero as u16);
         }
+    })?;
+    if !fits.into_inner() {
+        return Ok(None);
     }
     // Where no scale is a normal number, all of them would be of little precision.
     let largest = scales.iter().fold(0.0_f32, |most, scale| most.max(scale.abs()));
@@ -156,4 +163,25 @@ fn quantize_held(spec: &QuantSpec, weight: HostMatrix<'_>, half: bool) -> Result
     }
     let zeros = if spec.zero_points { Zeros::Each(zeros) } else { Zeros::Same(1 << (bits - 1)) };
     Ok(Some(Quantized::new(codes, scales, zeros, Levels::Integers { bits }, Groups::Runs(group))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_the_nearest_ones_and_ties_even() {
+        for (zero, most) in [(128.0, 255.0), (8.0, 15.0), (0.0, 255.0)] {
+            for scale in [1.0, -0.25, 3e-5, 65504.0] {
+                let grid = Grid { scale, zero, most };
+                let quarters = (-5000..5000).map(|i| i as f32 * 0.25);
+                let far = [1e6, -1e9, 3e37, f32::MAX, f32::MIN, 1e-40];
+                for steps in quarters.chain(far) {
+                    let weight = steps * scale;
+                    let expected = ((weight / scale).round_ties_even() + zero).clamp(0.0, most);
+                    assert_eq!(grid.code(weight), expected, "{weight} of {scale} around {zero}");
+                }
+            }
+        }
+    }
 }

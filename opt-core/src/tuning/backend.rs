@@ -94,16 +94,16 @@ impl<B: Train> Backend for Taped<B> {
     }
 
     fn table_shape(&self, table: &Self::Table) -> [usize; 2] {
-        match &**table {
-            TableParts::Frozen(table) => self.backend.table_shape(table),
-            TableParts::Trained(id) => self.param(*id).map_or([0, 0], |rows| self.backend.shape(&rows)),
+        match &table.rows {
+            Weight::Frozen(table) => self.backend.table_shape(table),
+            Weight::Trained(id) => self.param(*id).map_or([0, 0], |rows| self.backend.shape(&rows)),
         }
     }
 
     fn read_table<'a>(&'a self, table: &Self::Table, rows: Range<usize>) -> Readback<'a, Array2<f32>> {
-        match &**table {
-            TableParts::Frozen(table) => self.backend.read_table(table, rows),
-            TableParts::Trained(id) => {
+        match &table.rows {
+            Weight::Frozen(table) => self.backend.read_table(table, rows),
+            Weight::Trained(id) => {
                 let rows: Vec<usize> = rows.collect();
                 let read = || {
                     let rows = self.backend.take_rows(&*self.param(*id)?, &rows)?;

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Result,
-    adapter::{AdapterConfig, AdapterMethod, LoraConfig, Part},
+    adapter::{AdapterConfig, AdapterMethod, LoraConfig, Part, TargetKind},
     config::{OptConfig, held_bytes},
     quantize::QuantSpec,
 };
@@ -33,7 +33,8 @@ const NUMBER: u64 = 4;
 /// A low-rank term keeps its rank more, with dropout its input too, with DoRA its output; a low-rank term beside fc1, or a
 /// trained bias of a frozen one, keeps `ffn` more, and a prefix three more states for each of its tokens. Layers below the
 /// first one that is trained keep nothing. head = `2 · hidden + 2 · vocabulary`: two states, logits, which their
-/// gradients take the place of, and the copy of these that a product makes on the `cpu` backend. work =
+/// gradients take the place of, and the copy of these that a product makes on the `cpu` backend; with a low-rank term
+/// beside the LM head that term's logits more, and with DoRA twice more. work =
 /// `max(2 · hidden + ffn, 6 · hidden)`: gradients inside the layer that is being gone back through.
 ///
 /// With gradient checkpointing it is 4 · rows · (layers · hidden + max(head, kept + work)), with all layers.
@@ -107,7 +108,17 @@ impl TrainingMemory {
         let (mut weights, mut trained) = (2 * NUMBER * new, new);
         // Of an adapter the most: its tensors are small.
         let mut optimizer = new * remembered_bytes(options.optimizer, "", &[1]);
-        for (name, shape) in config.tensor_shapes() {
+        let mut shapes = config.tensor_shapes();
+        // Of an adapter's, one table for both ends is trained as one of them or as two; what is not trained stays.
+        if config.tie_word_embeddings && adapter(method).is_some() {
+            let table = vec![config.vocab_size, config.word_embed_proj_dim];
+            if whole.contains("lm_head.weight") {
+                shapes.push(("lm_head.weight".to_owned(), table));
+            } else if whole.contains("embed_tokens.weight") {
+                weights += held("embed_tokens.weight", &table);
+            }
+        }
+        for (name, shape) in shapes {
             if whole.contains(&name) {
                 let numbers = count(&shape);
                 trained += numbers;
@@ -123,7 +134,7 @@ impl TrainingMemory {
         let layers = config.num_hidden_layers.saturating_sub(first_layer) as u64;
         // What goes into the projection in front of the layers, and what comes out of the one behind them.
         let (before, behind) = if config.has_projections() { (embed, embed) } else { (0, 0) };
-        let head = 2 * hidden + 2 * config.vocab_size as u64 + behind;
+        let head = 2 * hidden + inside.logits * config.vocab_size as u64 + behind;
         let ffn = config.ffn_dim as u64;
         let work = (2 * hidden + ffn).max(6 * hidden);
         let beside = (inside.prefix * 3 * hidden).saturating_mul(options.batch_size as u64);
@@ -264,7 +275,7 @@ impl Trained {
         let mut first_layer = if adapter.lora().is_some() { config.num_hidden_layers } else { 0 };
         for slot in adapter.slots(config)? {
             let place = match &slot.part {
-                Part::A(module) | Part::B(module) | Part::Magnitude(module) => {
+                Part::A(module) | Part::B(module) | Part::OwnBias(module) | Part::Magnitude(module) => {
                     new += count(&slot.shape);
                     module.clone()
                 }
@@ -276,9 +287,11 @@ impl Trained {
                     whole.insert(name.clone());
                     name.clone()
                 }
-                Part::OwnBias(_) | Part::Copy(_) => continue,
+                Part::Copy(_) => continue,
             };
-            let behind = |name: &str| name.starts_with("final_layer_norm") || name.starts_with("project_out");
+            let behind = |name: &str| {
+                ["final_layer_norm", "project_out", "lm_head"].iter().any(|start| name.starts_with(start))
+            };
             let reaches =
                 layer_of(&place).unwrap_or(if behind(&place) { config.num_hidden_layers } else { 0 });
             first_layer = first_layer.min(reaches);
@@ -303,6 +316,8 @@ struct Inside {
     prefix: u64,
     /// Numbers that are kept once, whatever the batch.
     once: u64,
+    /// Rows of logits that are there at once.
+    logits: u64,
 }
 
 impl Inside {
@@ -310,12 +325,18 @@ impl Inside {
         let (hidden, ffn) = (config.hidden_size as u64, config.ffn_dim as u64);
         // The slope of ReLU is told from its result; of other activations what went in is kept too.
         let is_relu = config.activation()? == Activation::Relu;
-        let plain = Self { kept: 8 * hidden + if is_relu { ffn } else { 2 * ffn }, ..Self::default() };
+        let kept = 8 * hidden + if is_relu { ffn } else { 2 * ffn };
+        let plain = Self { kept, logits: 2, ..Self::default() };
         let Some((adapter, is_there)) = adapter(method) else { return Ok(plain) };
         Ok(match &adapter.method {
             AdapterMethod::Lora(lora) => {
                 let more = low_rank(adapter, lora, config, is_relu)?;
-                Self { kept: plain.kept + more.div_ceil(config.num_hidden_layers.max(1) as u64), ..plain }
+                let kept = plain.kept + more.div_ceil(config.num_hidden_layers.max(1) as u64);
+                let targets = lora.targets(config, &adapter.modules_to_save)?;
+                let at_head = targets.iter().any(|target| target.kind == TargetKind::Head);
+                // Those of the term itself, and with DoRA those that are scaled.
+                let more = if at_head { 1 + 2 * u64::from(lora.use_dora) } else { 0 };
+                Self { kept, logits: plain.logits + more, ..plain }
             }
             AdapterMethod::Prompt(prompt) => Self { prompt: prompt.sizes.num_virtual_tokens, ..plain },
             AdapterMethod::Prefix(prefix) => {
@@ -336,8 +357,10 @@ fn low_rank(adapter: &AdapterConfig, lora: &LoraConfig, config: &OptConfig, is_r
     for target in lora.targets(config, &adapter.modules_to_save)? {
         let [out, input] = target.shape.map(|n| n as u64);
         kept += target.rank as u64;
-        kept += if lora.lora_dropout > 0.0 { input } else { 0 };
-        kept += if lora.use_dora { out } else { 0 };
+        if target.kind == TargetKind::Linear {
+            kept += if lora.lora_dropout > 0.0 { input } else { 0 };
+            kept += if lora.use_dora { out } else { 0 };
+        }
         apart.insert(target.module);
     }
     for slot in adapter.slots(config)? {
@@ -353,7 +376,7 @@ fn low_rank(adapter: &AdapterConfig, lora: &LoraConfig, config: &OptConfig, is_r
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::PromptConfig;
+    use crate::adapter::{Names, PromptConfig};
 
     /// OPT-125m.
     fn config() -> OptConfig {
@@ -402,6 +425,35 @@ mod tests {
         assert_eq!(last.gradients, 4 * layer);
         let head = 4 * 8 * 512 * (2 * 768 + 2 * 50272);
         assert_eq!(last.activations, head + 4 * 8 * 512 * (8 * 768 + 3072) + 4 * 768 * 3072);
+    }
+
+    #[test]
+    fn the_table_and_the_head_apart() {
+        let options = TrainOptions::default();
+        let of = |targets: &[&str], saved: &[&str]| {
+            let lora =
+                LoraConfig { target_modules: Names::list(targets.iter().copied()), ..LoraConfig::default() };
+            let mut config = AdapterConfig::new(AdapterMethod::Lora(lora));
+            config.modules_to_save = saved.iter().map(|name| (*name).to_owned()).collect();
+            memory(&Method::adapter(config, 1), &options)
+        };
+        let (table, term) = (50272 * 768, 8 * (50272 + 768));
+        let plain = of(&["fc2"], &[]);
+        let more = |found: TrainingMemory| {
+            [
+                found.weights - plain.weights,
+                found.gradients - plain.gradients,
+                found.optimizer - plain.optimizer,
+            ]
+        };
+        // A table of its own for what is trained, beside the one that stays.
+        assert_eq!(more(of(&["fc2"], &["lm_head"])), [4 * table, 4 * table, 8 * table]);
+        assert_eq!(more(of(&["fc2"], &["embed_tokens"])), [4 * table, 4 * table, 8 * table]);
+        assert_eq!(more(of(&["fc2", "embed_tokens"], &[])), [8 * term, 4 * term, 8 * term]);
+        // Beside the head alone, nothing is gone back through.
+        let head = of(&["lm_head"], &[]);
+        assert!(head.activations < plain.activations);
+        assert!(head.activations >= 4 * 8 * 512 * 3 * 50272);
     }
 
     #[test]

@@ -86,13 +86,7 @@ impl<B: Train> Taped<B> {
             })
         };
         if let Some(lora) = &parts.lora {
-            let side = self.side_path(x, lora)?;
-            y = self.wired_add(y, &side)?;
-            if let Some(dora) = &lora.dora {
-                let lengths = self.row_lengths(parts, lora, &dora.squares)?;
-                y = self.wired_mul_constant(y, lengths)?;
-                y = self.wired_mul_param(y, dora.magnitude)?;
-            }
+            y = self.beside(y, x, lora, |a| self.product(a, parts, Then::Nothing))?;
         }
         match &parts.bias {
             Bias::Inside => Ok(y),
@@ -108,22 +102,47 @@ impl<B: Train> Taped<B> {
         }
     }
 
-    /// scale · B A x.
-    fn side_path(&self, x: &Var<B>, lora: &Lora) -> Result<Var<B>> {
-        let x = self.wired_dropout(x.clone(), lora.dropout)?;
-        let inner = self.wired_times_param(&x, lora.a)?;
-        let inner = self.wired_scale(inner, lora.scale)?;
-        self.wired_times_param(&inner, lora.b)
+    /// y = x Wᵀ and the side path of W. `times_weight` multiplies by Wᵀ.
+    fn beside(
+        &self,
+        y: Var<B>,
+        x: &Var<B>,
+        lora: &Lora,
+        times_weight: impl FnOnce(&Var<B>) -> Result<B::Tensor>,
+    ) -> Result<Var<B>> {
+        let dropped = self.wired_dropout(x.clone(), lora.dropout)?;
+        let inner = self.wired_times_param(&dropped, lora.a)?;
+        let y = self.wired_add(y, &self.up(inner, lora)?)?;
+        let Some(dora) = &lora.dora else { return Ok(y) };
+        let lengths = self.row_lengths(lora, &dora.squares, times_weight)?;
+        let y = self.wired_mul_constant(y, lengths)?;
+        self.wired_mul_param(y, dora.magnitude)
+    }
+
+    /// scale · (B inner + b).
+    fn up(&self, inner: Var<B>, lora: &Lora) -> Result<Var<B>> {
+        match lora.bias {
+            None => self.wired_times_param(&self.wired_scale(inner, lora.scale)?, lora.b),
+            Some(bias) => {
+                let sum = self.wired_add_param(self.wired_times_param(&inner, lora.b)?, bias)?;
+                self.wired_scale(sum, lora.scale)
+            }
+        }
     }
 
     /// 1 / ‖W + scale · B A‖ of each row, `[1, out]`. As in PEFT, no gradient goes through it.
     ///
     /// The squared lengths are those of W, plus twice the products of W A ᵀ with B, plus those of B A; none of these
     /// needs W in f32.
-    fn row_lengths(&self, parts: &LinearParts<B>, lora: &Lora, squares: &[f64]) -> Result<B::Tensor> {
+    fn row_lengths(
+        &self,
+        lora: &Lora,
+        squares: &[f64],
+        times_weight: impl FnOnce(&Var<B>) -> Result<B::Tensor>,
+    ) -> Result<B::Tensor> {
         let b = &*self.backend;
         let a = Var { value: self.param(lora.a)?, node: None };
-        let crossed = b.block_on(b.read_owned(self.product(&a, parts, Then::Nothing)?))?;
+        let crossed = b.block_on(b.read_owned(times_weight(&a)?))?;
         let a = b.block_on(b.read(&a.value))?;
         let up = b.block_on(b.read(&*self.param(lora.b)?))?;
         let gram = a.dot(&a.t());
@@ -172,12 +191,15 @@ impl<B: Train> Taped<B> {
 
     /// x Pᵀ of a trained P `[out, in]`.
     pub(super) fn wired_times_param(&self, x: &Var<B>, id: ParamId) -> Result<Var<B>> {
+        self.wired_times_param_in(x, id, DType::F32)
+    }
+
+    fn wired_times_param_in(&self, x: &Var<B>, id: ParamId, dtype: DType) -> Result<Var<B>> {
         let layout = Layout::TimesTransposed;
-        let y = self.backend.matmul(&x.value, &*self.param(id)?, layout, DType::F32, None)?;
+        let y = self.backend.matmul(&x.value, &*self.param(id)?, layout, dtype, None)?;
         let x = x.clone();
-        Ok(self.link(true, y, move |taped, dy, gradients| {
-            taped.times_param_back(&dy, &x, id, DType::F32, gradients)
-        }))
+        Ok(self
+            .link(true, y, move |taped, dy, gradients| taped.times_param_back(&dy, &x, id, dtype, gradients)))
     }
 
     fn times_param_back(
@@ -345,43 +367,45 @@ impl<B: Train> Taped<B> {
         }))
     }
 
-    /// The entries `ids` of a table.
+    /// The entries `ids` of a table, and its side path.
     pub(super) fn wired_gather(
         &self,
         table: &TableParts<B>,
         ids: &[u32],
         padding: Option<u32>,
     ) -> Result<Var<B>> {
-        match table {
-            TableParts::Frozen(table) => Ok(Var::constant(self.backend.gather(table, ids)?)),
-            TableParts::Trained(id) => {
-                self.wired_take_param(*id, ids.iter().map(|id| *id as usize).collect(), padding)
-            }
-        }
+        let places = || ids.iter().map(|id| *id as usize).collect();
+        let y = match &table.rows {
+            Weight::Frozen(rows) => Var::constant(self.backend.gather(rows, ids)?),
+            Weight::Trained(id) => self.wired_take_param(*id, places(), padding)?,
+        };
+        let Some(lora) = &table.beside_rows else { return Ok(y) };
+        let inner = self.wired_take_param(lora.a, places(), padding)?;
+        self.wired_add(y, &self.up(inner, lora)?)
     }
 
-    pub(super) fn wired_logits(&self, x: &Var<B>, head: &Arc<TableParts<B>>) -> Result<Var<B>> {
-        let b = &*self.backend;
-        match &**head {
-            TableParts::Frozen(table) => {
-                let y = b.logits(&x.value, table)?;
-                let (node, head) = (x.node, head.clone());
-                Ok(self.link(node.is_some(), y, move |taped, dy, gradients| match &*head {
-                    TableParts::Frozen(table) => {
-                        gradients.add(&taped.backend, node, taped.backend.logits_grad(&dy, table)?)
+    pub(super) fn wired_logits(&self, x: &Var<B>, table: &Arc<TableParts<B>>) -> Result<Var<B>> {
+        let y = match table.multiplied() {
+            Weight::Trained(id) => self.wired_times_param_in(x, *id, self.plan.dtype)?,
+            Weight::Frozen(head) => {
+                let y = self.backend.logits(&x.value, head)?;
+                let (node, table) = (x.node, table.clone());
+                self.link(node.is_some(), y, move |taped, dy, gradients| match table.multiplied() {
+                    Weight::Frozen(head) => {
+                        gradients.add(&taped.backend, node, taped.backend.logits_grad(&dy, head)?)
                     }
-                    TableParts::Trained(_) => Ok(()),
-                }))
+                    Weight::Trained(_) => Ok(()),
+                })
             }
-            TableParts::Trained(id) => {
-                let (id, dtype) = (*id, self.plan.dtype);
-                let y = b.matmul(&x.value, &*self.param(id)?, Layout::TimesTransposed, dtype, None)?;
-                let x = x.clone();
-                Ok(self.link(true, y, move |taped, dy, gradients| {
-                    taped.times_param_back(&dy, &x, id, dtype, gradients)
-                }))
+        };
+        let Some(lora) = &table.beside_head else { return Ok(y) };
+        self.beside(y, x, lora, |a| match table.multiplied() {
+            Weight::Frozen(head) => self.backend.logits(&a.value, head),
+            Weight::Trained(id) => {
+                let layout = Layout::TimesTransposed;
+                self.backend.matmul(&a.value, &*self.param(*id)?, layout, DType::F32, None)
             }
-        }
+        })
     }
 
     /// Attention without caches, within each span and over the virtual tokens of a trained prefix.

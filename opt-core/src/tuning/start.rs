@@ -119,12 +119,17 @@ pub(super) fn adapter(
     }
     for slot in config.slots(model)? {
         let value = match &slot.part {
+            // On the tape it is a table.
+            Part::A(module) if module == "embed_tokens" => {
+                learner.value(&format!("{module}.lora_A"))?.reversed_axes()
+            }
             Part::A(module) => learner.value(&format!("{module}.lora_A"))?,
             Part::B(module) => learner.value(&format!("{module}.lora_B"))?,
             Part::Magnitude(module) => learner.value(&format!("{module}.lora_magnitude_vector"))?,
             Part::Instead(name) => learner.value(name)?,
+            Part::OwnBias(module) => learner.value(&format!("{module}.lora_B.bias"))?,
             Part::Virtual => virtual_rows(learner)?,
-            Part::OwnBias(_) | Part::Copy(_) => continue,
+            Part::Copy(_) => continue,
         };
         let value = ArrayD::from_shape_vec(slot.shape, value.iter().copied().collect());
         let misfit = |e| Error::because(ErrorKind::Checkpoint, format_args!("tensor {}", slot.key), e);
@@ -242,9 +247,6 @@ impl Plan {
             let message = format_args!("{what}: can be used, but not trained");
             Err(Error::new(ErrorKind::Unsupported, message))
         };
-        if lora.lora_bias {
-            return unsupported("lora_bias");
-        }
         let slots = config.slots(model)?;
         let tensor = |part: &Part| {
             let key = &slots.iter().find(|slot| slot.part == *part)?.key;
@@ -252,13 +254,16 @@ impl Plan {
         };
         let mut starts = HashMap::new();
         for target in lora.targets(model, &config.modules_to_save)? {
-            if target.kind != TargetKind::Linear {
-                return unsupported(&format!("a low-rank term beside {}", target.module));
+            let embeds = target.kind == TargetKind::Embedding;
+            if embeds && lora.use_dora {
+                return unsupported("use_dora beside embed_tokens");
             }
             let [out, input] = target.shape;
             let rank = target.rank;
             let a = match tensor(&Part::A(target.module.clone())) {
                 Some(a) => a?,
+                // As torch begins tables' terms: A with nothing, B with a normal distribution.
+                None if embeds => Array2::zeros((rank, input)),
                 None if lora.init_lora_weights == "gaussian" => {
                     draws.normal([rank, input], 1.0 / rank as f64)
                 }
@@ -267,7 +272,14 @@ impl Plan {
             };
             let b = match tensor(&Part::B(target.module.clone())) {
                 Some(b) => b?,
+                None if embeds => draws.normal([out, rank], 1.0),
                 None => Array2::zeros((out, rank)),
+            };
+            let a = if embeds { a.reversed_axes().as_standard_layout().into_owned() } else { a };
+            let bias = match tensor(&Part::OwnBias(target.module.clone())) {
+                _ if !lora.lora_bias => None,
+                Some(bias) => Some(bias?),
+                None => Some(Array2::zeros((1, out))),
             };
             let magnitude = match tensor(&Part::Magnitude(target.module.clone())) {
                 _ if !lora.use_dora => Magnitude::Free,
@@ -275,22 +287,21 @@ impl Plan {
                 None => Magnitude::OfWeight,
             };
             let (scale, dropout) = (target.scale as f32, lora.lora_dropout as f32);
-            starts.insert(target.module, LoraStart { a, b, scale, dropout, magnitude });
+            starts.insert(target.module, LoraStart { a, b, bias, scale, dropout, magnitude });
         }
         let mut whole = BTreeSet::new();
         let mut instead = HashMap::new();
         for slot in &slots {
             if let Part::Instead(name) = &slot.part {
-                if name == "lm_head.weight" && model.tie_word_embeddings {
-                    return unsupported("modules_to_save: an LM head apart from the token table");
-                }
                 whole.insert(name.clone());
                 if let Some(value) = tensor(&slot.part) {
                     instead.insert(name.clone(), value?);
                 }
             }
         }
-        Ok(Plan { lora: starts, trains: Box::new(move |name| whole.contains(name)), instead, ..self })
+        let table_apart = model.tie_word_embeddings;
+        let trains = Box::new(move |name: &str| whole.contains(name));
+        Ok(Plan { lora: starts, trains, instead, table_apart, ..self })
     }
 }
 

@@ -20,12 +20,14 @@ pub(crate) struct Param<B: Backend> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ParamId(pub(super) usize);
 
-/// The start of a low-rank side path: out = W x + scale B A x.
+/// The start of a low-rank side path: out = W x + scale (B A x + b).
 pub(crate) struct LoraStart {
-    /// `[r, in]`.
+    /// `[r, in]`; beside the embeddings of tokens its transpose, a table `[vocab_size, r]`.
     pub(crate) a: Array2<f32>,
     /// `[out, r]`.
     pub(crate) b: Array2<f32>,
+    /// `[1, out]`, where there is one.
+    pub(crate) bias: Option<Array2<f32>>,
     /// α / r, or α / √r.
     pub(crate) scale: f32,
     /// Of what goes into A.
@@ -74,8 +76,10 @@ pub(crate) struct Plan {
     pub(crate) trains: Box<dyn Fn(&str) -> bool + Send + Sync>,
     /// What trained tensors start from where that is not the checkpoint's value; vectors are `[1, width]`.
     pub(crate) instead: HashMap<String, Array2<f32>>,
-    /// Side paths by the name of their linear, such as `layers.0.fc1`.
+    /// Side paths by the name of what they are beside, such as `layers.0.fc1`.
     pub(crate) lora: HashMap<String, LoraStart>,
+    /// Whether a table that is both embedding and LM head is trained as one of them, the other staying as it is.
+    pub(crate) table_apart: bool,
     /// Virtual tokens.
     pub(crate) tokens: Option<VirtualStart>,
     /// A token whose embedding gets no gradient.
@@ -90,6 +94,7 @@ impl Default for Plan {
             trains: Box::new(|_| false),
             instead: HashMap::new(),
             lora: HashMap::new(),
+            table_apart: false,
             tokens: None,
             padding: None,
         }
@@ -132,6 +137,7 @@ pub(super) enum Bias<B: Backend> {
 pub(super) struct Lora {
     pub(super) a: ParamId,
     pub(super) b: ParamId,
+    pub(super) bias: Option<ParamId>,
     pub(super) scale: f32,
     pub(super) dropout: f32,
     pub(super) dora: Option<Dora>,
@@ -155,9 +161,13 @@ pub(crate) enum Vector<B: Backend> {
     Trained(ParamId),
 }
 
-pub(crate) enum TableParts<B: Backend> {
-    Frozen(B::Table),
-    Trained(ParamId),
+pub(crate) struct TableParts<B: Backend> {
+    pub(super) rows: Weight<B::Table>,
+    /// What the LM head multiplies by, where that is not `rows`.
+    pub(super) head: Option<Weight<B::Table>>,
+    /// What is added to entries, and to logits.
+    pub(super) beside_rows: Option<Lora>,
+    pub(super) beside_head: Option<Lora>,
 }
 
 /// Virtual tokens that are trained.
@@ -204,6 +214,13 @@ impl<B: Backend> LinearParts<B> {
     }
 }
 
+impl<B: Backend> TableParts<B> {
+    /// What the LM head multiplies by.
+    pub(super) fn multiplied(&self) -> &Weight<B::Table> {
+        self.head.as_ref().unwrap_or(&self.rows)
+    }
+}
+
 impl<B: Train> Taped<B> {
     /// Says what the checkpoint calls the tensor that is handed over next.
     pub(crate) fn taking(&self, name: &str) {
@@ -238,7 +255,7 @@ impl<B: Train> Taped<B> {
         let trains_bias = bias.is_some() && (self.plan.trains)(&bias_name);
         let start = self.plan.lora.get(stem);
         let dora = start.is_some_and(|start| !matches!(start.magnitude, Magnitude::Free));
-        let lora = start.map(|start| self.take_lora(stem, start, &weight)).transpose()?;
+        let lora = start.map(|start| self.take_lora(stem, start, weight.shape(), &weight)).transpose()?;
         if (self.plan.trains)(&name) {
             let LinearSource::Plain(weight) = weight else {
                 let message = format_args!("{name}: quantized weights cannot be trained themselves");
@@ -269,16 +286,24 @@ impl<B: Train> Taped<B> {
         Ok(Arc::new(LinearParts { weight: Weight::Frozen(linear), bias, lora }))
     }
 
-    fn take_lora(&self, stem: &str, start: &LoraStart, weight: &LinearSource<'_>) -> Result<Lora> {
-        let [out, input] = weight.shape();
-        let rank = start.a.nrows();
+    /// Takes a side path over that makes `out` numbers of `input`.
+    fn take_lora(
+        &self,
+        stem: &str,
+        start: &LoraStart,
+        [out, input]: [usize; 2],
+        weight: &LinearSource<'_>,
+    ) -> Result<Lora> {
+        let rank = start.b.ncols();
         let shapes = [start.a.dim(), start.b.dim()];
-        if shapes != [(rank, input), (out, rank)] {
+        if ![(rank, input), (input, rank)].contains(&shapes[0]) || shapes[1] != (out, rank) {
             let message = format_args!("{stem}: expected side paths for [{out}, {input}], found {shapes:?}");
             return Err(Error::shape("new_linear", message));
         }
         let a = self.new_param(format!("{stem}.lora_A"), start.a.view())?;
         let b = self.new_param(format!("{stem}.lora_B"), start.b.view())?;
+        let bias = start.bias.as_ref().map(|bias| self.new_param(format!("{stem}.lora_B.bias"), bias.view()));
+        let bias = bias.transpose()?;
         let dora = match &start.magnitude {
             Magnitude::Free => None,
             magnitude => {
@@ -293,7 +318,7 @@ impl<B: Train> Taped<B> {
             }
         };
         let (scale, dropout) = (start.scale, start.dropout);
-        Ok(Lora { a, b, scale, dropout, dora })
+        Ok(Lora { a, b, bias, scale, dropout, dora })
     }
 
     pub(super) fn take_norm(&self, params: NormParams<'_>) -> Result<Arc<NormParts<B>>> {
@@ -326,18 +351,45 @@ impl<B: Train> Taped<B> {
 
     pub(super) fn take_table(&self, rows: LinearSource<'_>, dtype: DType) -> Result<Arc<TableParts<B>>> {
         let name = self.loading();
+        let stem = name.strip_suffix(".weight").unwrap_or(&name);
+        let [entries, width] = rows.shape();
+        let beside = |stem: &str, shape| {
+            let start = self.plan.lora.get(stem);
+            start.map(|start| self.take_lora(stem, start, shape, &rows)).transpose()
+        };
+        let apart = self.plan.table_apart && stem == "embed_tokens";
+        let beside_rows = if stem == "lm_head" { None } else { beside(stem, [width, entries])? };
+        let beside_head =
+            if stem == "lm_head" || apart { beside("lm_head", [entries, width])? } else { None };
         let trains = (self.plan.trains)(&name);
-        Ok(Arc::new(match rows {
+        // What is learned for the one is not meant for the other, which needs a table of its own then.
+        let head = match apart && (self.plan.trains)("lm_head.weight") {
+            true => Some(self.take_rows_of("lm_head.weight", &rows, true, dtype)?),
+            false if apart && trains => Some(self.take_rows_of(&name, &rows, false, dtype)?),
+            false => None,
+        };
+        let rows = self.take_rows_of(&name, &rows, trains, dtype)?;
+        Ok(Arc::new(TableParts { rows, head, beside_rows, beside_head }))
+    }
+
+    fn take_rows_of(
+        &self,
+        name: &str,
+        rows: &LinearSource<'_>,
+        trains: bool,
+        dtype: DType,
+    ) -> Result<Weight<B::Table>> {
+        Ok(match rows {
             LinearSource::Plain(rows) if trains => {
-                TableParts::Trained(self.new_param(name, rows.to_f32().view())?)
+                Weight::Trained(self.new_param(name.to_owned(), rows.to_f32().view())?)
             }
             LinearSource::Quantized(_) if trains => {
                 let message = format_args!("{name}: quantized weights cannot be trained themselves");
                 return Err(Error::new(ErrorKind::Unsupported, "new_table", message));
             }
-            LinearSource::Plain(rows) => TableParts::Frozen(self.backend.new_table(rows, dtype)?),
-            LinearSource::Quantized(rows) => TableParts::Frozen(self.backend.new_quantized_table(rows)?),
-        }))
+            LinearSource::Plain(rows) => Weight::Frozen(self.backend.new_table(*rows, dtype)?),
+            LinearSource::Quantized(rows) => Weight::Frozen(self.backend.new_quantized_table(rows)?),
+        })
     }
 
     /// Takes the plan's virtual tokens over, for a model of `layers` layers.

@@ -50,10 +50,11 @@ use stream::Streaming;
 )]
 pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let since = Instant::now();
-    let (body, size) = body::read_json(request, &app.options).await?;
+    let body = body::read_json(request, &app.bodies, &app.options).await?;
     let for_app = Arc::clone(&app);
-    let read = move || Wanted::read(body, &for_app.options);
-    let wanted = Arc::new(body::where_it_fits(size, read).await?);
+    let read = move || Wanted::read(body.value, &for_app.options);
+    let wanted = Arc::new(body::where_it_fits(body.size, read).await?);
+    drop(body.held);
     let state = &app.engine.state;
     let timer = Timer::new(state, "completions", since);
     let deadline = Deadline::new(since, app.options.timeout);

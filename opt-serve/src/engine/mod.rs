@@ -4,10 +4,12 @@
 //! request. That one is unbounded, so that a reader who is slow holds up nobody, and holds no more than the tokens it
 //! asked for. A receiver that is dropped ends its tasks at the next step.
 
+mod clock;
 mod turn;
 
 use crate::{error::ApiError, metrics::Metrics, options::ServeOptions};
 use axum::http::StatusCode;
+use clock::StepClock;
 use opt_core::{
     Error, ErrorKind, Generated, Opt, Result, StreamToken,
     batching::{Batch, PromptScores, Task},
@@ -20,7 +22,7 @@ use std::{
         mpsc,
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, mpsc::UnboundedSender};
 
@@ -71,6 +73,9 @@ pub(crate) struct State {
     alive: AtomicBool,
     closing: AtomicBool,
     cut: AtomicBool,
+    /// The step that runs.
+    step: StepClock,
+    stall: Duration,
     pending: AtomicUsize,
     queue: usize,
     groups: AtomicU64,
@@ -86,7 +91,7 @@ impl State {
     }
 
     pub(crate) fn is_ready(&self) -> bool {
-        self.alive.load(Ordering::Acquire) && !self.is_closing()
+        self.readiness().is_ok()
     }
 
     /// # Errors
@@ -96,6 +101,9 @@ impl State {
             Err(closing())
         } else if !self.alive.load(Ordering::Acquire) {
             Err(restarting())
+        } else if self.step.elapsed().is_some_and(|time| time > self.stall) {
+            let message = "the engine has been at one step for too long: try again later";
+            Err(ApiError::unavailable("engine_stalled", message))
         } else {
             Ok(())
         }
@@ -134,7 +142,7 @@ impl State {
     /// Places for so many tasks.
     ///
     /// # Errors
-    /// 503 while the engine is not there, 429 when too many wait.
+    /// 503 while the engine is not there or hangs, 429 when too many wait.
     pub(crate) fn admit(self: &Arc<Self>, count: usize) -> std::result::Result<Vec<Place>, ApiError> {
         self.readiness()?;
         let admitted = self.pending.fetch_update(Ordering::AcqRel, Ordering::Acquire, |pending| {
@@ -184,6 +192,8 @@ impl Engine {
             alive: AtomicBool::new(true),
             closing: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            step: StepClock::new(),
+            stall: options.stall,
             pending: AtomicUsize::new(0),
             queue: options.queue,
             groups: AtomicU64::new(0),

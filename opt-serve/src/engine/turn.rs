@@ -91,7 +91,9 @@ impl Turn {
                 continue;
             }
             let (before, begin) = (batch.stats(), Instant::now());
+            let running = self.state.step.run();
             let events = batch.step()?;
+            drop(running);
             let now = batch.stats();
             self.state.metrics.stepped(begin.elapsed(), &before, &now);
             let speed = self.speed.count(now.generated_tokens.saturating_sub(before.generated_tokens));
