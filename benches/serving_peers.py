@@ -178,9 +178,15 @@ def measure_ctranslate2(args, streams):
     path = args.directory / "serving-prompts.json"
     path.write_text(json.dumps(prompts))
     numbers = [str(number) for number in (streams, args.turns, args.new_tokens, args.threads)]
-    ran = subprocess.run([args.directory / "bin/python", "-c", CTRANSLATE2, copy, path, *numbers], stdout=subprocess.PIPE,
-                         text=True, check=True)
+    # Version 4.8.5 ends itself now and then; a run that ended so is none.
+    for attempt in range(5):
+        ran = subprocess.run([args.directory / "bin/python", "-c", CTRANSLATE2, copy, path, *numbers], stdout=subprocess.PIPE,
+                             text=True)
+        if ran.returncode != -signal.SIGABRT:
+            break
+        print(f"CTranslate2, {streams}: has ended itself (try {attempt + 1})", flush=True)
     path.unlink()
+    ran.check_returncode()
     return json.loads(ran.stdout.splitlines()[-1])
 
 

@@ -39,8 +39,8 @@ CASES = {
     "LoRA f32": ("lora", ["lora"]),
     "LoRA bf16": ("lora", ["lora", "--dtype", "bf16"]),
     "QLoRA int8": ("lora", ["lora", "--quantize", "int8"]),
-    "full f32, tch": ("full", ["full", "--backend", "tch"]),
-    "LoRA f32, tch": ("lora", ["lora", "--backend", "tch"]),
+    "tch full f32": ("full", ["full", "--backend", "tch"]),
+    "tch LoRA f32": ("lora", ["lora", "--backend", "tch"]),
 }
 
 
@@ -74,7 +74,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="names, comma-separated: " + ", ".join(CASES))
     args = parser.parse_args()
-    cases = {name: case for name, case in CASES.items() if not args.only or name in args.only.split(",")}
+    wanted = args.only.split(",") if args.only else list(CASES)
+    if unknown := [name for name in wanted if name not in CASES]:
+        parser.error(f"--only: expected some of {', '.join(CASES)}, found {unknown[0]}")
+    cases = {name: CASES[name] for name in wanted}
     found = {name: ([], []) for name in cases}
     for _ in range(args.rounds):
         for name, (mode, flags) in cases.items():
