@@ -18,7 +18,7 @@ pub use wardrobe::LoadedAdapter;
 pub(crate) use wardrobe::{Front, Piece, Wardrobe, find as find_adapter};
 
 use crate::{CancelToken, ProgressFn, Result, config::OptConfig, embedding::Pooling};
-use ndarray::{Array2, Array3, ArrayView2};
+use ndarray::{ArcArray2, Array2, Array3, ArrayView2};
 use opt_backend::{CacheDType, Counts, Info, MaybeSend, MaybeSync, TargetScore, TopK};
 
 /// A model that can be run. One engine may be used from many threads at once.
@@ -226,8 +226,8 @@ impl Hidden {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct Output {
-    /// `[rows, vocab_size]` where [`Want::Logits`] asked for them.
-    pub logits: Option<Array2<f32>>,
+    /// `[rows, vocab_size]` where [`Want::Logits`] asked for them. Those of one pass share their memory.
+    pub logits: Option<ArcArray2<f32>>,
     /// One entry a row where [`Want::TopK`] asked for them.
     pub top_k: Vec<TopK>,
     /// One entry a target where [`Want::LogProbs`] asked for them.

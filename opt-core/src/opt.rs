@@ -17,7 +17,7 @@ use crate::{
     stream::Head,
     tokenizer::Tokenizer,
 };
-use ndarray::{Array2, Array3};
+use ndarray::{ArcArray2, Array2, Array3};
 use opt_backend::{Info, MaybeSend, MaybeSync};
 use std::{
     ops::ControlFlow,
@@ -335,7 +335,8 @@ impl Opt {
     /// Those of [`Opt::logits`].
     pub async fn logits_async(&self, ids: &[u32]) -> Result<Array2<f32>> {
         let output = self.run_one(Sequence::new(ids).want(Want::Logits { rows: ids.len() })).await?;
-        output.logits.ok_or_else(|| Error::new(ErrorKind::Prompt, "expected at least one token, found none"))
+        let logits = output.logits.map(ArcArray2::into_owned);
+        logits.ok_or_else(|| Error::new(ErrorKind::Prompt, "expected at least one token, found none"))
     }
 
     /// [`Opt::hidden_states`], awaited.

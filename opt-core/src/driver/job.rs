@@ -6,7 +6,7 @@ use crate::{
     batching::PromptToken,
     embedding::EmbedPart,
     engine::{Engine, Forward, Hidden, Input, KvCache, Output, Sequence, Want},
-    generation::{ModelRole, Need, Reply, RowScores, Run, ScoreNeed},
+    generation::{LogitsRow, ModelRole, Need, Reply, RowScores, Run, ScoreNeed},
 };
 use ndarray::{Array2, Axis, concatenate};
 use std::{ops::ControlFlow, sync::Arc};
@@ -184,12 +184,7 @@ impl Job {
         }
         self.reply.scores.extend(output.top_k.into_iter().map(RowScores::TopK));
         if let Some(logits) = output.logits {
-            if logits.nrows() == 1 {
-                let (row, _) = logits.into_raw_vec_and_offset();
-                self.reply.scores.push(RowScores::Full(row));
-            } else {
-                self.reply.scores.extend(logits.outer_iter().map(|row| RowScores::Full(row.to_vec())));
-            }
+            self.reply.scores.extend(LogitsRow::each(logits).map(RowScores::Full));
         }
         let mut hidden = output.hidden;
         if let Some(layer) = self.keeps {

@@ -81,11 +81,9 @@ impl Pending<'_> {
         for readback in self.attentions {
             attentions.push(readback.await?);
         }
-        let mut logits = wait(self.logits).await?;
+        let logits = wait(self.logits).await?.map(Array2::into_shared);
         let mut top_k = wait(self.top_k).await?.unwrap_or_default().into_iter();
         let mut log_probs = wait(self.log_probs).await?.unwrap_or_default().into_iter();
-        let scored: usize =
-            sequences.iter().map(|s| if let Want::Logits { rows } = s.want { rows } else { 0 }).sum();
 
         let mut first = 0;
         let mut outputs = Vec::with_capacity(sequences.len());
@@ -94,12 +92,9 @@ impl Pending<'_> {
             match sequence.want {
                 Want::Nothing => {}
                 Want::Logits { rows } => {
-                    // All rows of one sequence (a long prompt's logits may be large) change hands without a copy.
-                    output.logits = if rows == scored {
-                        logits.take()
-                    } else {
-                        logits.as_ref().map(|logits| logits.slice(s![first..first + rows, ..]).to_owned())
-                    };
+                    // Rows of many sequences, or of a long prompt, are large: they change hands without a copy.
+                    let own = s![first..first + rows, ..];
+                    output.logits = logits.clone().map(|logits| logits.slice_move(own));
                     first += rows;
                 }
                 Want::TopK { rows, k } => {

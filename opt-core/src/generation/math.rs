@@ -1,31 +1,54 @@
 //! Small numeric helpers over one row of scores.
 
+/// Values that are looked at together where most of a row can be passed over.
+pub(crate) const BLOCK: usize = 256;
+
 /// Index of the largest value, the lowest among equals; `None` for an empty row. NaN never wins over a number.
 pub fn argmax(values: &[f32]) -> Option<usize> {
-    let max = maximum(values);
-    values.iter().position(|&v| v == max).or(if values.is_empty() { None } else { Some(0) })
+    let maxima = maxima(values);
+    let max = maxima.iter().copied().fold(f32::NEG_INFINITY, larger);
+    let first = maxima.iter().position(|&m| m == max)? * BLOCK;
+    // Without a number there is only NaN, of which the first is as good as any, in front of an infinity or without one.
+    let found = values.get(first..)?.iter().position(|&v| v == max);
+    Some(found.map_or(0, |place| first + place))
 }
 
 /// The largest value; negative infinity for an empty row. NaN is passed over.
 pub(crate) fn maximum(values: &[f32]) -> f32 {
-    struct Largest<'a>(&'a [f32]);
-    impl pulp::NullaryFnOnce for Largest<'_> {
-        type Output = f32;
+    maxima(values).into_iter().fold(f32::NEG_INFINITY, larger)
+}
+
+/// The larger one; the first one if the second is NaN.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// The largest value of each block of [`BLOCK`] values, NaN passed over: negative infinity where there is no number.
+fn maxima(values: &[f32]) -> Vec<f32> {
+    struct Maxima<'a>(&'a [f32]);
+    impl pulp::NullaryFnOnce for Maxima<'_> {
+        type Output = Vec<f32>;
 
         #[inline(always)]
-        fn call(self) -> f32 {
-            // Several maxima side by side, since a single one would make each step wait for the one before.
-            let mut lanes = [f32::NEG_INFINITY; 64];
-            let (chunks, rest) = self.0.as_chunks::<64>();
-            for chunk in chunks {
-                for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                    *lane = if v > *lane { v } else { *lane };
+        fn call(self) -> Vec<f32> {
+            let mut maxima = Vec::with_capacity(self.0.len().div_ceil(BLOCK));
+            for block in self.0.chunks(BLOCK) {
+                // Several maxima side by side, since a single one would make each step wait for the one before; few
+                // enough for registers.
+                let mut lanes = [f32::NEG_INFINITY; 32];
+                let (chunks, rest) = block.as_chunks::<32>();
+                for chunk in chunks {
+                    for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                        *lane = larger(*lane, v);
+                    }
                 }
+                maxima.push(rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, larger));
             }
-            rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+            maxima
         }
     }
-    pulp::Arch::new().dispatch(Largest(values))
+    pulp::Arch::new().dispatch(Maxima(values))
 }
 
 /// ln Σ e^v, summed in f64 with the largest value taken out. Negative infinity if every value is.
@@ -37,17 +60,15 @@ pub fn log_sum_exp(values: &[f32]) -> f64 {
 #[derive(Debug, Clone)]
 pub(crate) struct Exponentials {
     pub(crate) max: f32,
-    /// Those of [`Exponentials::BLOCK`] values each; none if the largest value is not finite.
+    /// Those of [`BLOCK`] values each; none if the largest value is not finite.
     pub(crate) blocks: Vec<f64>,
 }
 
 impl Exponentials {
-    pub(crate) const BLOCK: usize = 256;
-
     pub(crate) fn of(values: &[f32]) -> Self {
         let max = maximum(values);
         let values = if max.is_finite() { values } else { &[] };
-        Self { max, blocks: values.chunks(Self::BLOCK).map(|block| sum_exp(block, max)).collect() }
+        Self { max, blocks: sums_exp(values, BLOCK, max) }
     }
 
     pub(crate) fn log_sum_exp(&self) -> f64 {
@@ -60,23 +81,34 @@ impl Exponentials {
 
 /// Σ e^(v - max), in f64. `max` is the largest value, and finite.
 pub(crate) fn sum_exp(values: &[f32], max: f32) -> f64 {
-    struct Sum<'a>(&'a [f32], f32);
-    impl pulp::NullaryFnOnce for Sum<'_> {
-        type Output = f64;
+    sums_exp(values, values.len().max(1), max).into_iter().sum()
+}
+
+/// Σ e^(v - max) of each block of so many values.
+fn sums_exp(values: &[f32], block: usize, max: f32) -> Vec<f64> {
+    struct Sums<'a>(&'a [f32], usize, f32);
+    impl pulp::NullaryFnOnce for Sums<'_> {
+        type Output = Vec<f64>;
 
         #[inline(always)]
-        fn call(self) -> f64 {
-            let mut lanes = [0.0_f64; 16];
-            let (chunks, rest) = self.0.as_chunks::<16>();
-            for chunk in chunks {
-                for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                    *lane += f64::from(exp_below_zero(v - self.1));
+        fn call(self) -> Vec<f64> {
+            let Self(values, block, max) = self;
+            let mut sums = Vec::with_capacity(values.len().div_ceil(block));
+            // No closure, which would be compiled without this function's instructions.
+            for block in values.chunks(block) {
+                let mut lanes = [0.0_f64; 16];
+                let (chunks, rest) = block.as_chunks::<16>();
+                for chunk in chunks {
+                    for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                        *lane += f64::from(exp_below_zero(v - max));
+                    }
                 }
+                sums.push(rest.iter().map(|&v| f64::from(exp_below_zero(v - max))).chain(lanes).sum());
             }
-            rest.iter().map(|&v| f64::from(exp_below_zero(v - self.1))).chain(lanes).sum()
+            sums
         }
     }
-    pulp::Arch::new().dispatch(Sum(values, max))
+    pulp::Arch::new().dispatch(Sums(values, block, max))
 }
 
 /// e^x of x up to 0, within two units in the last place, without a branch so that compilers make vector code of it: 2^n
@@ -135,16 +167,22 @@ pub fn top_k(values: &[f32], k: usize) -> Vec<(usize, f32)> {
     let room = (2 * k).max(64);
     let mut best: Vec<(usize, f32)> = Vec::with_capacity(room.min(values.len()));
     let mut threshold = None;
-    for (i, &v) in values.iter().enumerate() {
-        // A later index loses against an equal value, so what is not above the threshold cannot enter.
-        if threshold.is_some_and(|t| number(v) <= t) {
+    // A later index loses against an equal value, so what is not above the threshold cannot enter.
+    let enters = |v: f32, threshold: Option<f32>| threshold.is_none_or(|t| number(v) > t);
+    for (b, (block, max)) in values.chunks(BLOCK).zip(maxima(values)).enumerate() {
+        if !enters(max, threshold) {
             continue;
         }
-        best.push((i, v));
-        if best.len() == room && room > k {
-            best.select_nth_unstable_by(k - 1, order);
-            best.truncate(k);
-            threshold = best.last().map(|b| number(b.1));
+        for (i, &v) in block.iter().enumerate().map(|(i, v)| (b * BLOCK + i, v)) {
+            if !enters(v, threshold) {
+                continue;
+            }
+            best.push((i, v));
+            if best.len() == room && room > k {
+                best.select_nth_unstable_by(k - 1, order);
+                best.truncate(k);
+                threshold = best.last().map(|b| number(b.1));
+            }
         }
     }
     if k < best.len() {
@@ -165,6 +203,14 @@ mod tests {
         assert_eq!(argmax(&values), Some(1));
         assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY]), Some(1));
         assert_eq!((argmax(&[]), argmax(&[f32::NAN])), (None, Some(0)));
+        // In later blocks too: nothing but NaN in front of an infinity, and equals in two blocks.
+        let mut long = vec![f32::NAN; 3 * BLOCK];
+        assert_eq!((argmax(&long), maximum(&long)), (Some(0), f32::NEG_INFINITY));
+        long[2 * BLOCK + 7] = f32::NEG_INFINITY;
+        assert_eq!(argmax(&long), Some(2 * BLOCK + 7));
+        (long[BLOCK + 3], long[2 * BLOCK + 9]) = (-1.0, -1.0);
+        assert_eq!((argmax(&long), maximum(&long)), (Some(BLOCK + 3), -1.0));
+        assert_eq!(top_k(&long, 3)[..2], [(BLOCK + 3, -1.0), (2 * BLOCK + 9, -1.0)]);
         assert_eq!(top_k(&values, 3), [(1, 3.0), (3, 3.0), (5, 2.0)]);
         assert_eq!(top_k(&values, 4)[3], (0, 1.0));
         assert_eq!(top_k(&values, 99).len(), 6);

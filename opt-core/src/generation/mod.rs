@@ -28,8 +28,8 @@ mod stopping;
 pub use crate::callbacks::PrefixFn;
 pub use config::{EarlyStopping, GenerationConfig, TokenIds};
 pub use plan::{
-    Alternative, CacheOp, Ended, FinishReason, ModelRole, Need, Plan, Reply, RowScores, Run, ScoreNeed,
-    SequenceOutput, Strategy, TokenEvent,
+    Alternative, CacheOp, Ended, FinishReason, LogitsRow, ModelRole, Need, Plan, Reply, RowScores, Run,
+    ScoreNeed, SequenceOutput, Strategy, TokenEvent,
 };
 pub use processors::{Hooks, LogitsProcessor, ProcessorChain};
 pub use random::Random;

@@ -1,5 +1,5 @@
 use crate::Result;
-use ndarray::Array2;
+use ndarray::{ArcArray1, ArcArray2, Array2, Axis};
 use opt_backend::TopK;
 
 /// Which of a request's models a run is for.
@@ -100,8 +100,46 @@ pub struct Reply {
 pub enum RowScores {
     /// The k largest.
     TopK(TopK),
-    /// All, `[vocab]`.
-    Full(Vec<f32>),
+    /// All.
+    Full(LogitsRow),
+}
+
+/// All logits of a row, `[vocab]`. Rows of one pass share their memory, so that copies cost nothing.
+///
+/// ```
+/// use opt_core::generation::LogitsRow;
+///
+/// let row = LogitsRow::from(vec![0.5, -1.0]);
+/// assert_eq!(row.len(), 2);
+/// assert_eq!(row[1], -1.0);
+/// ```
+#[derive(Debug, Clone)]
+pub struct LogitsRow(ArcArray1<f32>);
+
+impl LogitsRow {
+    /// The rows of logits `[rows, vocab]`.
+    pub(crate) fn each(logits: ArcArray2<f32>) -> impl Iterator<Item = Self> {
+        // Rows are handed out as slices.
+        let logits = match logits.is_standard_layout() {
+            true => logits,
+            false => logits.as_standard_layout().into_owned().into_shared(),
+        };
+        (0..logits.nrows()).map(move |row| Self(logits.clone().index_axis_move(Axis(0), row)))
+    }
+}
+
+impl From<Vec<f32>> for LogitsRow {
+    fn from(row: Vec<f32>) -> Self {
+        Self(ArcArray1::from_vec(row))
+    }
+}
+
+impl std::ops::Deref for LogitsRow {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice().unwrap_or_default()
+    }
 }
 
 /// Why a sequence ended.

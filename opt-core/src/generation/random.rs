@@ -1,4 +1,4 @@
-use super::math::{Exponentials, argmax, exp};
+use super::math::{BLOCK, Exponentials, argmax, exp};
 use std::{borrow::Cow, collections::BTreeSet};
 
 /// Random numbers that depend on seed, stream and position alone: Philox4x32-10.
@@ -93,7 +93,6 @@ impl Random {
 
 /// The index at which the running sum of probabilities, without the `skipped`, passes `draw` of the whole.
 fn pick(scores: &[f32], exponentials: &Exponentials, draw: f64, skipped: &[usize]) -> Option<usize> {
-    const BLOCK: usize = Exponentials::BLOCK;
     let max = exponentials.max;
     let weight = |i: usize| match scores.get(i) {
         // Most scores are negative infinity after filtering, and few indices are skipped.

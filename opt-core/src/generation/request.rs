@@ -55,7 +55,7 @@ impl Request {
 ///     if plan.runs.is_empty() {
 ///         break;
 ///     }
-///     let row = RowScores::Full(vec![0.0, 0.1, 0.2, 0.9]);
+///     let row = RowScores::Full(vec![0.0, 0.1, 0.2, 0.9].into());
 ///     let replies = plan.runs.iter().map(|_| Reply { scores: vec![row.clone()], hidden: None }).collect();
 ///     strategy.advance(replies)?;
 /// }

@@ -138,7 +138,7 @@ impl Row {
             }
             RowScores::Full(row) => {
                 let known = exponentials.insert(Exponentials::of(row));
-                (known.log_sum_exp(), settings.keep_logits.then(|| Arc::from(row.as_slice())))
+                (known.log_sum_exp(), settings.keep_logits.then(|| Arc::from(&**row)))
             }
         };
         let mut row = Self { raw, exponentials, log_sum_exp, alternatives: Arc::from([]), logits };

@@ -2,7 +2,7 @@ use crate::{
     CancelToken, Error, ErrorKind, Opt, Progress, ProgressFn, Result,
     engine::{Forward, KvCache, Sequence, Want},
 };
-use ndarray::{Array2, ArrayView1};
+use ndarray::{ArcArray2, ArrayView1};
 use opt_backend::CacheDType;
 use serde::Serialize;
 
@@ -105,7 +105,7 @@ pub fn compare(
     opt_backend::block_on(compare_async(base, other, cache, ids, window, cancel, progress))
 }
 
-async fn logits(opt: &Opt, ids: &[u32], cache: &mut KvCache, cancel: &CancelToken) -> Result<Array2<f32>> {
+async fn logits(opt: &Opt, ids: &[u32], cache: &mut KvCache, cancel: &CancelToken) -> Result<ArcArray2<f32>> {
     let mut sequence = Sequence::new(ids).want(Want::Logits { rows: ids.len() }).adapter(opt.adapter());
     sequence.cache = Some(cache);
     let batch = Forward { sequences: vec![sequence], cancel: Some(cancel), watch: None };

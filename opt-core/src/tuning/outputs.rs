@@ -333,7 +333,11 @@ fn key(example: &Example) -> u64 {
 
 /// The teacher's logits of an example's targets, `[targets, vocab_size]`.
 #[cfg(not(target_arch = "wasm32"))]
-fn logits_of(teacher: &crate::Opt, example: &Example, cancel: &crate::CancelToken) -> Result<Array2<f32>> {
+fn logits_of(
+    teacher: &crate::Opt,
+    example: &Example,
+    cancel: &crate::CancelToken,
+) -> Result<ndarray::ArcArray2<f32>> {
     use crate::engine::{Forward, Sequence, Want};
     let rows = example.targets().count();
     // The last token is only ever a target.

@@ -327,7 +327,7 @@ fn what_a_method_cannot_do_is_refused() {
 #[test]
 fn answers_that_do_not_fit_are_errors() {
     let reply = |scores| Reply { scores, hidden: None };
-    let full = |n| RowScores::Full(vec![0.0; n]);
+    let full = |n| RowScores::Full(vec![0.0; n].into());
     for (method, do_sample) in methods() {
         let wrong = [
             vec![],

@@ -111,7 +111,7 @@ impl<'a> Driver<'a> {
                 assert!((1..=row.len()).contains(&k));
                 Some(RowScores::TopK(opt_backend::oracle::top_k(ArrayView1::from(&row), k)))
             }
-            ScoreNeed::Full => Some(RowScores::Full(row)),
+            ScoreNeed::Full => Some(RowScores::Full(row.into())),
         });
         let scores = scores.collect();
         let hidden = run.need.hidden.then(|| {
