@@ -1,6 +1,6 @@
 """Training speed and memory beside torch and PEFT, in turns: OPT-125m shape, 4 x 128 tokens, all cores.
 
-    python3 benches/training_peers.py DIR [--rounds N] [--only full,lora,...]
+    python3 benches/training_peers.py DIR [--rounds N] [--only "full f32,LoRA f32"]
 
 DIR has `bin/python` (torch 2.13, transformers 4.57.6, peft 0.21.2) and `opt-125m-random`, a checkpoint of that shape with
 random weights and a tokenizer. `cargo build --release -p opt-cli` first. Prints medians and ratios of tokens per second, and

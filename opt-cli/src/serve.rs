@@ -126,6 +126,14 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "N", default_value = "8192", help_heading = "Limits")]
     max_body_kib: NonZeroUsize,
 
+    /// Let all bodies that are being read have at most N KiB together; the next are answered with 429.
+    #[arg(long, value_name = "N", default_value = "65536", help_heading = "Limits")]
+    max_bodies_kib: NonZeroUsize,
+
+    /// Say that the engine hangs, and take no requests, once a single step has taken this long.
+    #[arg(long, value_name = "SECONDS", default_value = "120", help_heading = "Limits", value_parser = seconds)]
+    stall_seconds: Duration,
+
     /// End a request that takes longer than this, waiting included.
     #[arg(long, value_name = "SECONDS", default_value = "600", help_heading = "Limits", value_parser = seconds)]
     timeout: Duration,
@@ -239,7 +247,9 @@ impl Serve {
             .stops(self.max_stops)
             .logprobs(self.max_logprobs)
             .body_bytes(self.max_body_kib.get() << 10)
+            .bodies_bytes(self.max_bodies_kib.get() << 10)
             .timeout(self.timeout)
+            .stall(self.stall_seconds)
             .connections(self.max_connections.get())
             .shutdown(self.shutdown_seconds)
             .api_keys(keys)

@@ -96,6 +96,9 @@ pub(crate) struct Tune {
     /// lora: train the lengths of the weights' rows apart from their directions (DoRA).
     #[arg(long, help_heading = "Method")]
     dora: bool,
+    /// lora: give the terms biases of their own.
+    #[arg(long, help_heading = "Method", conflicts_with = "dora")]
+    lora_bias: bool,
     /// lora: which biases are trained too. [default: none]
     #[arg(long, value_name = "WHICH", help_heading = "Method")]
     bias: Option<BiasName>,
@@ -346,6 +349,7 @@ impl Tune {
                 lora.lora_dropout = self.lora_dropout.unwrap_or(0.0);
                 lora.use_rslora = self.rslora;
                 lora.use_dora = self.dora;
+                lora.lora_bias = self.lora_bias;
                 lora.bias = match self.bias {
                     None | Some(BiasName::None) => Bias::None,
                     Some(BiasName::All) => Bias::All,
@@ -381,7 +385,7 @@ impl Tune {
     /// Flags of one method that were given with another.
     fn check_flags(&self) -> Result<(), Failure> {
         use MethodName::{Full, Lora, Prefix, Prompt};
-        let flags: [(&str, bool, &[MethodName]); 15] = [
+        let flags: [(&str, bool, &[MethodName]); 16] = [
             ("--layers", self.layers.is_some(), &[Full]),
             ("--from-scratch", self.from_scratch.is_some(), &[Full]),
             ("--rank", self.rank.is_some(), &[Lora]),
@@ -390,6 +394,7 @@ impl Tune {
             ("--lora-dropout", self.lora_dropout.is_some(), &[Lora]),
             ("--rslora", self.rslora, &[Lora]),
             ("--dora", self.dora, &[Lora]),
+            ("--lora-bias", self.lora_bias, &[Lora]),
             ("--bias", self.bias.is_some(), &[Lora]),
             ("--modules-to-save", !self.modules_to_save.is_empty(), &[Lora]),
             ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prefix, Prompt]),

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{novels, tiny::Tiny};
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use opt_backend::{
     HostMatrix,
     quant::{Groups, Levels, NF4, Zeros},
@@ -91,6 +91,28 @@ fn integers_stay_within_half_a_step() {
 
 fn half(x: f32) -> f32 {
     half::f16::from_f32(x).to_f32()
+}
+
+/// Large weights are rounded by several threads, some rows at a time: each row to what it is rounded to alone.
+#[test]
+fn many_rows_are_rounded_as_each_alone() {
+    let weight = normal(1003, 96, 9);
+    let specs = [QuantSpec::int8(), QuantSpec::int4(), QuantSpec::int4().zero_points(true), QuantSpec::nf4()];
+    for spec in specs.map(|spec| spec.group_size(32)) {
+        let whole = spec.quantize("w", HostMatrix::F32(weight.view())).unwrap();
+        let values = whole.dequantize();
+        for (row, expected) in weight.outer_iter().zip(values.outer_iter()) {
+            let alone = spec.quantize("w", HostMatrix::F32(row.insert_axis(Axis(0)))).unwrap();
+            assert_eq!(alone.dequantize().row(0), expected, "{spec:?}");
+        }
+        // Of several rows that cannot be rounded, the first one is told.
+        let mut broken = weight.clone();
+        (broken[[900, 1]], broken[[3, 7]]) = (f32::NAN, f32::INFINITY);
+        for _ in 0..20 {
+            let error = spec.quantize("w", HostMatrix::F32(broken.view())).unwrap_err().to_string();
+            assert!(error.contains("found inf at [3, 7]"), "{error}");
+        }
+    }
 }
 
 #[test]

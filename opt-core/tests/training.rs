@@ -5,7 +5,7 @@ mod common;
 use common::{backend, fixtures};
 use opt_core::{
     ErrorKind, Opt,
-    adapter::{AdapterConfig, AdapterMethod, Bias, LoraConfig, PrefixConfig, PromptConfig},
+    adapter::{AdapterConfig, AdapterMethod, Bias, LoraConfig, Names, PrefixConfig, PromptConfig},
     checkpoint::Checkpoint,
     tuning::{
         Event, Example, Method, Optimizer, Schedule, TrainOptions, TrainReport, Trainer, Tuner,
@@ -104,11 +104,21 @@ fn resuming_gives_what_never_stopping_gives() {
         Method::adapter(AdapterConfig::new(AdapterMethod::Prefix(prefix)), 7)
     };
     let momentum = Optimizer::Sgd { momentum: 0.9 };
+    // A term beside the table that is also the head, and the head apart from it.
+    let mut table = LoraConfig::default();
+    table.target_modules = Names::list(["embed_tokens", "q_proj"]);
+    let table = AdapterConfig::new(AdapterMethod::Lora(table)).save(["lm_head"]);
+    let table = Method::adapter(table, 7);
     for (method, optimizer) in [
         (Method::full(), Optimizer::default()),
         (Method::layers([0]), momentum),
         (lora(&|_| ()), Optimizer::default()),
         (lora(&|lora| (lora.use_dora, lora.bias) = (true, Bias::All)), Optimizer::default()),
+        (
+            lora(&|lora| (lora.lora_bias, lora.target_modules) = (true, Names::list(["lm_head", "fc1"]))),
+            momentum,
+        ),
+        (table, Optimizer::default()),
         (prefix(false), Optimizer::Sgd { momentum: 0.0 }),
         (prefix(true), Optimizer::default()),
         // Of 4096 elements.

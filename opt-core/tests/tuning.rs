@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2};
 use opt_backend::Op;
 use opt_core::{
     Load,
-    adapter::Adapter,
+    adapter::{Adapter, LoraConfig, Names},
     checkpoint::Checkpoint,
     quantize::QuantSpec,
     tuning::{Example, Method, StepOptions, Tuner},
@@ -152,6 +152,65 @@ fn gradients_of_adapters() {
     }
 }
 
+/// What was read is written again, key for key; PEFT's copies of the model's own tables are left out.
+#[test]
+fn adapters_come_out_as_they_went_in() {
+    let mut count = 0;
+    for case in cases("").iter().filter(|case| !case.name.starts_with("full")) {
+        let what = format!("{} on {}", case.name, backend::name());
+        let given = Adapter::open(&case.dir).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        case.tuner(backend::load()).save(dir.path().join("again")).unwrap();
+        let again = Adapter::open(dir.path().join("again")).unwrap();
+        // With bias "all", PEFT saves what modules_to_save stand for twice.
+        let twice = |key: &str| key.contains(".modules_to_save.") || key.contains(".original_module.");
+        let own = |(key, _): &(&String, _)| !key.ends_with("base_layer.weight") && !twice(key);
+        let expected: BTreeMap<_, _> = given.tensors().iter().filter(own).collect();
+        assert_eq!(
+            again.tensors().keys().collect::<Vec<_>>(),
+            expected.keys().copied().collect::<Vec<_>>(),
+            "{what}"
+        );
+        for (key, expected) in expected {
+            assert_eq!(&again.tensors()[key], expected, "{what}: {key}");
+        }
+        count += 1;
+    }
+    assert!(count >= 15, "{count}");
+}
+
+/// New terms do nothing, and are what PEFT begins with.
+#[test]
+fn new_terms_beside_the_tables() {
+    let case = cases("lora_table").remove(0);
+    let tuner = |change: &dyn Fn(&mut LoraConfig)| {
+        let mut lora = LoraConfig::default();
+        lora.target_modules = Names::list(["embed_tokens", "lm_head"]);
+        change(&mut lora);
+        Tuner::from_checkpoint(case.base(), Method::adapter(lora, 5), backend::load())
+    };
+    let adapter = tuner(&|_| ()).unwrap().adapter().unwrap();
+    let values = |key: &str| adapter.tensors()[&format!("base_model.model.{key}")].clone();
+    let (a, b) = ("lora_embedding_A", "lora_embedding_B");
+    let [a, b] = [a, b].map(|part| values(&format!("model.decoder.embed_tokens.{part}")));
+    assert_eq!((a.shape(), b.shape()), (&[8, 97][..], &[32, 8][..]));
+    assert!(a.iter().all(|v| *v == 0.0));
+    let variance = b.iter().map(|v| v * v).sum::<f32>() / b.len() as f32;
+    assert!((0.7..1.3).contains(&variance), "a normal distribution, found a variance of {variance}");
+    assert!(values("lm_head.lora_B.weight").iter().all(|v| *v == 0.0));
+    assert!(values("lm_head.lora_A.weight").iter().any(|v| *v != 0.0));
+    let batch = examples(&case.meta.batch);
+    let mut plain = Tuner::from_checkpoint(case.base(), Method::full(), backend::load()).unwrap();
+    let expected = plain.loss(&batch).unwrap();
+    assert!((tuner(&|_| ()).unwrap().loss(&batch).unwrap() - expected).abs() < 1e-5);
+    let own_bias = |lora: &mut LoraConfig| {
+        (lora.lora_bias, lora.target_modules) = (true, Names::list(["lm_head"]));
+    };
+    assert!((tuner(&own_bias).unwrap().loss(&batch).unwrap() - expected).abs() < 1e-5);
+    let error = tuner(&|lora| lora.use_dora = true).err().unwrap();
+    assert!(error.to_string().contains("use_dora beside embed_tokens"), "{error}");
+}
+
 #[test]
 fn gradients_with_states_computed_again() {
     let mut options = StepOptions::default();
@@ -286,6 +345,18 @@ fn quantized_bases() {
             let largest = expected.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
             let off = (&found[tensor] - expected).iter().fold(0.0_f32, |m, v| m.max(v.abs()));
             assert!(off < 5e-3 * largest, "{name}: {tensor} off by {off} where the largest is {largest}");
+        }
+        // Tables are packed too where codes are integers: terms beside them, and one that is trained whole.
+        for name in ["lora_table", "lora_head", "dora_head", "lora_saved_head", "lora_saved_both"] {
+            let case = cases(name).remove(0);
+            let method = || Method::further(Adapter::open(&case.dir).unwrap());
+            let mut tuner = case.tuner(backend::load_exact().quantize(spec));
+            let plain = dir.path().join(name);
+            unpacked(&case.base(), &spec, &plain);
+            let mut expected = Tuner::load(&plain, method(), backend::load_exact()).unwrap();
+            let batch = examples(&case.meta.batch);
+            let (found, expected) = (tuner.loss(&batch).unwrap(), expected.loss(&batch).unwrap());
+            assert!((found - expected).abs() < 1e-3 * expected, "{name}, {spec:?}: {found} and {expected}");
         }
         let error = Tuner::from_checkpoint(case.base(), Method::full(), backend::load().quantize(spec));
         assert!(error.err().unwrap().to_string().contains("quantized"), "{name}");

@@ -79,6 +79,11 @@ fn lora(change: impl FnOnce(&mut LoraConfig)) -> Method {
     Method::adapter(lora, 3)
 }
 
+/// A module that is trained whole, beside terms.
+fn saving(module: &str) -> Method {
+    Method::adapter(AdapterConfig::new(AdapterMethod::Lora(LoraConfig::default())).save([module]), 1)
+}
+
 fn prefix(projection: bool) -> Method {
     let mut prefix = PrefixConfig::default();
     (prefix.sizes.num_virtual_tokens, prefix.prefix_projection) = (12, projection);
@@ -137,6 +142,12 @@ fn parameters_are_those_that_are_trained() {
             lora(|_| ()),
             Method::adapter(some.clone(), 1),
             Method::adapter(modules(LoraConfig::default()), 1),
+            lora(|lora| {
+                (lora.lora_bias, lora.target_modules) = (true, Names::list(["lm_head", "fc1"]));
+            }),
+            lora(|lora| lora.target_modules = Names::list(["embed_tokens", "v_proj"])),
+            saving("lm_head"),
+            saving("embed_tokens"),
             prefix(false),
             prefix(true),
             prompt(),
@@ -220,6 +231,15 @@ fn the_peak_is_what_was_told() {
         (false, lora(|_| ()), DType::F32),
         (false, lora(|lora| lora.lora_dropout = 0.1), DType::BF16),
         (false, lora(|lora| lora.use_dora = true), DType::F32),
+        (false, lora(|lora| lora.target_modules = Names::list(["lm_head"])), DType::F32),
+        (
+            false,
+            lora(|lora| (lora.use_dora, lora.target_modules) = (true, Names::list(["lm_head"]))),
+            DType::F32,
+        ),
+        (false, lora(|lora| lora.target_modules = Names::list(["embed_tokens", "fc1"])), DType::F32),
+        (false, saving("lm_head"), DType::F32),
+        (false, saving("embed_tokens"), DType::BF16),
         (false, prefix(false), DType::F32),
         (false, prompt(), DType::F32),
     ] {

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 const LONG: usize = 64 << 10;
 
 /// Does work on something of so many bytes of JSON where it holds up nobody.
-pub(crate) async fn where_it_fits<T: Send + 'static>(
+async fn where_it_fits<T: Send + 'static>(
     size: usize,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -27,11 +27,28 @@ pub(crate) struct Room(Arc<Semaphore>);
 
 /// A body as JSON.
 pub(crate) struct Json {
-    pub(crate) value: Value,
+    value: Value,
     /// How many bytes it had.
-    pub(crate) size: usize,
-    /// Its part of the room, given back once nobody needs the JSON any more.
-    pub(crate) held: Option<OwnedSemaphorePermit>,
+    size: usize,
+    /// Its part of the room.
+    held: Option<OwnedSemaphorePermit>,
+}
+
+impl Json {
+    /// Reads a request out of it, where that holds up nobody. The room is given back when the JSON is gone, not when
+    /// whoever sent it is.
+    pub(crate) async fn read<T: Send + 'static>(
+        self,
+        work: impl FnOnce(Value) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let Self { value, size, held } = self;
+        let work = move || {
+            let read = work(value);
+            drop(held);
+            read
+        };
+        where_it_fits(size, work).await
+    }
 }
 
 impl Room {
@@ -111,12 +128,13 @@ pub(crate) async fn read_json(
     })??;
     let size = bytes.len();
     let parse = move || {
-        serde_json::from_slice(&bytes).map_err(|error| {
+        let value = serde_json::from_slice(&bytes).map_err(|error| {
             let message = format!("body: expected JSON: {error}");
             ApiError::new(StatusCode::BAD_REQUEST, Some("invalid_json"), message)
-        })
+        })?;
+        Ok(Json { value, size, held })
     };
-    Ok(Json { value: where_it_fits(size, parse).await?, size, held })
+    where_it_fits(size, parse).await
 }
 
 /// `application/json`, `application/vnd.api+json`, with or without parameters.

@@ -169,8 +169,7 @@ pub(crate) async fn embeddings(
     let since = Instant::now();
     let body = body::read_json(request, &app.bodies, &app.options).await?;
     let for_app = Arc::clone(&app);
-    let wanted = body::where_it_fits(body.size, move || Wanted::read(body.value, &for_app.options)).await?;
-    drop(body.held);
+    let wanted = body.read(move |value| Wanted::read(value, &for_app.options)).await?;
     let state = &app.engine.state;
     let _timer = Timer::new(state, "embeddings", since);
     let deadline = Deadline::new(since, app.options.timeout);

@@ -34,12 +34,14 @@ pub struct ServeOptions {
     pub logprobs: usize,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
-    /// Most bytes of all bodies that are being read at once, at least those of one: what comes beyond is answered with 429.
+    /// Most bytes of all bodies that are being read at once, at least those of one: what comes beyond is answered with
+    /// 429. Bytes as they are sent: JSON of short numbers takes some twenty times as much memory while it is read.
     pub bodies_bytes: usize,
     /// How long a request may take altogether, waiting included.
     pub timeout: Duration,
     /// How long a single step of the engine may take before it counts as one that hangs: readiness is then off and new
-    /// requests are answered with 503, until it has ended.
+    /// requests are answered with 503, until it has ended. More than the longest step ([`BatchOptions::rows`] rows through
+    /// the model) can take.
     pub stall: Duration,
     /// How long a client may take to send the head of a request, and then its body; and how long it may read nothing of
     /// an answer before its connection is closed ([`crate::Server::serve`] only).
@@ -75,7 +77,7 @@ impl Default for ServeOptions {
             body_bytes: 8 << 20,
             bodies_bytes: 64 << 20,
             timeout: Duration::from_secs(600),
-            stall: Duration::from_secs(60),
+            stall: Duration::from_secs(120),
             read_timeout: Duration::from_secs(30),
             connections: 1024,
             shutdown: Duration::from_secs(30),

@@ -31,7 +31,7 @@ fn each_request_has_the_adapter_that_it_names() {
     assert_eq!(listed[0], "opt-novels");
     assert!(NAMES.iter().all(|name| listed.contains(name)), "{listed:?}");
 
-    // By either field, streamed or whole, all at once and each again.
+    // By either field, all at once and each again.
     thread::scope(|scope| {
         for (name, expected) in NAMES.iter().zip(&expected) {
             let (server, greedy) = (&server, &expected["greedy"]);

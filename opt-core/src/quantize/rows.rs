@@ -110,7 +110,10 @@ pub(super) fn in_parallel<T: Send>(items: impl Iterator<Item = T> + Send, work: 
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(all);
+            // Where there is no thread to be had, this one does it all.
+            if std::thread::Builder::new().spawn_scoped(scope, all).is_err() {
+                break;
+            }
         }
         all();
     });

@@ -34,7 +34,7 @@ const NUMBER: u64 = 4;
 /// trained bias of a frozen one, keeps `ffn` more, and a prefix three more states for each of its tokens. Layers below the
 /// first one that is trained keep nothing. head = `2 · hidden + 2 · vocabulary`: two states, logits, which their
 /// gradients take the place of, and the copy of these that a product makes on the `cpu` backend; with a low-rank term
-/// beside the LM head that term's logits more, and with DoRA twice more. work =
+/// beside the LM head that term's logits more. work =
 /// `max(2 · hidden + ffn, 6 · hidden)`: gradients inside the layer that is being gone back through.
 ///
 /// With gradient checkpointing it is 4 · rows · (layers · hidden + max(head, kept + work)), with all layers.
@@ -316,7 +316,7 @@ struct Inside {
     prefix: u64,
     /// Numbers that are kept once, whatever the batch.
     once: u64,
-    /// Rows of logits that are there at once.
+    /// How many times the logits of a row are there at once.
     logits: u64,
 }
 
@@ -334,9 +334,8 @@ impl Inside {
                 let kept = plain.kept + more.div_ceil(config.num_hidden_layers.max(1) as u64);
                 let targets = lora.targets(config, &adapter.modules_to_save)?;
                 let at_head = targets.iter().any(|target| target.kind == TargetKind::Head);
-                // Those of the term itself, and with DoRA those that are scaled.
-                let more = if at_head { 1 + 2 * u64::from(lora.use_dora) } else { 0 };
-                Self { kept, logits: plain.logits + more, ..plain }
+                // Those of the term itself, or with DoRA those that are scaled.
+                Self { kept, logits: plain.logits + u64::from(at_head), ..plain }
             }
             AdapterMethod::Prompt(prompt) => Self { prompt: prompt.sizes.num_virtual_tokens, ..plain },
             AdapterMethod::Prefix(prefix) => {

@@ -286,7 +286,7 @@ impl<B: Train> Taped<B> {
         Ok(Arc::new(LinearParts { weight: Weight::Frozen(linear), bias, lora }))
     }
 
-    /// Takes a side path over that makes `out` numbers of `input`.
+    /// Takes a side path over that makes `out` numbers of `input`, or of an entry of a table.
     fn take_lora(
         &self,
         stem: &str,
@@ -296,9 +296,10 @@ impl<B: Train> Taped<B> {
     ) -> Result<Lora> {
         let rank = start.b.ncols();
         let shapes = [start.a.dim(), start.b.dim()];
-        if ![(rank, input), (input, rank)].contains(&shapes[0]) || shapes[1] != (out, rank) {
+        let of_a = if stem == "embed_tokens" { (input, rank) } else { (rank, input) };
+        if shapes != [of_a, (out, rank)] {
             let message = format_args!("{stem}: expected side paths for [{out}, {input}], found {shapes:?}");
-            return Err(Error::shape("new_linear", message));
+            return Err(Error::shape("lora", message));
         }
         let a = self.new_param(format!("{stem}.lora_A"), start.a.view())?;
         let b = self.new_param(format!("{stem}.lora_B"), start.b.view())?;
@@ -382,6 +383,10 @@ impl<B: Train> Taped<B> {
         Ok(match rows {
             LinearSource::Plain(rows) if trains => {
                 Weight::Trained(self.new_param(name.to_owned(), rows.to_f32().view())?)
+            }
+            // What an adapter trains whole goes into a file of its own, and starts from what the packed rows say.
+            LinearSource::Quantized(rows) if trains && !self.plan.lora.is_empty() => {
+                Weight::Trained(self.new_param(name.to_owned(), rows.dequantize().view())?)
             }
             LinearSource::Quantized(_) if trains => {
                 let message = format_args!("{name}: quantized weights cannot be trained themselves");

@@ -52,9 +52,7 @@ pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -
     let since = Instant::now();
     let body = body::read_json(request, &app.bodies, &app.options).await?;
     let for_app = Arc::clone(&app);
-    let read = move || Wanted::read(body.value, &for_app.options);
-    let wanted = Arc::new(body::where_it_fits(body.size, read).await?);
-    drop(body.held);
+    let wanted = Arc::new(body.read(move |value| Wanted::read(value, &for_app.options)).await?);
     let state = &app.engine.state;
     let timer = Timer::new(state, "completions", since);
     let deadline = Deadline::new(since, app.options.timeout);
