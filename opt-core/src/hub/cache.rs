@@ -6,6 +6,7 @@ use crate::{Error, ErrorKind, Result};
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 #[derive(Debug, Clone)]
@@ -101,7 +102,10 @@ impl Cache {
 
 /// Writes a file that is seen under its name only when it is whole.
 fn whole(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
-    let temporary = path.with_added_extension(format!("{}.tmp", std::process::id()));
+    // A name of its own for each writer: other processes, and threads of this one, may be at the same file.
+    static WRITERS: AtomicU64 = AtomicU64::new(0);
+    let number = WRITERS.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_added_extension(format!("{}-{number}.tmp", std::process::id()));
     let done = write(&temporary).and_then(|()| fs::rename(&temporary, path));
     if done.is_err() {
         let _ = fs::remove_file(&temporary);
@@ -126,4 +130,26 @@ fn symlink(target: &str, link: &Path) -> io::Result<()> {
 #[cfg(not(any(unix, windows)))]
 fn symlink(_: &str, _: &Path) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_may_write_one_file() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("main");
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        whole(&path, |temporary| fs::write(temporary, "whole")).expect("written");
+                        assert_eq!(fs::read_to_string(&path).expect("there"), "whole");
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1);
+    }
 }
