@@ -127,7 +127,7 @@ fn a_lost_device_is_loaded_again_however_often_it_takes() {
 
 #[test]
 fn an_engine_that_hangs_is_seen_and_may_come_back() {
-    let (server, orders) = start(ServeOptions::default().stall(Duration::from_millis(300)));
+    let (server, orders) = start(ServeOptions::default().stall(Duration::from_secs(1)));
     // Steps that are only slow hang nowhere, however many they are.
     orders.pause(50);
     let slow = begin(&server, &streamed(12));
@@ -141,9 +141,9 @@ fn an_engine_that_hangs_is_seen_and_may_come_back() {
     orders.next_pass(PANIC);
     assert_eq!(server.post("/v1/completions", &greedy(1)).error().0, 503);
     goes_on(&server);
-    thread::sleep(Duration::from_millis(400));
+    thread::sleep(Duration::from_millis(1200));
     assert!(server.handle.is_ready());
-    orders.pause(2000);
+    orders.pause(4000);
     let mut waiting = http::connect(server.address);
     let request = http::request("POST", "/v1/completions", &[JSON], greedy(1).to_string().as_bytes());
     waiting.write_all(&request).unwrap();
