@@ -1,5 +1,5 @@
-//! Products with weights in int8 and int4, by rows: a linear of OPT-125m, which caches may hold, and its head, which
-//! they do not.
+//! Products with weights in int8 and int4, by rows: linears of OPT-125m, which caches may hold, and its head, which they
+//! do not.
 //!
 //! ```text
 //! cargo run --release -p opt-backend-cpu --example quantized -- [THREADS]

@@ -31,6 +31,7 @@ mod driver;
 mod error;
 mod load;
 mod opt;
+mod parallel;
 mod progress;
 mod request;
 mod score;

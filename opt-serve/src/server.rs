@@ -88,7 +88,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Whether requests are taken: not while the engine is being restarted or hangs ([`ServeOptions::stall`]), and not once the server is to end.
+    /// Whether requests are taken: not while the engine is being restarted or hangs ([`ServeOptions::stall`]), and not once
+    /// the server is to end.
     pub fn is_ready(&self) -> bool {
         self.state.is_ready()
     }

@@ -6,20 +6,15 @@ use crate::{
     driver::{Active, Job, Rest, Turn, finish_one, run_rests},
     embedding::Embedding,
     engine::{Engine, KvCache},
+    parallel,
     stream::Texts,
 };
 use std::{slice, sync::Arc};
-#[cfg(not(target_arch = "wasm32"))]
-use std::{
-    sync::{LazyLock, Mutex, PoisonError},
-    thread,
-};
 use web_time::Instant;
 
 /// A run of more rows than these is run in pieces, in the room that is left, as prompts are.
 const LONG: usize = 32;
 /// Lanes for which it is worth to start a thread.
-#[cfg(not(target_arch = "wasm32"))]
 const LANES_OF_A_THREAD: usize = 4;
 
 pub(super) struct Lane {
@@ -51,34 +46,9 @@ pub(super) struct Lane {
 /// Chooses tokens for the turns that have been run. Draws and filters look at all the vocabulary: where many lanes do,
 /// up to `most` threads share them.
 pub(super) fn choose(lanes: &mut [Lane], most: Option<usize>) {
-    #[cfg(target_arch = "wasm32")]
-    let _ = most;
-    #[cfg(not(target_arch = "wasm32"))]
-    {
-        static CORES: LazyLock<usize> =
-            LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
-        let heavy =
-            lanes.iter().filter(|lane| lane.turn.as_ref().is_some_and(|t| t.is_run() && t.has_rows()));
-        let threads = (heavy.count() / LANES_OF_A_THREAD).min(most.unwrap_or_else(|| *CORES));
-        if threads > 1 {
-            let queue = Mutex::new(lanes.iter_mut());
-            let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let work = || std::iter::from_fn(next).for_each(Lane::choose);
-            thread::scope(|scope| {
-                // Where there is no thread to be had, this one does it all.
-                let spawn =
-                    |_| thread::Builder::new().name("opt-choose".to_owned()).spawn_scoped(scope, work);
-                let others: Vec<_> = (1..threads).map_while(|i| spawn(i).ok()).collect();
-                work();
-                for other in others {
-                    // A panic goes on here with what it said.
-                    other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                }
-            });
-            return;
-        }
-    }
-    lanes.iter_mut().for_each(Lane::choose);
+    let heavy = lanes.iter().filter(|lane| lane.turn.as_ref().is_some_and(|t| t.is_run() && t.has_rows()));
+    let threads = (heavy.count() / LANES_OF_A_THREAD).min(most.unwrap_or_else(parallel::cores));
+    parallel::for_each(threads, lanes.iter_mut(), Lane::choose);
 }
 
 impl Lane {

@@ -164,7 +164,6 @@ impl Job {
     }
 
     /// Whether whole rows of logits are asked for.
-    #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn has_rows(&self) -> bool {
         matches!(self.need.scores, ScoreNeed::Full)
     }

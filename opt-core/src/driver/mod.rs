@@ -86,7 +86,6 @@ impl Turn {
     }
 
     /// Whether whole rows of logits come of it, so that it takes time to choose from them.
-    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn has_rows(&self) -> bool {
         self.jobs.iter().any(Job::has_rows)
     }

@@ -8,7 +8,7 @@ pub fn argmax(values: &[f32]) -> Option<usize> {
     let maxima = maxima(values);
     let max = maxima.iter().copied().fold(f32::NEG_INFINITY, larger);
     let first = maxima.iter().position(|&m| m == max)? * BLOCK;
-    // Without a number there is only NaN, of which the first is as good as any, in front of an infinity or without one.
+    // Where nothing is larger than -∞, the block may be all NaN and the infinity in a later one, or nowhere.
     let found = values.get(first..)?.iter().position(|&v| v == max);
     Some(found.map_or(0, |place| first + place))
 }

@@ -3,9 +3,9 @@
 use super::{
     Gram, QuantSpec,
     round::{Grid, Rule},
-    rows::{finite_row, in_parallel},
+    rows::finite_row,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, parallel};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
 use opt_backend::{
     HostMatrix,
@@ -274,7 +274,7 @@ impl Job<'_> {
                 scales,
                 zeros,
             });
-        in_parallel(bands, |mut band| {
+        parallel::for_each(parallel::cores(), bands, |mut band| {
             if impossible.load(Ordering::Relaxed) || self.band(&mut band, half).is_none() {
                 impossible.store(true, Ordering::Relaxed);
             }

@@ -1,5 +1,4 @@
-use super::rows::in_parallel;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, parallel};
 use ndarray::{Array2, ArrayView2, linalg::general_mat_mul, s};
 
 /// The sum of x xᵀ over the inputs x of a linear: what GPTQ and layer-wise errors need to know of them.
@@ -34,7 +33,7 @@ impl Gram {
         self.samples += 1;
         let starts: Vec<usize> = (0..inputs).step_by(BLOCK).collect();
         let bands = self.sum.axis_chunks_iter_mut(ndarray::Axis(0), BLOCK);
-        in_parallel(starts.into_iter().zip(bands), |(start, mut band)| {
+        parallel::for_each(parallel::cores(), starts.into_iter().zip(bands), |(start, mut band)| {
             let left = x.slice(s![.., start..start + band.nrows()]);
             general_mat_mul(
                 1.0,

@@ -1,6 +1,6 @@
 //! Quantizing the rows of a weight, on all cores.
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, parallel};
 use ndarray::Array2;
 use opt_backend::HostMatrix;
 use std::sync::{Mutex, PoisonError};
@@ -67,11 +67,8 @@ pub(super) fn each_row(
     if out * inputs > 0 {
         let all = Rows { codes: &mut codes, scales: &mut scales, zeros: &mut zeros };
         let shares = all.split(SHARE, [inputs, groups]).enumerate().map(|(i, share)| (i * SHARE, share));
-        if out * inputs < SMALL {
-            shares.for_each(some_rows);
-        } else {
-            in_parallel(shares, some_rows);
-        }
+        let threads = if out * inputs < SMALL { 1 } else { parallel::cores() };
+        parallel::for_each(threads, shares, some_rows);
     }
     if let Some((_, error)) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
@@ -95,32 +92,4 @@ pub(super) fn finite_row(weight: &HostMatrix<'_>, row: usize, out: &mut [f32]) -
             Err(Error::new(ErrorKind::Checkpoint, message))
         }
     }
-}
-
-/// Does `work` to each item, on as many threads as there are cores where there are threads at all.
-#[cfg(not(target_arch = "wasm32"))]
-pub(super) fn in_parallel<T: Send>(items: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync) {
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let items = Mutex::new(items);
-    let take = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let all = || {
-        while let Some(item) = take() {
-            work(item);
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // Where there is no thread to be had, this one does it all.
-            if std::thread::Builder::new().spawn_scoped(scope, all).is_err() {
-                break;
-            }
-        }
-        all();
-    });
-}
-
-/// Does `work` to each item.
-#[cfg(target_arch = "wasm32")]
-pub(super) fn in_parallel<T>(items: impl Iterator<Item = T>, work: impl Fn(T)) {
-    items.for_each(work);
 }

@@ -191,15 +191,12 @@ impl<B: Train> Taped<B> {
 
     /// x Pᵀ of a trained P `[out, in]`.
     pub(super) fn wired_times_param(&self, x: &Var<B>, id: ParamId) -> Result<Var<B>> {
-        self.wired_times_param_in(x, id, DType::F32)
-    }
-
-    fn wired_times_param_in(&self, x: &Var<B>, id: ParamId, dtype: DType) -> Result<Var<B>> {
         let layout = Layout::TimesTransposed;
-        let y = self.backend.matmul(&x.value, &*self.param(id)?, layout, dtype, None)?;
+        let y = self.backend.matmul(&x.value, &*self.param(id)?, layout, DType::F32, None)?;
         let x = x.clone();
-        Ok(self
-            .link(true, y, move |taped, dy, gradients| taped.times_param_back(&dy, &x, id, dtype, gradients)))
+        Ok(self.link(true, y, move |taped, dy, gradients| {
+            taped.times_param_back(&dy, &x, id, DType::F32, gradients)
+        }))
     }
 
     fn times_param_back(
@@ -385,27 +382,32 @@ impl<B: Train> Taped<B> {
     }
 
     pub(super) fn wired_logits(&self, x: &Var<B>, table: &Arc<TableParts<B>>) -> Result<Var<B>> {
-        let y = match table.multiplied() {
-            Weight::Trained(id) => self.wired_times_param_in(x, *id, self.plan.dtype)?,
-            Weight::Frozen(head) => {
-                let y = self.backend.logits(&x.value, head)?;
-                let (node, table) = (x.node, table.clone());
-                self.link(node.is_some(), y, move |taped, dy, gradients| match table.multiplied() {
-                    Weight::Frozen(head) => {
-                        gradients.add(&taped.backend, node, taped.backend.logits_grad(&dy, head)?)
-                    }
-                    Weight::Trained(_) => Ok(()),
-                })
-            }
+        let follows = x.node.is_some() || matches!(table.multiplied(), Weight::Trained(_));
+        let y = {
+            let (x, table) = (x.clone(), table.clone());
+            let y = self.logits_product(&x.value, &table)?;
+            self.link(follows, y, move |taped, dy, gradients| match table.multiplied() {
+                Weight::Frozen(head) => {
+                    gradients.add(&taped.backend, x.node, taped.backend.logits_grad(&dy, head)?)
+                }
+                Weight::Trained(id) => taped.times_param_back(&dy, &x, *id, taped.plan.dtype, gradients),
+            })
         };
-        let Some(lora) = &table.beside_head else { return Ok(y) };
-        self.beside(y, x, lora, |a| match table.multiplied() {
-            Weight::Frozen(head) => self.backend.logits(&a.value, head),
+        match &table.beside_head {
+            Some(lora) => self.beside(y, x, lora, |a| self.logits_product(&a.value, table)),
+            None => Ok(y),
+        }
+    }
+
+    /// What the LM head itself makes of x.
+    fn logits_product(&self, x: &B::Tensor, table: &TableParts<B>) -> Result<B::Tensor> {
+        match table.multiplied() {
+            Weight::Frozen(head) => self.backend.logits(x, head),
             Weight::Trained(id) => {
-                let layout = Layout::TimesTransposed;
-                self.backend.matmul(&a.value, &*self.param(*id)?, layout, DType::F32, None)
+                let (layout, dtype) = (Layout::TimesTransposed, self.plan.dtype);
+                self.backend.matmul(x, &*self.param(*id)?, layout, dtype, None)
             }
-        })
+        }
     }
 
     /// Attention without caches, within each span and over the virtual tokens of a trained prefix.

@@ -255,7 +255,7 @@ impl<B: Train> Taped<B> {
         let trains_bias = bias.is_some() && (self.plan.trains)(&bias_name);
         let start = self.plan.lora.get(stem);
         let dora = start.is_some_and(|start| !matches!(start.magnitude, Magnitude::Free));
-        let lora = start.map(|start| self.take_lora(stem, start, weight.shape(), &weight)).transpose()?;
+        let lora = start.map(|start| self.take_lora(stem, start, &weight)).transpose()?;
         if (self.plan.trains)(&name) {
             let LinearSource::Plain(weight) = weight else {
                 let message = format_args!("{name}: quantized weights cannot be trained themselves");
@@ -286,19 +286,16 @@ impl<B: Train> Taped<B> {
         Ok(Arc::new(LinearParts { weight: Weight::Frozen(linear), bias, lora }))
     }
 
-    /// Takes a side path over that makes `out` numbers of `input`, or of an entry of a table.
-    fn take_lora(
-        &self,
-        stem: &str,
-        start: &LoraStart,
-        [out, input]: [usize; 2],
-        weight: &LinearSource<'_>,
-    ) -> Result<Lora> {
-        let rank = start.b.ncols();
+    /// Takes the side path of `stem` over. For embeddings, A is a table as the weight is.
+    fn take_lora(&self, stem: &str, start: &LoraStart, weight: &LinearSource<'_>) -> Result<Lora> {
+        let (shape, rank) = (weight.shape(), start.b.ncols());
         let shapes = [start.a.dim(), start.b.dim()];
-        let of_a = if stem == "embed_tokens" { (input, rank) } else { (rank, input) };
-        if shapes != [of_a, (out, rank)] {
-            let message = format_args!("{stem}: expected side paths for [{out}, {input}], found {shapes:?}");
+        let expected = match (stem, shape) {
+            ("embed_tokens", [entries, width]) => [(entries, rank), (width, rank)],
+            (_, [out, input]) => [(rank, input), (out, rank)],
+        };
+        if shapes != expected {
+            let message = format_args!("{stem}: expected side paths for {shape:?}, found {shapes:?}");
             return Err(Error::shape("lora", message));
         }
         let a = self.new_param(format!("{stem}.lora_A"), start.a.view())?;
@@ -353,15 +350,13 @@ impl<B: Train> Taped<B> {
     pub(super) fn take_table(&self, rows: LinearSource<'_>, dtype: DType) -> Result<Arc<TableParts<B>>> {
         let name = self.loading();
         let stem = name.strip_suffix(".weight").unwrap_or(&name);
-        let [entries, width] = rows.shape();
-        let beside = |stem: &str, shape| {
+        let beside = |stem: &str| {
             let start = self.plan.lora.get(stem);
-            start.map(|start| self.take_lora(stem, start, shape, &rows)).transpose()
+            start.map(|start| self.take_lora(stem, start, &rows)).transpose()
         };
         let apart = self.plan.table_apart && stem == "embed_tokens";
-        let beside_rows = if stem == "lm_head" { None } else { beside(stem, [width, entries])? };
-        let beside_head =
-            if stem == "lm_head" || apart { beside("lm_head", [entries, width])? } else { None };
+        let beside_rows = if stem == "lm_head" { None } else { beside(stem)? };
+        let beside_head = if stem == "lm_head" || apart { beside("lm_head")? } else { None };
         let trains = (self.plan.trains)(&name);
         // What is learned for the one is not meant for the other, which needs a table of its own then.
         let head = match apart && (self.plan.trains)("lm_head.weight") {
